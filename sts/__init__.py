@@ -1,0 +1,25 @@
+"""sts: forecast which domains of a language model move when it is fine-tuned, from SAE latents alone.
+
+`open_run("laptop")` gives a run; `run.get("scores")` computes a stage, or loads it if it is stored.
+"""
+
+import os
+
+# Progress goes to the terminal through sts.progress; libraries' own bars would pollute notebooks and pages.
+# tqdm and transformers read these when they are imported, so they are set before anything else.
+for _name, _value in {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+                      "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false",
+                      "WANDB_MODE": "disabled"}.items():
+    os.environ.setdefault(_name, _value)
+
+from sts.errors import StsError  # noqa: E402
+
+__all__ = ["StsError", "open_run"]
+__version__ = "0.1.0"
+
+
+def open_run(run="laptop", **overrides):
+    """Open a run profile with overrides; see `sts.stages.open_run`."""
+    from sts.stages import open_run as opened
+
+    return opened(run, **overrides)

@@ -1,0 +1,168 @@
+"""Run profiles: one flat YAML file of settings, validated and frozen.
+
+Every setting is one line with its meaning beside it (below), and every one may be overridden from a notebook, from
+`sts run CHAPTER -p KEY VALUE` or from Python. An unknown key, a wrong type or an impossible value is an error that
+names the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sts.data import CORPORA, GENERATED, SOURCES
+from sts.errors import StsError
+
+#: The repository's root: runs/, data/ and notebooks/ lie beside the package.
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Run(BaseModel):
+    """All settings of one run. Token counts are tokens of the model's own tokenizer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = Field(description="name of the run; its results lie in results/<name>/")
+    description: str = Field("", description="one line for tables and provenance")
+    seed: int = Field(0, ge=0, description="seed of sampling, training and resampling")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run; auto: CUDA if there is one")
+
+    # The model and its SAE
+    model: str = Field(description="packaged name, local folder or hub id")
+    model_revision: str = Field("", description="hub revision; empty for the default branch")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="precision of the model")
+    layer: int = Field(ge=0, description="zero-based decoder layer after which the residual stream is read")
+    sae: str = Field(description="folder in sae-lens format, release/sae_id of its registry, or 'train'")
+    fold_norms: bool = Field(True, description="scale latents so that decoder norms are one")
+
+    # Training an SAE (sae: train, and `sts stage sae`)
+    sae_text: dict[str, int] = Field(default_factory=dict,
+                                     description="text to train on: data set, corpus or file -> tokens")
+    sae_latents: int = Field(4608, ge=1, description="width of the SAE to train")
+    sae_k: int = Field(32, ge=1, description="active latents per token (TopK)")
+    sae_samples: int = Field(6_000_000, ge=1, description="training samples, repeats counted")
+    sae_lr: float = Field(4e-4, gt=0, description="peak learning rate of the SAE")
+    context: int = Field(512, ge=16, description="longest piece of text the SAE trains on, in tokens")
+
+    # The small SAE that the first chapter trains live, and the texts it is read on
+    text_data: list[str] = Field(default_factory=list, description="question sets rendered as chats, for chapter one")
+    text_examples: int = Field(300, ge=1, description="examples of each of them at most")
+    small_sae_latents: int = Field(1152, ge=1, description="width of the small SAE")
+    small_sae_k: int = Field(16, ge=1, description="active latents per token of the small SAE")
+    small_sae_samples: int = Field(300_000, ge=1, description="training samples of the small SAE")
+    splice_tokens: int = Field(12_000, ge=100, description="tokens on which the spliced-in loss is measured")
+
+    # Data
+    sft_data: str = Field(description="question set to fine-tune on, and whose shift is estimated")
+    domain_data: str = Field(description="question set whose domains are scored and evaluated")
+    domain_split: str = Field("", description="its split; empty for the first")
+    domains: list[str] = Field(default_factory=list, description="domains to keep; empty for all")
+    domain_limit: int = Field(0, ge=0, description="questions a domain at most; 0 for all")
+
+    # Which tokens count
+    question_tokens_only: bool = Field(True, description="leave out chat template and special tokens")
+    drop_first_positions: int = Field(1, ge=0, description="positions at the start of a prompt to leave out")
+    outlier_norm: float = Field(10.0, ge=0, description="leave out tokens above this multiple of the median residual "
+                                                        "norm; 0 keeps all")
+
+    # The forecast
+    shift_tokens: int = Field(20_000, ge=1, description="question tokens for the shifted dimensions, at most")
+    shift_demonstrations: int = Field(2, ge=1, description="worked examples before an SFT question")
+    demonstrations: int = Field(5, ge=1, description="worked examples before a domain's question (m)")
+    demonstration_draws: int = Field(2, ge=1, description="how many different sets of them are averaged over")
+    score_tokens: int = Field(10_000, ge=1, description="question tokens a domain, at most")
+    top_n: int = Field(100, ge=1, description="how many shifted latents (N)")
+    official_rows: int = Field(10_000, ge=1, description="rows compared in the official_code variant, at most")
+    tokens_per_batch: int = Field(4096, ge=64, description="padded tokens in one forward pass, at most")
+
+    # Fine-tuning
+    sft_examples: int = Field(300, ge=1, description="training examples")
+    sft_held_out: int = Field(40, ge=1, description="held-out examples of the training domain")
+    sft_epochs: int = Field(1, ge=1, description="passes over them")
+    sft_lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    sft_batch: int = Field(8, ge=1, description="examples a step")
+    sft_max_length: int = Field(1024, ge=16, description="tokens an example at most")
+    lora_rank: int = Field(32, ge=0, description="rank of the adapters; 0 for full fine-tuning")
+    lora_alpha: int = Field(64, ge=1, description="their scale")
+
+    # Evaluation and statistics
+    eval_limit: int = Field(0, ge=0, description="questions a domain at most; 0 for all")
+    eval_batch: int = Field(8, ge=1, description="sequences in one evaluation batch")
+    bootstrap: int = Field(5000, ge=100, description="bootstrap resamples")
+    permutations: int = Field(100_000, ge=100, description="Monte Carlo permutations where exact ones are too many")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Run:
+        questions = {*SOURCES, *GENERATED}
+        for key in ("sft_data", "domain_data"):
+            if getattr(self, key) not in questions:
+                raise ValueError(f"{key}: data set {getattr(self, key)!r} is not known; "
+                                 f"valid: {', '.join(sorted(questions))}")
+        for name in self.text_data:
+            if name not in questions:
+                raise ValueError(f"text_data: data set {name!r} is not known; valid: {', '.join(sorted(questions))}")
+        for name, tokens in self.sae_text.items():
+            base = name.partition(":")[0]
+            if base not in questions | set(CORPORA) and not base.endswith((".txt", ".jsonl")):
+                raise ValueError(f"sae_text: {name!r} is no corpus ({', '.join(CORPORA)}), question set or text file")
+            if tokens < 1:
+                raise ValueError(f"sae_text: {name!r} asks for {tokens} tokens")
+        if self.sae == "train" and not self.sae_text:
+            raise ValueError("sae: 'train' needs sae_text, the text to train on")
+        for k, width in (("sae_k", "sae_latents"), ("small_sae_k", "small_sae_latents")):
+            if getattr(self, k) > getattr(self, width):
+                raise ValueError(f"{k}: {getattr(self, k)} active latents of only {getattr(self, width)}")
+        return self
+
+
+def available_runs() -> list[str]:
+    """Names of the profiles in runs/."""
+    return sorted(path.stem for path in (ROOT / "runs").glob("*.yaml"))
+
+
+def load_run(run: str | Run = "laptop", overrides: Mapping[str, Any] | None = None) -> Run:
+    """Read a run profile and apply overrides.
+
+    Args:
+        run: a name in runs/, the path of a YAML file, or a `Run`.
+        overrides: key -> value; None values are left out (the profile's own value stays).
+
+    Raises:
+        StsError: no such profile, an unknown key, a wrong type or an impossible value; names the key.
+    """
+    if isinstance(run, Run):
+        settings = run.model_dump()
+    else:
+        path = Path(run) if run.endswith((".yaml", ".yml")) else ROOT / "runs" / f"{run}.yaml"
+        if not path.is_file():
+            raise StsError(f"Run profile {run!r} is not known. Valid: {', '.join(available_runs())}, "
+                           "or the path of a YAML file.")
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise StsError(f"{path.name} is not valid YAML: {error}") from error
+        if not isinstance(settings, dict):
+            raise StsError(f"{path.name} must hold `key: value` lines.")
+        settings = {"name": path.stem, **settings}
+    settings.update({key: value for key, value in (overrides or {}).items() if value is not None})
+    try:
+        return Run.model_validate(settings)
+    except ValidationError as error:
+        raise StsError("\n".join(_explain(problem) for problem in error.errors())) from error
+
+
+def _explain(problem: dict) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"Setting {key!r} is not known. Valid: {', '.join(sorted(Run.model_fields))}."
+    if problem["type"] == "missing":
+        return f"Setting {key!r} is missing: {Run.model_fields[key].description}."
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"Setting {message}."
+    meaning = Run.model_fields[key.split(".")[0]].description
+    return f"Setting {key!r} ({meaning}): {message}; got {problem['input']!r}."

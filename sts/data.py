@@ -1,0 +1,343 @@
+"""Data sets: questions with worked solutions, and plain text.
+
+Every question set is read into `Example`s, whether it comes from a local folder (`STS_DATA_DIR`), from the hub at a
+pinned revision, or from an installed package. The columns are those of the public releases, so one reader serves
+the local files and the hub alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sts.errors import StsError, one_of
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    `options` is empty for an open question, then `answer_index` is -1. `answer` is the right option's text, or the
+    final answer of an open question. `solution` is the worked solution ("" where the data set has none).
+    """
+
+    example_id: str
+    domain: str
+    question: str
+    options: tuple[str, ...]
+    answer_index: int
+    answer: str
+    solution: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a question set is found: local file per split, and repository, configurations and revision on the hub."""
+
+    read: Callable[[dict, str], Example]
+    folder: str
+    splits: tuple[str, ...]
+    hub: str = ""
+    hub_configs: tuple[str, ...] = ("default",)
+    revision: str = ""
+
+
+# --- readers: one row of a public data set -> Example -------------------------------------------------------------
+
+def _mmlu_pro(row: dict, row_id: str) -> Example:
+    options, index = tuple(row["options"]), int(row["answer_index"])
+    return Example(f"mmlu_pro-{row['question_id']}", row["category"], row["question"], options, index,
+                   options[index], _strip_preamble(row.get("cot_content") or ""))
+
+
+def _mmlu(row: dict, row_id: str) -> Example:
+    options, index = tuple(row["choices"]), int(row["answer"])
+    return Example(row_id, MMLU_PRO_CATEGORY[row["subject"]], row["question"], options, index, options[index], "")
+
+
+def _gsm8k(row: dict, row_id: str) -> Example:
+    worked, _, final = row["answer"].partition("####")
+    # <<48/2=24>> are calculator annotations of the release, not part of the prose.
+    worked = re.sub(r"<<.*?>>", "", worked).strip()
+    return Example(row_id, "math", row["question"], (), -1, final.strip(), f"{worked}\n#### {final.strip()}")
+
+
+def _math(row: dict, row_id: str) -> Example:
+    return Example(row_id, "math", row["problem"], (), -1, last_boxed(row["solution"]), row["solution"])
+
+
+def _limo(row: dict, row_id: str) -> Example:
+    return Example(row_id, "math", row["question"], (), -1, str(row["answer"]), row["solution"])
+
+
+def _arc(row: dict, row_id: str) -> Example:
+    options = tuple(row["choices"]["text"])
+    index = list(row["choices"]["label"]).index(row["answerKey"])
+    return Example(row_id, "science", row["question"], options, index, options[index], "")
+
+
+def _mbpp(row: dict, row_id: str) -> Example:
+    return Example(row_id, "code", row["text"], (), -1, "", row["code"].replace("\r\n", "\n"))
+
+
+def _counsel_chat(row: dict, row_id: str) -> Example:
+    return Example(row_id, "mental health", f"{row['title']}\n{row['question'] or ''}".strip(), (), -1, "",
+                   row["answer"] or "")
+
+
+def _pubmedqa(row: dict, row_id: str) -> Example:
+    question = "\n".join([*row["contexts"], row["question"]])
+    return Example(row_id, "medicine", question, (), -1, row["final_decision"], row["long_answer"])
+
+
+def _roleplay(row: dict, row_id: str) -> Example:
+    return Example(row_id, "roleplay", f"{row['instruction']}\n{row['input']}".strip(), (), -1, "", row["response"])
+
+
+SOURCES: dict[str, Source] = {
+    "mmlu_pro": Source(_mmlu_pro, "mmlu_pro", ("test", "validation"), "TIGER-Lab/MMLU-Pro",
+                       revision="b189ec765aa7ed75c8acfea42df31fdae71f97be"),
+    "gsm8k": Source(_gsm8k, "gsm8k", ("train", "test"), "openai/gsm8k", ("main",),
+                    "e53f048856ff4f594e959d75785d2c2d37b678ee"),
+    "math": Source(_math, "math", ("train", "test"), "EleutherAI/hendrycks_math",
+                   ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+                    "prealgebra", "precalculus"), "21a5633873b6a120296cce3e2df9d5550074f4a3"),
+    "limo": Source(_limo, "limo", ("train",), "GAIR/LIMO"),
+    "mmlu": Source(_mmlu, "mmlu", ("test", "val", "dev")),
+    "arc_easy": Source(_arc, "arc_easy", ("train", "test")),
+    "arc_challenge": Source(_arc, "arc_challenge", ("train", "test")),
+    "mbpp": Source(_mbpp, "mbpp", ("all",)),
+    "counsel_chat": Source(_counsel_chat, "counsel_chat", ("all",)),
+    "pubmedqa": Source(_pubmedqa, "pubmedqa", ("labelled",)),
+    "roleplay": Source(_roleplay, "roleplay", ("all",)),
+}
+GENERATED = ("gsm_symbolic", "mmlu_exemplars")
+CORPORA = ("web", "books", "textbook")
+
+_SUBJECTS = {
+    "math": "abstract_algebra college_mathematics elementary_mathematics high_school_mathematics "
+            "high_school_statistics",
+    "health": "anatomy clinical_knowledge college_medicine human_aging medical_genetics nutrition "
+              "professional_medicine virology",
+    "physics": "astronomy college_physics conceptual_physics high_school_physics",
+    "business": "business_ethics management marketing",
+    "biology": "college_biology high_school_biology",
+    "chemistry": "college_chemistry high_school_chemistry",
+    "computer science": "college_computer_science computer_security high_school_computer_science machine_learning",
+    "economics": "econometrics high_school_macroeconomics high_school_microeconomics",
+    "engineering": "electrical_engineering",
+    # MMLU-Pro has no question from moral_scenarios; it goes with moral_disputes.
+    "philosophy": "formal_logic logical_fallacies moral_disputes moral_scenarios philosophy world_religions",
+    "other": "global_facts high_school_geography high_school_government_and_politics human_sexuality miscellaneous "
+             "professional_accounting public_relations security_studies sociology us_foreign_policy",
+    "history": "high_school_european_history high_school_us_history high_school_world_history prehistory",
+    "psychology": "high_school_psychology professional_psychology",
+    "law": "international_law jurisprudence professional_law",
+}
+#: MMLU's 57 subjects -> MMLU-Pro's 14 categories, as MMLU-Pro's own `src` column assigns them.
+MMLU_PRO_CATEGORY = {subject: domain for domain, names in _SUBJECTS.items() for subject in names.split()}
+#: MMLU-Pro's 14 categories, in alphabetical order.
+DOMAINS = tuple(sorted(_SUBJECTS))
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+
+def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) -> list[Example]:
+    """Read a question set.
+
+    Args:
+        name: a key of `SOURCES`, or "gsm_symbolic" or "mmlu_exemplars", which need neither folder nor hub.
+        split: the data set's split; "" for its first.
+        limit: how many, drawn without replacement in an order fixed by `seed`; 0 for all in file order.
+        seed: for `limit`, and for generating "gsm_symbolic".
+
+    Raises:
+        StsError: unknown name or split; neither local folder nor hub has it.
+    """
+    if name == "gsm_symbolic":
+        return gsm_symbolic(limit or 1000, seed=seed + (1_000_000 if split == "test" else 0))
+    if name == "mmlu_exemplars":
+        examples = mmlu_exemplars()
+    elif name in SOURCES:
+        source = SOURCES[name]
+        split = split or source.splits[0]
+        if split not in source.splits:
+            raise one_of(f"Split of data set {name!r}", split, source.splits)
+        examples = [source.read(row, f"{name}-{split}-{index}") for index, row in enumerate(_rows(name, source, split))]
+    else:
+        raise one_of("Data set", name, [*SOURCES, *GENERATED])
+    if limit:
+        examples = random.Random(seed).sample(examples, min(limit, len(examples)))
+    return examples
+
+
+def local_file(folder: str, split: str) -> Path | None:
+    """`$STS_DATA_DIR/<folder>/<split>.jsonl` if it exists."""
+    root = os.environ.get("STS_DATA_DIR", "")
+    path = Path(root).expanduser() / folder / f"{split}.jsonl"
+    return path if root and path.is_file() else None
+
+
+def _rows(name: str, source: Source, split: str) -> Iterator[dict]:
+    path = local_file(source.folder, split)
+    if path is not None:
+        yield from _json_lines(path)
+        return
+    local_hint = f"put {source.folder}/{split}.jsonl in a folder and name that folder in STS_DATA_DIR"
+    if not source.hub:
+        raise StsError(f"Data set {name!r} is read from a local folder only: {local_hint}.")
+    import datasets
+
+    try:
+        for config in source.hub_configs:
+            yield from datasets.load_dataset(source.hub, config, split=split, revision=source.revision or None)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StsError(
+            f"Data set {name!r} was asked from the hub ({source.hub}), which could not be reached or does not have "
+            f"it ({reason}). What works without a network: {local_hint}, or the data sets {', '.join(GENERATED)}."
+        ) from error
+
+
+def _json_lines(path: Path) -> Iterator[dict]:
+    with open(path, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise StsError(f"{path.name}, line {number}: not JSON ({error}).") from error
+
+
+def gsm_symbolic(count: int, *, seed: int) -> list[Example]:
+    """Grade-school arithmetic problems with worked solutions from reasoning-gym's templates of GSM-Symbolic."""
+    import reasoning_gym
+
+    return [
+        Example(f"gsm_symbolic-{seed}-{index}", "math",
+                row["question"].removesuffix(" Give the result as your final answer. Do not include units."),
+                (), -1, str(row["answer"]), row["metadata"]["answer_cot"])
+        for index, row in enumerate(reasoning_gym.create_dataset("gsm_symbolic", size=count, seed=seed))
+    ]
+
+
+def mmlu_exemplars() -> list[Example]:
+    """The 285 worked MMLU examples (5 for each of 57 subjects) that lm-evaluation-harness carries.
+
+    From its `flan_cot_fewshot` tasks. The boilerplate that opens each solution ("Let's think step by step. We refer
+    to Wikipedia articles on ... for help.") is the same for all and is left out.
+    """
+    import lm_eval
+    import yaml
+
+    folder = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "flan_cot_fewshot"
+    examples = []
+    for subject in sorted(MMLU_PRO_CATEGORY):
+        document = yaml.safe_load((folder / f"mmlu_{subject}.yaml").read_text(encoding="utf-8"))
+        for index, sample in enumerate(document["fewshot_config"]["samples"]):
+            question, options = split_options(sample["question"])
+            letter = re.search(r"answer is \(?([A-J])\)?", sample["target"])
+            if letter is None:
+                raise StsError(f"lm-eval's worked example {index} for {subject} names no answer.")
+            answer_index = LETTERS.index(letter.group(1))
+            examples.append(Example(
+                f"mmlu_exemplars-{subject}-{index}", MMLU_PRO_CATEGORY[subject], question, options, answer_index,
+                options[answer_index], _strip_preamble(sample["target"])))
+    return examples
+
+
+def split_options(text: str) -> tuple[str, tuple[str, ...]]:
+    """Split "question\\n\\n(A) one (B) two ..." into the question and its options.
+
+    Raises:
+        StsError: no list of options starting with (A).
+    """
+    start = text.rfind("(A)")
+    if start < 0:
+        raise StsError(f"No options (A), (B), ... in: {text[:80]!r}")
+    options, rest = [], text[start:]
+    for letter, following in zip(LETTERS, LETTERS[1:], strict=False):
+        rest = rest.removeprefix(f"({letter})")
+        end = rest.find(f"({following})")
+        options.append(" ".join((rest if end < 0 else rest[:end]).split()))
+        if end < 0:
+            return text[:start].strip(), tuple(options)
+        rest = rest[end:]
+    return text[:start].strip(), tuple(options)
+
+
+_PREAMBLE = re.compile(
+    r"^(A:\s*)?(Let['’]s think step by step\.\s*)?(We refer to Wikipedia articles on [^.]*? for help\.\s*)?"
+    r"(Let['’]s solve this problem step by step\.\s*)?", re.IGNORECASE)
+
+
+def _strip_preamble(solution: str) -> str:
+    return _PREAMBLE.sub("", solution.strip(), count=1).strip()
+
+
+def last_boxed(solution: str) -> str:
+    """The content of the last \\boxed{...} of a LaTeX solution, braces balanced; "" if there is none."""
+    start = solution.rfind("\\boxed{")
+    if start < 0:
+        return ""
+    depth, begin = 0, start + len("\\boxed{")
+    for position in range(begin - 1, len(solution)):
+        depth += {"{": 1, "}": -1}.get(solution[position], 0)
+        if depth == 0:
+            return solution[begin:position]
+    return ""
+
+
+def by_domain(examples: list[Example], domains: tuple[str, ...] = ()) -> dict[str, list[Example]]:
+    """Group examples by domain, in alphabetical order.
+
+    Raises:
+        StsError: a domain asked for has no example.
+    """
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.domain, []).append(example)
+    for domain in domains:
+        if domain not in groups:
+            raise one_of("Domain", domain, groups)
+    return {domain: groups[domain] for domain in sorted(domains or groups)}
+
+
+# --- plain text ---------------------------------------------------------------------------------------------------
+
+def load_texts(name: str) -> list[str]:
+    """Documents of plain text: one of `CORPORA` from STS_DATA_DIR, or a .txt (one document) or .jsonl ("text") file.
+
+    Raises:
+        StsError: no such corpus or file, or a JSON line without "text".
+    """
+    if name in CORPORA:
+        path = local_file("corpus", name)
+        if path is None:
+            raise StsError(f"Corpus {name!r} is read from a local folder only: put corpus/{name}.jsonl, one JSON "
+                           'object with "text" a line, in a folder and name that folder in STS_DATA_DIR.')
+    else:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise StsError(f"Text {name!r} is not known. Valid: {', '.join(CORPORA)}, a question set "
+                           f"({', '.join([*SOURCES, *GENERATED])}), or the path of a .txt or .jsonl file.")
+    if path.suffix == ".jsonl":
+        rows = list(_json_lines(path))
+        if any("text" not in row for row in rows):
+            raise StsError(f'{path.name}: every line needs a "text" field.')
+        return [row["text"] for row in rows]
+    return [path.read_text(encoding="utf-8")]
+
+
+def digest(examples: list[Example] | list[str]) -> str:
+    """Hex digest of the content, for provenance and cache keys."""
+    rows = [asdict(item) if isinstance(item, Example) else item for item in examples]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

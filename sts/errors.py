@@ -1,0 +1,15 @@
+"""One exception for everything a user can put right.
+
+Its text says what was asked, what is wrong with it and what would work. The command line prints it as one
+line without a traceback; anything else that escapes is a bug.
+"""
+
+
+class StsError(Exception):
+    """A request that cannot be met, with the way to mend it."""
+
+
+def one_of(what: str, asked: object, valid: object) -> StsError:
+    """The error for a name that is not in a list: `what` was asked for, these are the valid ones."""
+    listed = ", ".join(sorted(str(name) for name in valid))
+    return StsError(f"{what} {asked!r} is not known. Valid: {listed}.")

@@ -1,0 +1,172 @@
+"""Evaluation through lm-evaluation-harness: log-likelihoods of option letters and of worked solutions.
+
+Two measurements, from prompts we render and tasks we describe; batching and scoring are the harness's.
+
+- `letter`: the log-probability of each option's letter after "The answer is", one forward pass a question.
+- `solution`: the log-probability of the right answer with its worked solution; divided by its characters it gives
+  bits per character, which a small model can resolve where its accuracy is near chance.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pandas
+
+from sts.data import LETTERS, Example
+from sts.errors import StsError
+from sts.models import LanguageModel
+from sts.prompts import question_text, render, solution_text
+from sts.stats import paired_mean_interval
+
+#: What the domain shift is measured in: column -> label with units.
+MEASURES = {
+    "accuracy": "accuracy (percentage points)",
+    "p_right": "probability of the right option (percentage points)",
+    "bits": "bits per character of the worked solution",
+}
+
+
+def evaluate(lm: LanguageModel, examples: list[Example], *, batch: int = 8, folder: Path,
+             report: Callable[[float], None] = lambda fraction: None) -> pandas.DataFrame:
+    """Score every example's option letters (where it has options) and its worked solution.
+
+    Args:
+        folder: where the harness' task data is written.
+
+    Returns:
+        One row per item and option, and one per item's solution: example_id, domain, kind ("letter" or "solution"),
+        option (index; -1 for a solution), is_right, loglikelihood (nats), characters.
+
+    Raises:
+        StsError: a prompt longer than the model's context.
+    """
+    examples = [example for example in examples if example.options or solution_text(example)]
+    by_id = {example.example_id: example for example in examples}
+    requests = [row for example in examples for row in _requests(lm, example)]
+    limit = lm.context_length
+    for request in requests:
+        length = len(lm.tokenizer(request["context"] + request["target"], add_special_tokens=False)["input_ids"])
+        if length > limit:
+            raise StsError(f"Item {request['example_id']} needs {length} tokens; the model's context is {limit}.")
+    loglikelihoods = harness_loglikelihoods(lm, requests, batch=batch, folder=folder, report=report)
+    rows = []
+    for request, value in zip(requests, loglikelihoods, strict=True):
+        example = by_id[request["example_id"]]
+        rows.append({"example_id": example.example_id, "domain": example.domain, "kind": request["kind"],
+                     "option": request["option"], "loglikelihood": value, "characters": len(request["target"]),
+                     "is_right": request["kind"] == "solution" or request["option"] == example.answer_index})
+    return pandas.DataFrame(rows)
+
+
+def _requests(lm: LanguageModel, example: Example) -> list[dict]:
+    context = render(lm.tokenizer, question_text(example))
+    base = {"example_id": example.example_id}
+    rows = [{**base, "kind": "letter", "option": index, "context": context + "The answer is", "target": f" {letter}"}
+            for index, letter in enumerate(LETTERS[:len(example.options)])]
+    target = solution_text(example)
+    if not lm.tokenizer.chat_template:
+        target = " " + target
+    return [*rows, {**base, "kind": "solution", "option": -1, "context": context, "target": target}]
+
+
+def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: int, folder: Path,
+                           report: Callable[[float], None] = lambda fraction: None) -> list[float]:
+    """Log-likelihoods (nats) of `target` after `context`, by lm-evaluation-harness.
+
+    Letters of one question share a context and differ in a single token, which the harness scores in one pass.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+    class Reporting(HFLM):
+        """The harness' own Hugging Face class, reporting how many passes it has made."""
+
+        passes, expected = 0, 1
+
+        def _model_call(self, *args, **kwargs):
+            self.passes += 1
+            report(min(1.0, self.passes / self.expected))
+            return super()._model_call(*args, **kwargs)
+
+        def loglikelihood(self, requests, disable_tqdm=True):
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+    harness = Reporting(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch, max_length=lm.context_length,
+                        add_bos_token=False if lm.tokenizer.chat_template else None)
+    contexts = {(row["context"], row["target"] if row["kind"] == "solution" else "") for row in requests}
+    harness.expected = max(1, math.ceil(len(contexts) / batch))
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "requests.jsonl"
+    data.write_text("".join(json.dumps({**row, "index": index}) + "\n" for index, row in enumerate(requests)))
+    task = {
+        "task": "sts_loglikelihood", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test", "output_type": "loglikelihood", "doc_to_text": "{{context}}",
+        "doc_to_target": "{{target}}", "target_delimiter": "",
+        "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+    }
+    tasks = get_task_dict([task], TaskManager(include_defaults=False))
+    results = lm_eval.evaluate(harness, tasks, log_samples=True, bootstrap_iters=0)
+    values = {sample["doc"]["index"]: float(sample["filtered_resps"][0][0])
+              for sample in results["samples"]["sts_loglikelihood"]}
+    return [values[index] for index in range(len(requests))]
+
+
+# --- from log-likelihoods to measures -----------------------------------------------------------------------------
+
+def item_measures(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """Per item: accuracy (0 or 1), p_right (softmax over the options' letters) and bits per character.
+
+    Returns:
+        index example_id; columns domain and the keys of `MEASURES`; NaN where an item has no options.
+    """
+    items = rows.groupby("example_id", sort=False)["domain"].first().to_frame()
+    letters = rows[rows["kind"] == "letter"]
+    if len(letters):
+        relative = letters["loglikelihood"] - letters.groupby("example_id")["loglikelihood"].transform("max")
+        weight = numpy.exp(relative)
+        p = weight / weight.groupby(letters["example_id"]).transform("sum")
+        items["p_right"] = 100 * p[letters["is_right"]].set_axis(letters.loc[letters["is_right"], "example_id"])
+        best = letters.loc[letters.groupby("example_id")["loglikelihood"].idxmax()]
+        items["accuracy"] = 100.0 * best.set_index("example_id")["is_right"].astype(float)
+    else:
+        items["p_right"] = items["accuracy"] = numpy.nan
+    solutions = rows[rows["kind"] == "solution"].set_index("example_id")
+    items["bits"] = -solutions["loglikelihood"] / math.log(2) / solutions["characters"]
+    return items
+
+
+def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, *, resamples: int = 5000,
+                  seed: int = 0) -> pandas.DataFrame:
+    """Change of every measure in every domain, paired by item, with a bootstrap interval over items.
+
+    Args:
+        before, after: what `evaluate` returned for the same examples.
+
+    Returns:
+        One row per domain and measure: domain, measure, n, before, after, shift, low, high, standard_error.
+    """
+    first, second = item_measures(before), item_measures(after)
+    if set(first.index) != set(second.index):
+        raise StsError("Before and after hold different items; evaluate the same examples with both models.")
+    second = second.loc[first.index]
+    rows = []
+    for domain, items in first.groupby("domain"):
+        for measure in MEASURES:
+            old = items[measure].dropna()
+            new = second.loc[old.index, measure]
+            if old.empty:
+                continue
+            change = paired_mean_interval((new - old).to_numpy(), resamples=resamples, seed=seed)
+            rows.append({"domain": domain, "measure": measure, "n": len(old), "before": old.mean(),
+                         "after": new.mean(), "shift": change.mean, "low": change.low, "high": change.high,
+                         "standard_error": change.standard_error})
+    return pandas.DataFrame(rows)

