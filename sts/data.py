@@ -230,7 +230,7 @@ def gsm_symbolic(count: int, *, seed: int) -> list[Example]:
 
 
 def mmlu_exemplars() -> list[Example]:
-    """The 285 worked MMLU examples (5 for each of 57 subjects) that lm-evaluation-harness carries.
+    """The 282 worked MMLU examples (4 or 5 for each of 57 subjects) that lm-evaluation-harness carries.
 
     From its `flan_cot_fewshot` tasks. The boilerplate that opens each solution ("Let's think step by step. We refer
     to Wikipedia articles on ... for help.") is the same for all and is left out.

@@ -7,6 +7,7 @@ extreme of fourteen domains does to a correlation.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +27,19 @@ MODELS = {"llama3-8b-instruct": "Llama3-8B-Instruct", "qwen2.5-7b-instruct": "Qw
           "gemma2-9b-it": "Gemma2-9B-Instruct"}
 #: The two scores of a domain.
 METRICS = {"act": "STS_act", "icl": "STS_ICL"}
-#: Tables that `published_table` knows; Tables 2 to 4 are in `accuracy_shifts`.
-TABLES = (1, 5, 6, 7, 8, 9, 10, 11, 12, 13)
+#: Tables that `published_table` knows, and what each is about; Tables 2 to 4 are in `accuracy_shifts`.
+TABLES = {
+    1: "Training on code or on health instead of maths: correlation and overlap of estimated and actual dimensions",
+    5: "Other forecasts of the absolute change, beside STS",
+    6: "Correlation of either score with the absolute change",
+    7: "Share of the estimated dimensions that a language model labels as maths",
+    8: "Share of the labelled maths and code latents found among the estimated dimensions",
+    9: "R² of either score",
+    10: "Maths accuracy before fine-tuning, after it, and after adding examples in proportion to STS",
+    11: "Maths accuracy after training only read-outs of random or of estimated dimensions",
+    12: "Correlation with SAEs of different sparsity",
+    13: "Trained probes as forecasts, beside STS",
+}
 
 _COLUMNS = {
     "published_numbers.csv": ["source", "quantity", "model", "value", "std", "note"],
@@ -91,7 +103,8 @@ def published_table(number: int, folder: Path | None = None) -> pd.DataFrame:
         StsError: another number; Tables 2 to 4 are `accuracy_shifts()`.
     """
     if number not in TABLES:
-        raise one_of("Table (Tables 2 to 4 are accuracy_shifts())", number, [f"{table:>2}" for table in TABLES])
+        raise StsError(f"Table {number!r} is not known. Valid: {', '.join(map(str, TABLES))}; Tables 2 to 4 are "
+                       "accuracy_shifts().")
     numbers = published_numbers(folder)
     rows = numbers[numbers["source"].str.split(", ").map(lambda sources: f"Table {number}" in sources)]
     return rows.drop(columns="source").reset_index(drop=True)
@@ -135,6 +148,16 @@ def disagreements() -> pd.DataFrame:
     ], columns=["topic", "paper", "code", "why_it_matters"])
 
 
+def sources(folder: Path | None = None) -> pd.DataFrame:
+    """The files behind this module: file, rows, sha256 (of its bytes, first 16 hex digits)."""
+    rows = []
+    for name in _COLUMNS:
+        frame = _read(name, folder)
+        digest = hashlib.sha256(((folder or FOLDER) / name).read_bytes()).hexdigest()
+        rows.append({"file": f"data/paper/{name}", "rows": len(frame), "sha256": digest[:16]})
+    return pd.DataFrame(rows)
+
+
 # --- recomputed from the points -----------------------------------------------------------------------------------
 
 def recomputed_correlations(points: pd.DataFrame | None = None, *, permutations: int = 100_000,
@@ -147,8 +170,9 @@ def recomputed_correlations(points: pd.DataFrame | None = None, *, permutations:
 
     Returns:
         Columns: model, metric, published_pearson, published_std, pearson, low, high (95% bootstrap), p (two-sided
-        permutation), p_holm (p corrected for the number of panels by Holm's method), exact, spearman, published_r_squared, r_squared, slope and intercept (percentage points a unit
-        of STS), n, leave_one_out_low, low_without, leave_one_out_high, high_without.
+        permutation), p_holm (corrected for the number of panels by Holm's method), exact, spearman,
+        published_r_squared, r_squared, slope and intercept (percentage points a unit of STS), n, leave_one_out_low,
+        low_without, leave_one_out_high, high_without.
     """
     points = figure3_points() if points is None else points
     published = published_correlations().set_index(["model", "metric"])

@@ -1,8 +1,8 @@
 """Figures and tables of the chapter on the paper's own numbers.
 
-Each function takes a frame from `sts.paper` and returns a matplotlib Figure, at most 7.5 inches wide with type of at
-least 9 points, so that it stays legible on a phone. Colours are from the Okabe-Ito palette, which readers with colour
-vision deficiency can tell apart; every colour also has a marker or a hatch of its own.
+Each function takes a frame from `sts.paper` and returns a matplotlib Figure, 6.2 inches wide with type of at least
+10 points, so that it stays legible on a phone. Colours are from the Okabe-Ito palette, which readers with colour vision
+deficiency can tell apart; every colour also has a marker or a hatch of its own.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from matplotlib.patches import Patch
 
 from sts import paper
 
-WIDTH_INCHES = 7.2
+WIDTH_INCHES = 6.2
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#767676", "#009E73"
 #: colour and marker of the two ends of the ranking by absolute shift, and of what lies between.
 ENDS = {"largest": (ORANGE, "o"), "smallest": (BLUE, "s"), "between": (GREY, "D")}
 SHIFT_LABEL = "Change of accuracy (percentage points)"
 ABS_SHIFT_LABEL = "|Change of accuracy|\n(percentage points)"
-_STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
-          "legend.fontsize": 9, "figure.dpi": 110}
+_STYLE = {"font.size": 10, "axes.titlesize": 10.5, "axes.labelsize": 10.5, "xtick.labelsize": 10, "ytick.labelsize": 10,
+          "legend.fontsize": 10, "figure.dpi": 110}
 
 
 def _panels(rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
@@ -109,7 +109,7 @@ def scatter_figure(points: pd.DataFrame, results: pd.DataFrame) -> Figure:
         _line(axis, panel["sts"], *np.polyfit(rest["sts"], rest["abs_shift_pct"], 1), "--")
         _name(axis, influential, panel.loc[influential, "sts"], panel.loc[influential, "abs_shift_pct"], panel["sts"])
         exact = "exact " if row.exact else ""
-        axis.set_title(f"{paper.MODELS[row.model]}\nr = {row.pearson:.2f}, {exact}p = {row.p:.3g}", fontsize=10)
+        axis.set_title(f"{paper.MODELS[row.model]}\nr = {row.pearson:.2f}, {exact}p = {row.p:.3g}")
         axis.set_xlabel(f"{paper.METRICS[row.metric]} (the paper's scale)")
         axis.set_ylim(min(-0.8, -0.06 * panel["abs_shift_pct"].max()), 1.18 * panel["abs_shift_pct"].max())
     for axis in axes[:, 0]:
@@ -117,7 +117,7 @@ def scatter_figure(points: pd.DataFrame, results: pd.DataFrame) -> Figure:
     handles = [Line2D([], [], color=colour, marker=marker, linestyle="", label=f"{end} |change|")
                for end, (colour, marker) in list(ENDS.items())[:2]]
     handles += [Line2D([], [], color="black", linestyle="-", label="fit, all points"),
-                Line2D([], [], color="black", linestyle="--", label="fit without the named point")]
+                Line2D([], [], color="black", linestyle="--", label="fit without named point")]
     return _finish(figure, handles, 2)
 
 
@@ -128,7 +128,7 @@ def _line(axis, x: pd.Series, slope: float, intercept: float, style: str) -> Non
 
 def _name(axis, name: str, x: float, y: float, all_x: pd.Series) -> None:
     right = x > (all_x.min() + all_x.max()) / 2
-    axis.annotate(name, (x, y), xytext=(-7 if right else 7, 5), textcoords="offset points", fontsize=9,
+    axis.annotate(name, (x, y), xytext=(-7 if right else 7, 5), textcoords="offset points", fontsize=10,
                   ha="right" if right else "left")
 
 
@@ -156,9 +156,9 @@ def intervals_figure(results: pd.DataFrame) -> Figure:
     axis.set_xlim(-1, 1.02)
     axis.set_xlabel("Pearson correlation with |change of accuracy| (no unit)")
     axis.set_ylabel("Model and score")
-    handles = [Line2D([], [], color=GREEN, marker="D", label="published, ± std over repetitions"),
-               Line2D([], [], color=BLUE, marker="o", label="recomputed, 95% bootstrap over domains"),
-               Line2D([], [], color=ORANGE, marker="|", linewidth=3, label="range, one domain left out")]
+    handles = [Line2D([], [], color=GREEN, marker="D", label="published, ± std of repetitions"),
+               Line2D([], [], color=BLUE, marker="o", label="95% bootstrap over domains"),
+               Line2D([], [], color=ORANGE, marker="|", linewidth=3, label="one domain left out")]
     return _finish(figure, handles, 2)
 
 
@@ -178,12 +178,12 @@ def selection_figure(simulated: pd.DataFrame, domains: int = 14, count: int = 4)
     axes[0, 0].fill_between(simulated["true"], simulated["extremes_low"], simulated["extremes_high"], color=ORANGE,
                             alpha=0.15, linewidth=0)
     axes[0, 0].plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
-    axes[0, 0].set_ylabel("Pearson correlation seen\n(mean; band: 95% of simulations)")
+    axes[0, 0].set_ylabel("Pearson correlation seen\n(mean; band: 95%)")
     axes[0, 1].axhline(0.05, color="black", linewidth=0.8, linestyle=":")
-    axes[0, 1].set_ylabel("Share of simulations with p < 0.05")
+    axes[0, 1].set_ylabel("Share with p < 0.05")
     axes[0, 1].set_ylim(0, 1.02)
     for axis, title in zip(axes[0], ("How large it looks", "How often it is found"), strict=True):
-        axis.set_title(f"{title} (simulated)")
+        axis.set_title(f"{title}\n(simulated)")
         axis.set_xlabel("True correlation (no unit)")
     handles = [Line2D([], [], color=colour, marker=marker, label=label) for label, colour, marker in lines.values()]
     return _finish(figure, handles, 3)
@@ -198,10 +198,13 @@ def html_table(frame: pd.DataFrame, *, digits: int = 2, rename: dict[str, str] |
         rename: column headings; others have their underscores replaced by spaces.
     """
     headings = {column: (rename or {}).get(column, str(column).replace("_", " ")) for column in frame.columns}
-    shown = frame.rename(columns=headings)
+    # A pivoted frame's columns have a name, which would get a heading of its own.
+    shown = frame.rename(columns=headings).rename_axis(columns=None)
     for key, names in (("model", paper.MODELS), ("metric", paper.METRICS)):
         if key in frame.columns:
             shown[headings[key]] = frame[key].map(names).fillna(frame[key])
-    table = shown.to_html(index=False, escape=True, border=0, na_rep="", float_format=f"{{:.{digits}f}}".format)
+    table = shown.to_html(index=False, escape=True, border=0, na_rep="",
+                          # Adding zero turns -0.00 into 0.00.
+                          float_format=lambda value: f"{round(value, digits) + 0.0:.{digits}f}")
     # tabindex lets a keyboard reach the box to scroll it.
     return HTML(f'<div class="sts-scroll" style="overflow-x: auto" tabindex="0">{table}</div>')

@@ -15,6 +15,7 @@ import platform
 import resource
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,7 +144,11 @@ class OpenRun:
 
     def _compute(self, spec: Stage, key: str) -> Path:
         report = Reporter(spec.name)
-        value = spec.compute(self, report)
+        with warnings.catch_warnings():
+            # Libraries' notes to their own developers would end up on the pages.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            value = spec.compute(self, report)
         seconds = report.done()
         return self.store.write(spec.name, key, spec.kind, value, {
             "stage": spec.name, "key": key, "version": spec.version, "run": self.settings.name,

@@ -1,0 +1,142 @@
+"""The command line: `sts book`, `sts run`, `sts stage`, `sts doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+import sts
+from sts.errors import StsError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Forecast which domains of a language model move when it is fine-tuned.")
+RunOption = Annotated[str, typer.Option("--run", help="run profile: a name in runs/, or a YAML file")]
+ParameterOption = Annotated[list[str] | None, typer.Option(
+    "-p", "--parameter", metavar="NAME VALUE", help="a setting to change; may be repeated")]
+
+
+def _join_pairs(arguments: list[str]) -> list[str]:
+    """`-p NAME VALUE`, papermill's form, as `-p NAME=VALUE`: typer has no options that take a pair and repeat."""
+    joined, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        joined.append(argument)
+        if argument in ("-p", "--parameter") and rest and "=" not in rest[0]:
+            if len(rest) < 2:
+                raise StsError(f"{argument} takes a name and a value; {rest[0]!r} has no value.")
+            joined.append(f"{rest.pop(0)}={rest.pop(0)}")
+    return joined
+
+
+def _values(parameters: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value is read as YAML, so 50 is a number and {a.txt: 100} a mapping."""
+    try:
+        return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in parameters or [])}
+    except yaml.YAMLError as error:
+        raise StsError(f"A value after -p could not be read: {error}") from error
+
+
+@app.command()
+def book(run: RunOption = "laptop") -> None:
+    """Execute all chapters and render the book."""
+    from sts.book import build_book
+
+    index = build_book(run)
+    print(f"\nThe book is ready. Open it with a browser:\n  {index.as_uri()}")
+
+
+@app.command("run")
+def run_one(chapter: str, run: RunOption = "laptop", parameter: ParameterOption = None) -> None:
+    """Execute one CHAPTER, with other parameters if you like; only what depends on them is computed again."""
+    from sts.book import run_chapter
+
+    target = run_chapter(chapter, run, _values(parameter))
+    print(f"Executed notebook: {target}")
+
+
+@app.command()
+def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = None) -> None:
+    """Compute (or load) the stage NAME and say where its result lies."""
+    from sts.stages import open_run
+
+    opened = open_run(run, **_checked(_values(parameter)))
+    opened.get(name)
+    record = opened.provenance(name)
+    key, kind = opened.key(name), opened._spec(name).kind
+    print(f"{name} [{key}], computed {record['finished']} in {record['seconds']} s")
+    print(opened.store.find(name, key, kind))
+
+
+def _checked(values: dict[str, Any]) -> dict[str, Any]:
+    from sts.config import Run
+
+    for name in values:
+        if name not in Run.model_fields or name == "name":
+            raise StsError(f"Setting {name!r} is not known. Valid: {', '.join(sorted(Run.model_fields))}.")
+    return values
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed and found, what is missing, and how to get it."""
+    from sts.config import available_runs
+    from sts.data import CORPORA, GENERATED, SOURCES, local_file
+    from sts.models import PACKAGED, packaged_file
+    from sts.stages import PACKAGES, results_folder
+
+    def row(ok: bool | None, what: str, detail: str) -> None:
+        print(f"  {'ok     ' if ok else 'missing' if ok is False else '-      '}  {what:<24} {detail}")
+
+    print(f"sts {sts.__version__}, Python {sys.version.split()[0]}")
+    print("Software")
+    for package in (*PACKAGES, "papermill", "jupyter-book"):
+        try:
+            row(True, package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            row(False, package, "pip install -c constraints.txt -e '.[book,test]'")
+    import torch
+
+    row(True if torch.cuda.is_available() else None, "GPU",
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"none; {torch.get_num_threads()} CPU threads")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    row(bool(browser), "browser for tests", browser or "apt-get install chromium; needed by `make test` only")
+    print("Models")
+    for name in PACKAGED:
+        try:
+            row(True, name, f"{packaged_file(name).stat().st_size / 1e6:.0f} MB")
+        except StsError as error:
+            row(False, name, str(error))
+    print("Data")
+    for name in GENERATED:
+        row(True, name, "from an installed package")
+    for name, source in SOURCES.items():
+        found = [split for split in source.splits if local_file(source.folder, split)]
+        row(True if found else None, name, ", ".join(found) if found else
+            f"hub {source.hub}" if source.hub else f"put {source.folder}/{source.splits[0]}.jsonl in STS_DATA_DIR")
+    for name in CORPORA:
+        row(True if local_file("corpus", name) else None, f"corpus {name}", "for training an SAE")
+    print("Folders")
+    row(None, "STS_DATA_DIR", os.environ.get("STS_DATA_DIR") or "not set: local data sets are not looked for")
+    row(None, "results", str(results_folder()))
+    row(None, "free disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB")
+    row(None, "runs", ", ".join(available_runs()))
+
+
+def main() -> None:
+    """Entry point: an `StsError` is one message, not a traceback."""
+    try:
+        app(_join_pairs(sys.argv[1:]))
+    except StsError as error:
+        print(f"sts: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What the pages say about their numbers: provenance boxes and tables, as HTML with all text escaped."""
+
+from __future__ import annotations
+
+import html
+import json
+
+import pandas
+
+from sts.progress import duration
+from sts.stages import OpenRun
+
+
+def show_table(frame: pandas.DataFrame, *, digits: int = 3) -> str:
+    """A frame as an HTML table that scrolls inside its own box; numbers with `digits` significant digits."""
+    def number(value: float) -> str:
+        return "" if pandas.isna(value) else f"{value:.{digits}g}"
+
+    table = frame.to_html(index=False, border=0, escape=True, float_format=number, classes="dataframe")
+    return f'<div class="sts-scroll">{table}</div>'
+
+
+def banner(run: OpenRun) -> str:
+    """One line for the top of a page: which run it shows."""
+    settings = run.settings
+    return (f'<div class="sts-run">Run <code>{html.escape(settings.name)}</code>: {html.escape(settings.description)}. '
+            f"Model <code>{html.escape(settings.model)}</code>, layer {settings.layer}, seed {settings.seed}.</div>")
+
+
+def provenance(run: OpenRun, *stages: str) -> str:
+    """A folded box: for each stage its key, data, weights, settings, software, device and time.
+
+    Args:
+        stages: names; all stages that the page asked for by default.
+    """
+    blocks = []
+    for name in stages or run.used:
+        record = run.provenance(name)
+        if not record:
+            continue
+        versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
+        rows = {
+            "key": record["key"], "settings": json.dumps(record["settings"]), "inputs": json.dumps(record["inputs"]),
+            "seed": record["seed"], "computed": f"{record['finished']} in {duration(record['seconds'])}, peak memory "
+                                                f"{record['peak_memory_mb']} MB, {record['device']}",
+            "software": f"Python {record['python']}, {versions}", "code": record["commit"] or "not under git",
+        }
+        lines = "".join(f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>"
+                        for key, value in rows.items())
+        blocks.append(f"<details><summary>{html.escape(name)}</summary><table>{lines}</table></details>")
+    return (f'<div class="sts-provenance"><p>Provenance: run <code>{html.escape(run.settings.name)}</code>, '
+            f"{len(blocks)} stages.</p>{''.join(blocks)}</div>")
+
+
+# --- sentences made from numbers ----------------------------------------------------------------------------------
+
+CORRELATION_RULE = ("A claim of positive correlation counts as *held* if the 95% bootstrap interval of Pearson's r lies "
+                    "above zero and the permutation p is below 0.05; as *reversed* if the interval lies below zero "
+                    "with p below 0.05; otherwise as *not shown*.")
+
+
+def correlation_verdict(result: dict) -> str:
+    """held, reversed, not shown or undefined, by `CORRELATION_RULE`."""
+    if "undefined" in result:
+        return "undefined"
+    interval = result["pearson_interval"]
+    if result["p"] < 0.05 and interval["low"] > 0:
+        return "held"
+    if result["p"] < 0.05 and interval["high"] < 0:
+        return "reversed"
+    return "not shown"
+
+
+def correlation_table(correlations: list[dict]) -> pandas.DataFrame:
+    """One row per measure, variant and score: n, r with interval, p, Spearman, R2, leave-one-out range, verdict."""
+    rows = []
+    for result in correlations:
+        row = {"shift measured in": result["measure"], "variant": result["variant"], "score": result["score"]}
+        if "undefined" in result:
+            rows.append(row | {"verdict": "undefined"})
+            continue
+        interval, one_out = result["pearson_interval"], result["leave_one_out"]
+        rows.append(row | {
+            "n": result["n"], "Pearson r": f"{result['pearson']:.2f}",
+            "95% interval": f"{interval['low']:.2f} to {interval['high']:.2f}", "p": f"{result['p']:.3f}",
+            "Spearman": f"{result['spearman']:.2f}", "R²": f"{result['r_squared']:.2f}",
+            "r without one domain": f"{one_out['low']:.2f} to {one_out['high']:.2f}" if one_out else "",
+            "verdict": correlation_verdict(result)})
+    return pandas.DataFrame(rows).fillna("")
+
+
+def quality_table(quality: dict) -> pandas.DataFrame:
+    """SAE quality as a table: one row per measure, one column per SAE."""
+    labels = {"run": "the run's SAE", "small": "the small one, trained here"}
+    columns = {}
+    for name, one in quality.items():
+        splice = one["splice"]
+        columns[labels[name]] = {
+            "latents": f"{one['latents']:,}", "L0 (active latents a token)": f"{one['l0']:.1f}",
+            "fraction of variance explained": f"{one['fraction_of_variance_explained']:.3f}",
+            f"latents silent on these {one['tokens']:,} tokens": f"{one['dead'] / one['latents']:.1%}",
+            "loss, model as it is (nats a token)": f"{splice['clean']:.3f}",
+            "loss, reconstruction spliced in": f"{splice['spliced']:.3f}",
+            "loss, activation set to its mean": f"{splice['mean_ablated']:.3f}",
+            "share of that damage avoided": f"{splice['recovered']:.1%}",
+        }
+    frame = pandas.DataFrame(columns)
+    return frame.rename_axis("measured on held-out text").reset_index()
+
+
+def variant_table(scores: pandas.DataFrame) -> pandas.DataFrame:
+    """Scores of both variants side by side with their ranks (1 is the highest), by domain."""
+    wide = scores.pivot(index="domain", columns="variant", values=["sts_act", "sts_icl"])
+    frame = pandas.DataFrame(index=wide.index)
+    for score, label in (("sts_act", "STS_act"), ("sts_icl", "STS_ICL")):
+        for variant in ("paper", "official_code"):
+            values = wide[score, variant]
+            frame[f"{label}, {variant}"] = values
+            frame[f"rank ({label}, {variant})"] = values.rank(ascending=False).astype(int)
+    return frame.sort_values("rank (STS_ICL, paper)").reset_index()
+
+
+def variant_sentence(run: OpenRun) -> str:
+    """How far the two variants agree, in words and numbers."""
+    agreed, scores = run.get("variant_overlap"), run.get("scores")
+    wide = scores.pivot(index="domain", columns="variant", values=["sts_act", "sts_icl"])
+    chance = agreed["top_n"] ** 2 / agreed["latents"]
+    ranks = {score: wide[score]["paper"].rank().corr(wide[score]["official_code"].rank())
+             for score in ("sts_act", "sts_icl")}
+    return (f"The two variants agree on {agreed['overlap']} of {agreed['top_n']} shifted latents (by chance: "
+            f"{chance:.1f}). The rank correlation between them over {len(wide)} domains is {ranks['sts_act']:.2f} for "
+            f"STS_act and {ranks['sts_icl']:.2f} for STS_ICL.")
+
+
+def sft_sentence(log: dict) -> str:
+    """What fine-tuning did to the held-out loss of its own domain; says so if it learned nothing."""
+    before, after = log["held_out_before"], log["held_out_after"]
+    fall = (before - after) / before
+    sentence = (f"{log['train']} training examples, {log['steps']} steps, {log['trained_parameters']:,} trained parameters. The "
+                f"loss on {log['held_out']} held-out problems goes from {before:.3f} to {after:.3f} nats a token "
+                f"({-fall:+.0%}).")
+    if fall < 0.1:
+        sentence += " **That is less than a tenth: this run hardly learned, and nothing below should be read as a test.**"
+    return sentence
+
+
+def shift_table(shifts: pandas.DataFrame) -> pandas.DataFrame:
+    """Change with interval, one row a domain, one column a measure, with the number of questions."""
+    names = {"bits": "bits per character", "p_right": "p(right option), points", "accuracy": "accuracy, points"}
+    frame = pandas.DataFrame({"domain": sorted(shifts["domain"].unique())}).set_index("domain")
+    counts = shifts.groupby("domain")["n"].max()
+    frame["questions"] = counts
+    for measure, label in names.items():
+        own = shifts[shifts["measure"] == measure].set_index("domain")
+        frame[label] = [f"{own.loc[d, 'shift']:+.2f} ({own.loc[d, 'low']:+.2f} to {own.loc[d, 'high']:+.2f})"
+                        if d in own.index else "" for d in frame.index]
+    return frame.reset_index()
+
+
+def _find(run: OpenRun, measure: str, score: str, variant: str = "paper") -> dict:
+    return next(row for row in run.get("correlations")
+                if (row["measure"], row["variant"], row["score"]) == (measure, variant, score))
+
+
+def _said(result: dict) -> str:
+    if "undefined" in result:
+        return "undefined, since no domain differs from another"
+    interval = result["pearson_interval"]
+    return (f"r = {result['pearson']:.2f} (95% interval {interval['low']:.2f} to {interval['high']:.2f}, permutation "
+            f"p = {result['p']:.3f}, n = {result['n']} domains): **{correlation_verdict(result)}**")
+
+
+def forecast_summary(run: OpenRun) -> str:
+    """The chapter's first paragraph: whether the paper's central claim held in this run."""
+    bits = {score: _find(run, "bits", score) for score in ("sts_act", "sts_icl")}
+    accuracy = {score: _find(run, "accuracy", score) for score in ("sts_act", "sts_icl")}
+    settings = run.settings
+    return (
+        f"**The answer of this run.** The paper claims that the score correlates with the absolute change of a domain. On "
+        f"`{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on `{settings.domain_data}`:\n\n"
+        f"- change in bits per character: STS_act {_said(bits['sts_act'])}; STS_ICL {_said(bits['sts_icl'])}.\n"
+        f"- change in accuracy, the paper's measure: STS_act {_said(accuracy['sts_act'])}; STS_ICL "
+        f"{_said(accuracy['sts_icl'])}.\n\n"
+        f"{CORRELATION_RULE} Seed {settings.seed}, one training run. For comparison, the paper reports 0.60 to 0.90 on "
+        "eight selected domains of three models of 7 to 9 billion parameters.")
+
+
+def forecast_conclusion(run: OpenRun) -> str:
+    """What the scatter shows, how sure we are, and what this design could have seen at all."""
+    from sts.stats import smallest_detectable_correlation
+
+    shifts = run.get("domain_shift")
+    domains = shifts["domain"].nunique()
+    lines = []
+    for measure, label in (("bits", "bits per character"), ("p_right", "probability of the right option"),
+                           ("accuracy", "accuracy")):
+        own = shifts[shifts["measure"] == measure]
+        if own.empty:
+            continue
+        clear = ((own["low"] > 0) | (own["high"] < 0)).sum()
+        up = (own["shift"] > 0).sum()
+        lines.append(f"- {label}: {clear} of {len(own)} domains moved by more than their interval's noise; {up} went up, "
+                     f"{(own['shift'] < 0).sum()} down. STS_ICL against the absolute change: "
+                     f"{_said(_find(run, measure, 'sts_icl'))}.")
+    detectable = smallest_detectable_correlation(domains)
+    lines.append(f"- With {domains} domains, only a correlation of about {detectable:.2f} or more would be found in four runs of "
+                 "five at the 5% level. A result of *not shown* is therefore weak evidence against the claim, and "
+                 f"the smallest domain has {int(shifts['n'].min())} questions.")
+    return "\n".join(lines)

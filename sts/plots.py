@@ -1,0 +1,128 @@
+"""Figures of the chapters. Each function takes stage results and returns a matplotlib figure.
+
+Legible at phone width: at most 7 inches wide, text of 9 points or more, colours of Okabe and Ito that colour-blind
+readers can tell apart, and no meaning carried by colour alone.
+"""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy
+import pandas
+import seaborn
+import torch
+from matplotlib.figure import Figure
+
+from sts.evaluate import MEASURES
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+SCORE_LABELS = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
+VARIANT_LABELS = {"paper": "paper's formulas", "official_code": "official code"}
+
+
+def _theme() -> None:
+    seaborn.set_theme(style="whitegrid", rc={"font.size": 9, "axes.labelsize": 10, "axes.titlesize": 10,
+                                             "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9,
+                                             "figure.dpi": 110, "savefig.bbox": "tight"})
+
+
+def _finished(figure: Figure) -> Figure:
+    plt.close(figure)  # the notebook shows what a function returns; left open, the figure would be shown twice
+    return figure
+
+
+def training_curve(curve: list[dict]) -> Figure:
+    """Loss and explained variance of an SAE against training samples seen."""
+    _theme()
+    frame = pandas.DataFrame(curve)
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
+    axes[0].plot(frame["samples"], frame["loss"], color=BLUE)
+    axes[0].set(xlabel="training samples", ylabel="squared error (scaled units)", yscale="log")
+    axes[1].plot(frame["samples"], frame["explained_variance"], color=GREEN)
+    axes[1].set(xlabel="training samples", ylabel="variance explained in the batch", ylim=(None, 1))
+    for axis in axes:
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    return _finished(figure)
+
+
+def sft_curve(log: dict) -> Figure:
+    """Training loss by step, with the held-out loss before and after as horizontal lines."""
+    _theme()
+    frame = pandas.DataFrame(log["curve"])
+    figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
+    axis.plot(frame["step"], frame["loss"], color=BLUE, marker=".", label="training batch")
+    axis.axhline(log["held_out_before"], color=GREY, linestyle="--", label="held out, before")
+    axis.axhline(log["held_out_after"], color=ORANGE, linestyle="-.", label="held out, after")
+    axis.set(xlabel="optimiser step", ylabel="loss (nats per solution token)")
+    axis.legend()
+    return _finished(figure)
+
+
+def shift_concentration(shares: torch.Tensor, top_n: int) -> Figure:
+    """Cumulative share of squared change against the number of latents, most shifted first."""
+    _theme()
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    count = numpy.arange(1, len(shares) + 1)
+    axis.plot(count, shares.numpy(), color=BLUE, label="most shifted first")
+    axis.plot(count, count / len(shares), color=GREY, linestyle="--", label="if all latents changed alike")
+    axis.axvline(top_n, color=ORANGE, linestyle=":", label=f"N = {top_n}")
+    axis.set(xlabel="number of latents", ylabel="share of total squared change", xscale="log", ylim=(0, 1))
+    axis.legend(loc="upper left")
+    return _finished(figure)
+
+
+def domain_scores(scores: pandas.DataFrame) -> Figure:
+    """Both scores of every domain, one panel a score, sorted by STS_ICL (paper's variant)."""
+    _theme()
+    own = scores[scores["variant"] == "paper"].sort_values("sts_icl")
+    figure, axes = plt.subplots(1, 2, figsize=(7, 4), sharey=True, layout="constrained")
+    for axis, score, unit in zip(axes, SCORE_LABELS, ("activation", "squared activation"), strict=True):
+        axis.hlines(own["domain"], 0, own[score], color=GREY, linewidth=1)
+        axis.plot(own[score], own["domain"], "o", color=BLUE)
+        axis.set(xlabel=f"{SCORE_LABELS[score]} ({unit})", xlim=(0, None))
+    return _finished(figure)
+
+
+def domain_shifts(shifts: pandas.DataFrame, measure: str) -> Figure:
+    """Signed change by domain with its 95% interval; hollow where the interval includes zero."""
+    _theme()
+    own = shifts[shifts["measure"] == measure].sort_values("shift")
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for row in own.itertuples():
+        clear = row.low > 0 or row.high < 0
+        axis.plot([row.low, row.high], [row.domain] * 2, color=GREY, linewidth=1.2)
+        axis.plot(row.shift, row.domain, "o", color=BLUE, markerfacecolor=BLUE if clear else "white")
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set(xlabel=f"change in {MEASURES[measure]}")
+    return _finished(figure)
+
+
+def score_scatter(scores: pandas.DataFrame, shifts: pandas.DataFrame, correlations: list[dict], measure: str,
+                  variant: str = "paper") -> Figure:
+    """Absolute shift against score, one panel a score, with least-squares line and interval of each shift.
+
+    Hollow points: the interval of the domain's shift includes zero.
+    """
+    _theme()
+    own = scores[scores["variant"] == variant].set_index("domain")
+    actual = shifts[shifts["measure"] == measure].set_index("domain")
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.8), sharey=True, layout="constrained")
+    for axis, score in zip(axes, SCORE_LABELS, strict=True):
+        result = next(row for row in correlations if (row["measure"], row["variant"], row["score"])
+                      == (measure, variant, score))
+        for domain, row in actual.iterrows():
+            x, y = own.loc[domain, score], abs(row["shift"])
+            clear = row["low"] > 0 or row["high"] < 0
+            reach = sorted((abs(row["low"]), abs(row["high"])))
+            axis.plot([x, x], [reach[0] if clear else 0, reach[1]], color=GREY, linewidth=0.8, alpha=0.6)
+            axis.plot(x, y, "o", color=BLUE, markerfacecolor=BLUE if clear else "white")
+            axis.annotate(domain, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
+        if "undefined" in result:
+            axis.set_title("correlation undefined")
+        else:
+            ends = numpy.array([own[score].min(), own[score].max()])
+            axis.plot(ends, result["line"]["intercept"] + result["line"]["slope"] * ends, color=ORANGE)
+            axis.set_title(f"r = {result['pearson']:.2f}, p = {result['p']:.3f}, n = {result['n']}")
+        axis.set(xlabel=f"{SCORE_LABELS[score]} ({VARIANT_LABELS[variant]})")
+    axes[0].set(ylabel=f"absolute change in\n{MEASURES[measure]}")
+    return _finished(figure)

@@ -1,0 +1,151 @@
+"""The smoke book, from notebooks to a browser: every chapter runs, the strict build is clean, pages work."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from sts.book import CHAPTERS, build_book, chapter_source, run_chapter
+from sts.config import ROOT, load_run
+from sts.errors import StsError
+from sts.stages import results_folder
+
+
+@pytest.fixture(scope="module")
+def book():
+    return build_book("smoke")
+
+
+def text_of(notebook) -> str:
+    return "\n".join(
+        str(output.get("text", "")) + "".join(str(part) for part in output.get("data", {}).values())
+        for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
+
+
+def test_every_chapter_is_executed_to_its_end_without_errors_or_chatter(book):
+    for chapter in CHAPTERS:
+        notebook = nbformat.read(results_folder() / "smoke" / "notebooks" / f"{chapter}.ipynb", 4)
+        outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+        assert outputs
+        assert not [output for output in outputs if output.output_type == "error"]
+        # Anything on stderr is a library's warning or a progress bar: neither belongs on a page.
+        assert not [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+        assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_numbers_on_the_page_are_the_stages_numbers(book):
+    import sts
+
+    run = sts.open_run("smoke")
+    page = text_of(nbformat.read(results_folder() / "smoke" / "notebooks" / "transferability_score.ipynb", 4))
+    log = json.loads((run.get("sft") / "training.json").read_text())
+    assert f"from {log['held_out_before']:.3f} to {log['held_out_after']:.3f}" in page
+    agreed = run.get("variant_overlap")
+    assert f"agree on {agreed['overlap']} of {agreed['top_n']} shifted latents" in page
+    assert run.key("shift") in page  # provenance names the very stage
+
+
+def test_another_parameter_recomputes_only_what_depends_on_it(book):
+    stages = results_folder() / "smoke" / "stages"
+    before = {path.name: path.stat().st_mtime_ns for path in stages.iterdir()}
+    run_chapter("transferability_score", "smoke", {"top_n": 7})
+    after = {path.name: path.stat().st_mtime_ns for path in stages.iterdir()}
+    assert all(after[name] == before[name] for name in before)
+    new = {name.split("-")[0] for name in set(after) - set(before) if name != "unfinished"}
+    assert new == {"scores", "variant_overlap", "correlations"}
+
+
+def test_a_failing_chapter_is_one_error_and_keeps_finished_stages(book):
+    finished = set((results_folder() / "smoke" / "stages").iterdir())
+    with pytest.raises(StsError, match="(?s)cell .*The 4000 most shifted latents.*stay stored"):
+        run_chapter("transferability_score", "smoke", {"top_n": 4000})
+    assert finished <= set((results_folder() / "smoke" / "stages").iterdir())
+
+
+def test_sources_are_stripped_of_outputs():
+    for chapter in CHAPTERS:
+        notebook = nbformat.read(chapter_source(chapter), 4)
+        assert all(not cell.outputs and cell.execution_count is None
+                   for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_parameters_declared_by_notebooks_default_to_the_runs_own():
+    import papermill
+
+    for chapter in CHAPTERS[:2]:
+        for name, item in papermill.inspect_notebook(str(chapter_source(chapter))).items():
+            assert item["default"] == ('"laptop"' if name == "run" else "None")
+            assert name == "run" or name in type(load_run("laptop")).model_fields
+
+
+def test_importing_sts_is_quick_because_heavy_libraries_wait():
+    code = ("import sys, sts, sts.config, sts.stages; "
+            "print([name for name in ('sae_lens', 'trl', 'lm_eval', 'peft') if name in sys.modules])")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# --- in a browser -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def browser():
+    import shutil
+
+    from playwright.sync_api import sync_playwright
+
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    assert executable, "these tests need Chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        instance = playwright.chromium.launch(executable_path=executable, args=[
+            "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"])
+        yield instance
+        instance.close()
+
+
+PAGES = ["book/introduction", "book/method", "notebooks/what_an_sae_sees", "notebooks/transferability_score",
+         "notebooks/the_papers_numbers", "book/glossary", "book/teachers_guide", "book/solutions", "book/references"]
+
+
+@pytest.mark.parametrize("width", [1280, 375], ids=["desktop", "phone"])
+@pytest.mark.parametrize("page", PAGES)
+def test_page_works_offline_at_this_width(book, browser, page, width):
+    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+    tab = context.new_page()
+    failed = []
+    tab.on("requestfailed", lambda request: failed.append(request.url))
+    tab.on("pageerror", lambda error: failed.append(str(error)))
+    tab.goto((book.parent / f"{page}.html").as_uri())
+    # The page itself never scrolls sideways; wide tables scroll inside their own boxes.
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width + 1
+    assert tab.locator("h1").count() == 1
+    body = tab.locator("body").inner_text()
+    assert "Traceback" not in body and "Error:" not in body
+    if page.startswith("notebooks/"):
+        images = tab.locator("article img, main img")
+        assert images.count() >= 1
+        assert all(images.nth(index).evaluate("image => image.naturalWidth > 100") for index in range(images.count()))
+        assert "Run smoke" in body.replace("\n", " ") or page.endswith("the_papers_numbers")
+    assert failed == []
+    context.close()
+
+
+def test_formulas_are_typeset_without_a_network(book, browser):
+    context = browser.new_context(offline=True)
+    tab = context.new_page()
+    tab.goto((book.parent / "book/method.html").as_uri())
+    tab.wait_for_selector("mjx-container", timeout=20_000)
+    assert tab.locator("mjx-container").count() >= 5
+    assert tab.locator("mjx-merror").count() == 0
+    context.close()
+
+
+def test_a_glossary_term_leads_to_its_definition(book, browser):
+    context = browser.new_context(offline=True)
+    tab = context.new_page()
+    tab.goto((book.parent / "notebooks/transferability_score.html").as_uri())
+    tab.locator("a[href*='glossary.html#term']").first.click()
+    assert "glossary" in tab.url
+    assert tab.locator("dt:target").count() == 1
+    context.close()

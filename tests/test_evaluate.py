@@ -1,0 +1,104 @@
+"""Log-likelihoods and domain shifts against independent computations."""
+
+import math
+
+import numpy
+import pandas
+import pytest
+import torch
+
+from sts.data import Example
+from sts.errors import StsError
+from sts.evaluate import domain_shifts, evaluate, item_measures
+
+EXAMPLES = [
+    Example(f"item-{i}", domain, f"Which number is the largest in case {i}?", options, answer, options[answer],
+            "We compare them one by one.")
+    for i, (domain, options, answer) in enumerate([
+        ("math", ("two", "nine", "four"), 1), ("law", ("a court", "a field", "a tree", "a song"), 0),
+        ("math", ("10", "11"), 1), ("law", ("yes", "no", "perhaps"), 2)])
+]
+EXAMPLES.append(Example("open", "math", "What is 5 plus 6?", (), -1, "11", "5 + 6 = 11\n#### 11"))
+
+
+def log_probability(lm, context: str, target: str) -> float:
+    """Sum of log-probabilities of the target's tokens, by the model's own forward pass, one text at a time."""
+    whole = lm.tokenizer(context + target, add_special_tokens=False)["input_ids"]
+    start = len(lm.tokenizer(context, add_special_tokens=False)["input_ids"])
+    with torch.no_grad():
+        log_p = lm.model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    return sum(log_p[position - 1, whole[position]].item() for position in range(start, len(whole)))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_loglikelihoods_agree_with_the_models_own_forward_pass(lm_of, tmp_path, family, batch):
+    lm = lm_of(family)
+    rows = evaluate(lm, EXAMPLES, batch=batch, folder=tmp_path)
+    assert len(rows) == (3 + 4 + 2 + 3) + 5
+    for example in EXAMPLES:
+        prompt = lm.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "\n".join(
+                [example.question, *(f"({'ABCD'[i]}) {text}" for i, text in enumerate(example.options))])}],
+            tokenize=False, add_generation_prompt=True)
+        own = rows[rows["example_id"] == example.example_id]
+        for row in own.itertuples():
+            if row.kind == "letter":
+                expected = log_probability(lm, prompt + "The answer is", f" {'ABCD'[row.option]}")
+                assert row.is_right == (row.option == example.answer_index)
+            else:
+                target = (f"We compare them one by one. The answer is ({'ABCD'[example.answer_index]}) {example.answer}."
+                          if example.options else example.solution)
+                expected = log_probability(lm, prompt, target)
+                assert row.characters == len(target)
+            assert row.loglikelihood == pytest.approx(expected, abs=2e-3)
+
+
+def frame(values):
+    """(example, domain, kind, option, loglikelihood, characters, is_right) rows as evaluate returns them."""
+    return pandas.DataFrame(values, columns=["example_id", "domain", "kind", "option", "loglikelihood", "characters",
+                                             "is_right"])
+
+
+def test_measures_by_hand():
+    rows = frame([
+        ("a", "law", "letter", 0, math.log(0.2), 2, False), ("a", "law", "letter", 1, math.log(0.3), 2, True),
+        ("a", "law", "solution", -1, -20 * math.log(2), 10, True),
+        ("b", "law", "letter", 0, math.log(0.1), 2, True), ("b", "law", "letter", 1, math.log(0.4), 2, False),
+        ("b", "law", "solution", -1, -3 * math.log(2), 6, True)])
+    items = item_measures(rows)
+    assert items["p_right"].to_dict() == pytest.approx({"a": 60.0, "b": 20.0})
+    assert items["accuracy"].to_dict() == {"a": 100.0, "b": 0.0}
+    assert items["bits"].to_dict() == pytest.approx({"a": 2.0, "b": 0.5})
+
+
+def test_domain_shift_is_the_paired_mean_change_with_its_sign():
+    generator = numpy.random.default_rng(0)
+    before, after = [], []
+    for index in range(40):
+        domain = "law" if index % 2 else "math"
+        bits = generator.normal(30, 5)
+        change = -4 if domain == "math" else 0
+        before.append((f"i{index}", domain, "solution", -1, -bits * math.log(2), 10, True))
+        after.append((f"i{index}", domain, "solution", -1,
+                      -(bits + change + generator.normal(0, 1)) * math.log(2), 10, True))
+    shifts = domain_shifts(frame(before), frame(list(reversed(after)))).set_index("domain")
+    assert list(shifts["measure"].unique()) == ["bits"]  # nothing has options, so there is no accuracy to report
+    assert shifts.loc["math", "shift"] == pytest.approx(-0.4, abs=0.06)
+    assert shifts.loc["math", "high"] < 0 < shifts.loc["law", "high"]
+    assert shifts.loc["law", "low"] < 0
+    assert (shifts["n"] == 20).all()
+    assert shifts.loc["math", "shift"] == pytest.approx(shifts.loc["math", "after"] - shifts.loc["math", "before"])
+
+
+def test_different_items_before_and_after_are_an_error():
+    one = frame([("a", "law", "solution", -1, -1.0, 5, True)])
+    other = frame([("b", "law", "solution", -1, -1.0, 5, True)])
+    with pytest.raises(StsError, match="same examples"):
+        domain_shifts(one, other)
+
+
+def test_an_item_longer_than_the_context_is_named(lm_of, tmp_path):
+    long = Example("very-long", "law", "word " * 9000, ("yes", "no"), 0, "yes", "It is so.")
+    with pytest.raises(StsError, match="very-long needs .* tokens; the model's context is 8192"):
+        evaluate(lm_of("llama"), [long], folder=tmp_path)

@@ -1,0 +1,179 @@
+"""Training, saving, loading and judging SAEs."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sts import saes
+from sts.config import ROOT
+from sts.errors import StsError
+
+PIECES = [[(7 * i + 3 * j) % 300 for j in range(20 + i % 17)] for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def activations(lm_of, tmp_path_factory):
+    return saes.collect_activations(lm_of("llama"), 0, PIECES, tmp_path_factory.mktemp("activations"),
+                                    tokens_per_batch=200, pieces_per_shard=25)
+
+
+@pytest.fixture(scope="module")
+def trained(activations, tmp_path_factory):
+    sae, curve = saes.train_sae(activations, saes.SaeTraining(d_sae=96, k=12, samples=60_000, batch=512, lr=3e-3),
+                                model_name="tiny", layer=0, log_every=10)
+    folder = tmp_path_factory.mktemp("sae")
+    saes.save_sae(sae, folder)
+    return folder, curve, sae
+
+
+def test_activations_are_the_models_hidden_states_without_first_positions(lm_of, activations):
+    lm, seen = lm_of("llama"), 0
+    for path in saes.shard_paths(activations):
+        shard = load_file(path)
+        for row in range(0, len(shard["piece_T"]), 37):
+            piece, position = shard["piece_T"][row].item(), shard["position_T"][row].item()
+            assert position > 0
+            with torch.no_grad():
+                states = lm.model(torch.tensor([PIECES[piece]]), output_hidden_states=True).hidden_states
+            # Stored in bf16: eight bits of mantissa.
+            torch.testing.assert_close(shard["activations_TD"][row].float(), states[1][0, position], rtol=1e-2, atol=1e-2)
+            seen += 1
+    assert seen > 20
+    assert saes.count_activations(activations) <= sum(len(piece) - 1 for piece in PIECES)
+
+
+def test_a_killed_collection_goes_on_with_the_missing_shard(lm_of, activations):
+    paths = saes.shard_paths(activations)
+    before = {path: path.stat().st_mtime_ns for path in paths}
+    content = paths[1].read_bytes()
+    paths[1].unlink()
+    saes.collect_activations(lm_of("llama"), 0, PIECES, activations, tokens_per_batch=200, pieces_per_shard=25)
+    assert paths[1].read_bytes() == content
+    assert all(path.stat().st_mtime_ns == before[path] for path in paths if path != paths[1])
+
+
+def test_training_learns(trained):
+    _, curve, _ = trained
+    assert curve[-1]["explained_variance"] > curve[0]["explained_variance"] + 0.2
+    assert curve[-1]["loss"] < curve[0]["loss"]
+
+
+def test_saved_sae_loads_in_sae_lens_and_reconstructs_as_it_did_in_training(trained, activations):
+    from sae_lens import SAE
+
+    folder, _, sae = trained
+    loaded = SAE.load_from_disk(str(folder))
+    x_TD = load_file(saes.shard_paths(activations)[0])["activations_TD"][:50].float()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x_TD), sae(x_TD), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(loaded.W_dec.norm(dim=-1), torch.ones(96), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_halves_the_file_and_changes_little(trained, activations, tmp_path):
+    folder, _, sae = trained
+    saes.save_sae(sae, tmp_path, dtype=torch.bfloat16)
+    small, large = (path / "sae_weights.safetensors" for path in (tmp_path, folder))
+    assert small.stat().st_size < 0.55 * large.stat().st_size
+    one, _ = saes.load_sae(str(tmp_path))
+    other, _ = saes.load_sae(str(folder))
+    a, b = (saes.reconstruction_quality(x, activations)["fraction_of_variance_explained"] for x in (one, other))
+    assert a == pytest.approx(b, abs=0.02)
+
+
+def test_folding_decoder_norms_keeps_the_reconstruction(activations):
+    from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+
+    torch.manual_seed(0)
+    sae = StandardSAE(StandardSAEConfig(d_in=64, d_sae=128))
+    sae.W_dec.data *= torch.rand(128, 1) + 0.5
+    x_TD = load_file(saes.shard_paths(activations)[0])["activations_TD"][:20].float()
+    with torch.no_grad():
+        before, latents = sae(x_TD), sae.encode(x_TD)
+        norms = sae.W_dec.norm(dim=-1)
+        saes.fold_decoder_norms(sae)
+        torch.testing.assert_close(sae(x_TD), before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sae.encode(x_TD), latents * norms, rtol=1e-4, atol=1e-4)
+
+
+def test_quality_by_a_naive_formula(trained, activations):
+    folder, _, _ = trained
+    sae, _ = saes.load_sae(str(folder))
+    quality = saes.reconstruction_quality(sae, activations)
+    x = torch.cat([load_file(path)["activations_TD"] for path in saes.shard_paths(activations)]).double()
+    with torch.no_grad():
+        latents = sae.encode(x.float())
+        x_hat = sae.decode(latents).double()
+    explained = 1 - ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert quality["fraction_of_variance_explained"] == pytest.approx(explained.item(), abs=1e-5)
+    assert quality["l0"] == pytest.approx((latents > 0).sum(1).double().mean().item())
+    assert quality["dead"] == int(((latents > 0).sum(0) == 0).sum())
+    assert quality["tokens"] == len(x)
+
+
+def test_splicing_the_identity_changes_nothing_and_the_mean_does_harm(lm_of):
+    lm = lm_of("llama")
+
+    class Identity:
+        dtype = torch.float32
+        b_dec = torch.zeros(64)
+
+        def __call__(self, x_TD):
+            return x_TD
+
+    result = saes.spliced_loss(lm, Identity(), 0, PIECES, tokens=300, tokens_per_batch=100)
+    assert result["spliced"] == pytest.approx(result["clean"], abs=1e-6)
+    assert result["recovered"] == pytest.approx(1.0, abs=1e-4)
+    assert result["mean_ablated"] != pytest.approx(result["clean"], abs=1e-3)
+    # Independent: transformers' own loss, piece by piece.
+    total, count = 0.0, 0
+    for piece in PIECES:
+        if count >= 300:
+            break
+        ids = torch.tensor([piece])
+        with torch.no_grad():
+            total += lm.model(ids, labels=ids).loss.item() * (len(piece) - 1)
+        count += len(piece) - 1
+    assert result["tokens"] == count
+    assert result["clean"] == pytest.approx(total / count, rel=1e-5)
+    assert not lm.model.model.layers[0]._forward_hooks
+
+
+def test_errors_say_what_would_work(lm_of, trained, tmp_path):
+    folder, _, _ = trained
+    with pytest.raises(StsError, match="cfg.json"):
+        saes.load_sae("no_such_folder")
+    with pytest.raises(StsError, match="registry.*without a network"):
+        saes.load_sae("no-such-release/layer_1")
+    wide, _ = saes.load_sae(str(folder))
+    wide.cfg.d_in = 576
+    with pytest.raises(StsError, match="width 576; model .* has width 64"):
+        saes.check_fits(wide, lm_of("llama"), 0)
+    with pytest.raises(StsError, match="Layer 9 .* 0 to 1"):
+        saes.check_fits(wide, lm_of("llama"), 9)
+    with pytest.raises(StsError, match="No activations"):
+        saes.train_sae(tmp_path, saes.SaeTraining(8, 2, 100), model_name="x", layer=0)
+
+
+def test_token_chunks_respect_context_and_budget():
+    pieces = saes.token_chunks(iter([list(range(1000)), list(range(50))]), context=300, limit=640)
+    assert [len(piece) for piece in pieces] == [300, 300, 40]
+    assert pieces[1][0] == 300
+
+
+def test_the_committed_sae_is_what_its_card_says():
+    folder = ROOT / "data" / "sae" / "smollm2-135m-instruct-layer22-topk32-4608"
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(str(folder))
+    card = json.loads((folder / "training.json").read_text())
+    assert (sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.k) == (576, 8 * 576, 32)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 12e6
+    assert card["tokens"] >= 2_000_000
+    held_out = card["held_out"]
+    assert held_out["fraction_of_variance_explained"] >= 0.80
+    assert held_out["dead"] <= 0.10 * held_out["latents"]
+    assert math.isfinite(held_out["splice"]["spliced"])
+    assert all(torch.isfinite(tensor).all() for tensor in sae.state_dict().values())
