@@ -115,7 +115,8 @@ def build_book(run: str = "laptop") -> Path:
     log = source.parent / "book-build.log"
     log.write_text(result.stdout + result.stderr, encoding="utf-8")
     if result.returncode:
-        problems = [line for line in log.read_text(encoding="utf-8").splitlines() if "WARNING" in line or "ERROR" in line]
+        lines = log.read_text(encoding="utf-8").splitlines()
+        problems = [line for line in lines if "WARNING" in line or "ERROR" in line]
         raise StsError(f"Jupyter Book stopped ({len(problems)} problems; all in {log}):\n" + "\n".join(problems[:10]))
     target = ROOT / "book" / "_build" / settings.name
     shutil.rmtree(target, ignore_errors=True)

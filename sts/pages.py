@@ -23,8 +23,9 @@ def show_table(frame: pandas.DataFrame, *, digits: int = 3) -> str:
 def banner(run: OpenRun) -> str:
     """One line for the top of a page: which run it shows."""
     settings = run.settings
-    return (f'<div class="sts-run">Run <code>{html.escape(settings.name)}</code>: {html.escape(settings.description)}. '
-            f"Model <code>{html.escape(settings.model)}</code>, layer {settings.layer}, seed {settings.seed}.</div>")
+    return (f'<div class="sts-run">Run <code>{html.escape(settings.name)}</code>: '
+            f"{html.escape(settings.description)}. Model <code>{html.escape(settings.model)}</code>, layer "
+            f"{settings.layer}, seed {settings.seed}.</div>")
 
 
 def provenance(run: OpenRun, *stages: str) -> str:
@@ -54,9 +55,9 @@ def provenance(run: OpenRun, *stages: str) -> str:
 
 # --- sentences made from numbers ----------------------------------------------------------------------------------
 
-CORRELATION_RULE = ("A claim of positive correlation counts as *held* if the 95% bootstrap interval of Pearson's r lies "
-                    "above zero and the permutation p is below 0.05; as *reversed* if the interval lies below zero "
-                    "with p below 0.05; otherwise as *not shown*.")
+CORRELATION_RULE = ("A claim of positive correlation counts as *held* if the 95% bootstrap interval of Pearson's r "
+                    "lies above zero and the permutation p is below 0.05; as *reversed* if the interval lies below "
+                    "zero with p below 0.05; otherwise as *not shown*.")
 
 
 def correlation_verdict(result: dict) -> str:
@@ -136,11 +137,13 @@ def sft_sentence(log: dict) -> str:
     """What fine-tuning did to the held-out loss of its own domain; says so if it learned nothing."""
     before, after = log["held_out_before"], log["held_out_after"]
     fall = (before - after) / before
-    sentence = (f"{log['train']} training examples, {log['steps']} steps, {log['trained_parameters']:,} trained parameters. The "
-                f"loss on {log['held_out']} held-out problems goes from {before:.3f} to {after:.3f} nats a token "
+    sentence = (f"{log['train']} training examples, {log['steps']} steps, {log['trained_parameters']:,} trained "
+                f"parameters. The loss on {log['held_out']} held-out problems goes from {before:.3f} to {after:.3f} "
+                f"nats a token "
                 f"({-fall:+.0%}).")
     if fall < 0.1:
-        sentence += " **That is less than a tenth: this run hardly learned, and nothing below should be read as a test.**"
+        sentence += (" **That is less than a tenth: this run hardly learned, and nothing below should be read as a "
+                     "test.**")
     return sentence
 
 
@@ -176,8 +179,8 @@ def forecast_summary(run: OpenRun) -> str:
     accuracy = {score: _find(run, "accuracy", score) for score in ("sts_act", "sts_icl")}
     settings = run.settings
     return (
-        f"**The answer of this run.** The paper claims that the score correlates with the absolute change of a domain. On "
-        f"`{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on `{settings.domain_data}`:\n\n"
+        "**The answer of this run.** The paper claims that the score correlates with the absolute change of a domain. "
+        f"On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on `{settings.domain_data}`:\n\n"
         f"- change in bits per character: STS_act {_said(bits['sts_act'])}; STS_ICL {_said(bits['sts_icl'])}.\n"
         f"- change in accuracy, the paper's measure: STS_act {_said(accuracy['sts_act'])}; STS_ICL "
         f"{_said(accuracy['sts_icl'])}.\n\n"
@@ -199,11 +202,25 @@ def forecast_conclusion(run: OpenRun) -> str:
             continue
         clear = ((own["low"] > 0) | (own["high"] < 0)).sum()
         up = (own["shift"] > 0).sum()
-        lines.append(f"- {label}: {clear} of {len(own)} domains moved by more than their interval's noise; {up} went up, "
-                     f"{(own['shift'] < 0).sum()} down. STS_ICL against the absolute change: "
+        lines.append(f"- {label}: {clear} of {len(own)} domains moved by more than their interval's noise; {up} went "
+                     f"up, {(own['shift'] < 0).sum()} down. STS_ICL against the absolute change: "
                      f"{_said(_find(run, measure, 'sts_icl'))}.")
     detectable = smallest_detectable_correlation(domains)
-    lines.append(f"- With {domains} domains, only a correlation of about {detectable:.2f} or more would be found in four runs of "
-                 "five at the 5% level. A result of *not shown* is therefore weak evidence against the claim, and "
-                 f"the smallest domain has {int(shifts['n'].min())} questions.")
+    lines.append(f"- With {domains} domains, only a correlation of about {detectable:.2f} or more would be found in "
+                 "four runs of five at the 5% level. A result of *not shown* is therefore weak evidence against the "
+                 f"claim, and the smallest domain has {int(shifts['n'].min())} questions.")
     return "\n".join(lines)
+
+
+def sae_sentence(run: OpenRun) -> str:
+    """Where the run's SAE comes from, and on how much text it was trained, if that is known."""
+    folder = run.sae_folder
+    held_out = "The table is measured on the fifth of this page's texts that the small SAE was not trained on."
+    record = folder / "training.json" if folder else None
+    if record is None or not record.is_file():
+        return f"The run's SAE is the public one named `{run.settings.sae}`. {held_out}"
+    training = json.loads(record.read_text(encoding="utf-8"))
+    own = "was trained within this run" if run.settings.sae == "train" else (
+        f"lies in `{run.settings.sae}` and was trained before")
+    sources = ", ".join(f"{name} {tokens:,}" for name, tokens in training["text"].items())
+    return f"The run's SAE {own}, on {training['tokens']:,} tokens of text ({sources}). {held_out}"

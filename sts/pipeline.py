@@ -39,7 +39,8 @@ def sae_documents(run: OpenRun, name: str) -> list[str]:
     base, _, split = name.partition(":")
     if base in CORPORA or base.endswith((".txt", ".jsonl")):
         # Books are cut, so that the tokens asked for come from many of them.
-        return [text[start:start + 20_000].strip() for text in load_texts(base) for start in range(0, len(text), 20_000)]
+        return [text[start:start + 20_000].strip() for text in load_texts(base)
+                for start in range(0, len(text), 20_000)]
     limit = max(1, run.settings.sae_text[name] // 50) if base == "gsm_symbolic" else 0
     return [chat_text(run, example) for example in load_examples(base, split=split, limit=limit)]
 
@@ -76,8 +77,8 @@ def sae(run: OpenRun, report) -> Path:
                                          lr=settings.sae_lr, seed=settings.seed),
         model_name=settings.model, layer=settings.layer, device=run.device,
         report=lambda fraction, row: report(0.5 + 0.5 * fraction))
-    saes.save_sae(trained, work / "sae", dtype=torch.bfloat16)
-    stored, _ = saes.load_sae(str(work / "sae"), device=run.device)
+    saes.save_sae(trained, work, dtype=torch.bfloat16)
+    stored, _ = saes.load_sae(str(work), device=run.device)
     quality = saes.reconstruction_quality(stored, work / "held_out") | {
         "splice": saes.spliced_loss(run.lm, stored, settings.layer, held_out, tokens=settings.splice_tokens)}
     _write(work / "training.json", {
@@ -126,7 +127,7 @@ def small_sae(run: OpenRun, report) -> Path:
                          lr=1e-3, seed=settings.seed),
         model_name=settings.model, layer=settings.layer, device=run.device, log_every=5,
         report=lambda fraction, row: report(fraction))
-    saes.save_sae(trained, work / "sae")
+    saes.save_sae(trained, work)
     _write(work / "training.json", {"curve": curve})
     return work
 
@@ -136,7 +137,7 @@ def small_sae(run: OpenRun, report) -> Path:
 def sae_quality(run: OpenRun, report) -> dict:
     """Quality of the run's SAE and of the small one, on the same held-out texts."""
     held_out, pieces = run.get("text_activations") / "held_out", text_pieces(run, "held_out")
-    small, _ = saes.load_sae(str(run.get("small_sae") / "sae"), device=run.device)
+    small, _ = saes.load_sae(str(run.get("small_sae")), device=run.device)
     quality = {}
     for index, (name, one) in enumerate((("run", run.sae()), ("small", small))):
         quality[name] = saes.reconstruction_quality(one, held_out) | {

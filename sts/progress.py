@@ -65,7 +65,7 @@ _shown = {"at": 0.0, "width": 0}
 
 
 def show(report: dict, stream=None) -> None:
-    """Print a report: on a terminal one line that is rewritten, elsewhere a line at the start, the end and each minute."""
+    """Print a report: on a terminal one line that is rewritten, elsewhere one at start and end and each minute."""
     stream = stream or sys.__stderr__
     if stream is None:
         return

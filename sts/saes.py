@@ -55,7 +55,8 @@ def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_nor
         identity = "sha256:" + sha256_of_file(folder / "sae_weights.safetensors")[:16]
     elif folder.is_dir() or "/" not in name or name.startswith((".", "/", "~")):
         raise StsError(f"SAE {name!r} is not known. Valid: a folder with cfg.json and sae_weights.safetensors, or "
-                       "'release/sae_id' from sae-lens' registry, e.g. 'llama-3-8b-it-res-jh/blocks.25.hook_resid_post'.")
+                       "'release/sae_id' from sae-lens' registry, such as "
+                       "'llama-3-8b-it-res-jh/blocks.25.hook_resid_post'.")
     else:
         release, _, sae_id = name.partition("/")
         try:
@@ -217,6 +218,7 @@ class SaeTraining:
     seed: int = 0
     dead_after_steps: int = 200
     buffer: int = 262_144
+    autocast: bool = True  # bf16 matrix products where the hardware has them: three times as fast on a recent CPU
 
 
 def train_sae(activations: Path, settings: SaeTraining, *, model_name: str, layer: int, device: str = "cpu",
@@ -257,12 +259,20 @@ def train_sae(activations: Path, settings: SaeTraining, *, model_name: str, laye
         SAETrainerConfig(
             total_training_samples=steps * settings.batch, train_batch_size_samples=settings.batch, lr=settings.lr,
             lr_end=settings.lr / 10, lr_warm_up_steps=min(100, steps // 10), lr_decay_steps=steps // 4,
-            device=device, dead_feature_window=settings.dead_after_steps, feature_sampling_window=steps + 1,
+            device=device, autocast=settings.autocast and bf16_is_fast(device),
+            dead_feature_window=settings.dead_after_steps, feature_sampling_window=steps + 1,
             n_batches_for_norm_estimate=16, logger=LoggingConfig(log_to_wandb=False)),
         sae, provider)
     curve = _record_curve(trainer, steps, log_every, report)
     trainer.fit()
     return sae, curve
+
+
+def bf16_is_fast(device: str) -> bool:
+    """Whether bf16 matrix products run on hardware here rather than emulated."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _record_curve(trainer, steps: int, log_every: int, report: Callable[[float, dict], None]) -> list[dict]:

@@ -208,15 +208,22 @@ class OpenRun:
         return self._once("lm", self.load_model)
 
     @property
+    def sae_folder(self) -> Path | None:
+        """The folder of the run's SAE; None if it comes from sae-lens' registry."""
+        if self.settings.sae == "train":
+            return self.get("sae")
+        # Paths in a profile are relative to the repository, so that any folder can run it.
+        for folder in (ROOT / self.settings.sae, Path(self.settings.sae).expanduser()):
+            if (folder / "cfg.json").is_file():
+                return folder
+        return None
+
+    @property
     def _loaded_sae(self):
-        settings = self.settings
-        if settings.sae == "train":
-            folder = str(self.get("sae") / "sae")
-        else:
-            # Paths in a profile are relative to the repository, so that any folder can run it.
-            folder = str(ROOT / settings.sae) if (ROOT / settings.sae / "cfg.json").is_file() else settings.sae
-        return self._once(f"sae:{folder}:{settings.fold_norms}",
-                          lambda: load_sae(folder, device=self.device, fold_norms=settings.fold_norms))
+        settings, folder = self.settings, self.sae_folder
+        name = str(folder) if folder else settings.sae
+        return self._once(f"sae:{name}:{settings.fold_norms}",
+                          lambda: load_sae(name, device=self.device, fold_norms=settings.fold_norms))
 
     def sae(self):
         """The run's SAE, checked to fit the model and the layer."""

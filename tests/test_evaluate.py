@@ -47,7 +47,8 @@ def test_loglikelihoods_agree_with_the_models_own_forward_pass(lm_of, tmp_path, 
                 expected = log_probability(lm, prompt + "The answer is", f" {'ABCD'[row.option]}")
                 assert row.is_right == (row.option == example.answer_index)
             else:
-                target = (f"We compare them one by one. The answer is ({'ABCD'[example.answer_index]}) {example.answer}."
+                letter = "ABCD"[example.answer_index]
+                target = (f"We compare them one by one. The answer is ({letter}) {example.answer}."
                           if example.options else example.solution)
                 expected = log_probability(lm, prompt, target)
                 assert row.characters == len(target)

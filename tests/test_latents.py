@@ -70,7 +70,7 @@ def test_latents_are_chosen_at_even_steps_of_firing_rate():
     stats.fired_L = torch.arange(1000, dtype=torch.float64).flip(0) * 10  # latent 0 fires most
     chosen = spread_by_rate(stats, 5)
     rates = [stats.fired_L[index].item() / 100_000 for index in chosen]
-    assert rates == sorted(rates) and 0.0005 <= rates[0] and rates[-1] <= 0.05
+    assert rates == sorted(rates) and rates[0] >= 0.0005 and rates[-1] <= 0.05
     steps = [b - a for a, b in zip(rates, rates[1:], strict=False)]
     assert max(steps) - min(steps) < 0.0005
     with pytest.raises(StsError, match="only 0 fire"):

@@ -39,7 +39,8 @@ def test_activations_are_the_models_hidden_states_without_first_positions(lm_of,
             with torch.no_grad():
                 states = lm.model(torch.tensor([PIECES[piece]]), output_hidden_states=True).hidden_states
             # Stored in bf16: eight bits of mantissa.
-            torch.testing.assert_close(shard["activations_TD"][row].float(), states[1][0, position], rtol=1e-2, atol=1e-2)
+            stored_D = shard["activations_TD"][row].float()
+            torch.testing.assert_close(stored_D, states[1][0, position], rtol=1e-2, atol=1e-2)
             seen += 1
     assert seen > 20
     assert saes.count_activations(activations) <= sum(len(piece) - 1 for piece in PIECES)

@@ -1,0 +1,52 @@
+"""Fixtures shared by all tests: tiny models, no network, and results outside the repository."""
+
+import os
+
+# huggingface_hub reads this once, when it is imported, and most modules below import it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from sts.models import load_model
+from sts.random_models import save_random_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolation(tmp_path_factory):
+    """Results go to a temporary folder; local data sets and progress files of the caller are not seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("STS_RESULTS", str(tmp_path_factory.mktemp("results")))
+        patch.delenv("STS_DATA_DIR", raising=False)
+        patch.delenv("STS_PROGRESS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """Family -> folder of a random two-layer model; gemma2 has a sliding window of 32 tokens in its first layer."""
+    folder = tmp_path_factory.mktemp("tiny-models")
+    settings = {"llama": {}, "qwen2": {}, "gemma2": {"sliding_window": 32}}
+    return {family: save_random_model(family, folder / family, **own) for family, own in settings.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(request, tiny_models):
+    """A random float32 LanguageModel; never change it. Llama unless parametrised:
+
+    `@pytest.mark.parametrize("tiny_lm", ["llama", "qwen2", "gemma2"], indirect=True)`
+    """
+    return load_model(str(tiny_models[getattr(request, "param", "llama")]), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def lm_of(tiny_models):
+    """Family -> random float32 LanguageModel, each loaded once; never change them."""
+    loaded = {}
+
+    def load(family):
+        if family not in loaded:
+            loaded[family] = load_model(str(tiny_models[family]), dtype="float32")
+        return loaded[family]
+
+    return load
