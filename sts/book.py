@@ -73,6 +73,8 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
     import papermill
 
     source = chapter_source(chapter)
+    if run.endswith((".yaml", ".yml")):
+        run = str(Path(run).resolve())  # the kernel runs in another folder
     settings, values = check_parameters(chapter, run, parameters or {})
     folder = results_folder() / settings.name
     target = folder / "notebooks" / source.name

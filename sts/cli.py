@@ -37,8 +37,10 @@ def _join_pairs(arguments: list[str]) -> list[str]:
 
 def _values(parameters: list[str] | None) -> dict[str, Any]:
     """NAME=VALUE pairs; a value is read as YAML, so 50 is a number and {a.txt: 100} a mapping."""
+    from sts.config import read_yaml
+
     try:
-        return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in parameters or [])}
+        return {name: read_yaml(value) for name, _, value in (pair.partition("=") for pair in parameters or [])}
     except yaml.YAMLError as error:
         raise StsError(f"A value after -p could not be read: {error}") from error
 

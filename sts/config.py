@@ -7,6 +7,7 @@ names the key.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -119,6 +120,19 @@ class Run(BaseModel):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 4e-4 as a number; YAML 1.1 alone wants 4.0e-4 and takes the rest for a word."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+                              list("-+0123456789"))
+
+
+def read_yaml(text: str) -> Any:
+    """A YAML text's value; raises `yaml.YAMLError`."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def available_runs() -> list[str]:
     """Names of the profiles in runs/."""
     return sorted(path.stem for path in (ROOT / "runs").glob("*.yaml"))
@@ -142,7 +156,7 @@ def load_run(run: str | Run = "laptop", overrides: Mapping[str, Any] | None = No
             raise StsError(f"Run profile {run!r} is not known. Valid: {', '.join(available_runs())}, "
                            "or the path of a YAML file.")
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            settings = read_yaml(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise StsError(f"{path.name} is not valid YAML: {error}") from error
         if not isinstance(settings, dict):
@@ -157,7 +171,7 @@ def load_run(run: str | Run = "laptop", overrides: Mapping[str, Any] | None = No
 
 def _explain(problem: dict) -> str:
     key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "invalid_key"):  # YAML reads `on:` as the key True
         return f"Setting {key!r} is not known. Valid: {', '.join(sorted(Run.model_fields))}."
     if problem["type"] == "missing":
         return f"Setting {key!r} is missing: {Run.model_fields[key].description}."

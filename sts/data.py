@@ -119,7 +119,8 @@ SOURCES: dict[str, Source] = {
     "pubmedqa": Source(_pubmedqa, "pubmedqa", ("labelled",)),
     "roleplay": Source(_roleplay, "roleplay", ("all",)),
 }
-GENERATED = ("gsm_symbolic", "mmlu_exemplars")
+#: Question sets from installed packages, and their splits.
+GENERATED = {"gsm_symbolic": ("train", "test"), "mmlu_exemplars": ("train",)}
 CORPORA = ("web", "books", "textbook")
 
 _SUBJECTS = {
@@ -162,6 +163,8 @@ def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) 
     Raises:
         StsError: unknown name or split; neither local folder nor hub has it.
     """
+    if name in GENERATED and split and split not in GENERATED[name]:
+        raise one_of(f"Split of data set {name!r}", split, GENERATED[name])
     if name == "gsm_symbolic":
         return gsm_symbolic(limit or 1000, seed=seed + (1_000_000 if split == "test" else 0))
     if name == "mmlu_exemplars":
@@ -171,12 +174,20 @@ def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) 
         split = split or source.splits[0]
         if split not in source.splits:
             raise one_of(f"Split of data set {name!r}", split, source.splits)
-        examples = [source.read(row, f"{name}-{split}-{index}") for index, row in enumerate(_rows(name, source, split))]
+        examples = [_example(source, row, f"{name}-{split}-{index}")
+                    for index, row in enumerate(_rows(name, source, split))]
     else:
         raise one_of("Data set", name, [*SOURCES, *GENERATED])
     if limit:
         examples = random.Random(seed).sample(examples, min(limit, len(examples)))
     return examples
+
+
+def _example(source: Source, row: dict, row_id: str) -> Example:
+    try:
+        return source.read(row, row_id)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise StsError(f"Row {row_id!r} does not have the columns of the public release: {error!r}.") from error
 
 
 def local_file(folder: str, split: str) -> Path | None:
@@ -275,8 +286,8 @@ def split_options(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 _PREAMBLE = re.compile(
-    r"^(A:\s*)?(Let['’]s think step by step\.\s*)?(We refer to Wikipedia articles on [^.]*? for help\.\s*)?"
-    r"(Let['’]s solve this problem step by step\.\s*)?", re.IGNORECASE)
+    r"^(A:\s*)?(Let['’]s think step by step\.\s*)?(We refer to Wikipedia( articles on [^.]*?)? for help\.\s*)?"
+    r"(Let['’]s solve this( problem)? step by step\.\s*)?", re.IGNORECASE)
 
 
 def _strip_preamble(solution: str) -> str:

@@ -97,6 +97,12 @@ def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: in
             report(min(1.0, self.passes / self.expected))
             return super()._model_call(*args, **kwargs)
 
+        def _encode_pair(self, context, continuation):
+            # The harness' own moves blanks from the end of the context to the target, and would score the line
+            # break that closes a chat template's header as part of every answer.
+            whole, start = self.tok_encode(context + continuation), self.tok_encode(context)
+            return start, whole[len(start):]
+
         def loglikelihood(self, requests, disable_tqdm=True):
             return super().loglikelihood(requests, disable_tqdm=True)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sts.errors import StsError
@@ -183,6 +184,8 @@ def load_model(name: str, *, revision: str = "", dtype: str = "float32", device:
             f"({first_line(error)}). What works without a network: a local folder, or a packaged model "
             f"({', '.join(PACKAGED)})."
         ) from error
+    except (ValueError, SafetensorError) as error:  # a missing tokenizer, a truncated weights file
+        raise StsError(f"Model {name!r} could not be read: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.eval().requires_grad_(False)

@@ -78,7 +78,7 @@ def sae(run: OpenRun, report) -> Path:
         model_name=settings.model, layer=settings.layer, device=run.device,
         report=lambda fraction, row: report(0.5 + 0.5 * fraction))
     saes.save_sae(trained, work, dtype=torch.bfloat16)
-    stored, _ = saes.load_sae(str(work), device=run.device)
+    stored = saes.load_sae(str(work), device=run.device)
     quality = saes.reconstruction_quality(stored, work / "held_out") | {
         "splice": saes.spliced_loss(run.lm, stored, settings.layer, held_out, tokens=settings.splice_tokens)}
     _write(work / "training.json", {
@@ -137,7 +137,7 @@ def small_sae(run: OpenRun, report) -> Path:
 def sae_quality(run: OpenRun, report) -> dict:
     """Quality of the run's SAE and of the small one, on the same held-out texts."""
     held_out, pieces = run.get("text_activations") / "held_out", text_pieces(run, "held_out")
-    small, _ = saes.load_sae(str(run.get("small_sae")), device=run.device)
+    small = saes.load_sae(str(run.get("small_sae")), device=run.device)
     quality = {}
     for index, (name, one) in enumerate((("run", run.sae()), ("small", small))):
         quality[name] = saes.reconstruction_quality(one, held_out) | {

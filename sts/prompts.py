@@ -15,6 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from sts.data import LETTERS, Example
 from sts.errors import StsError
 
+#: A character from Unicode's private use area, which no text holds.
+MARKER = "\ue000"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -35,7 +38,8 @@ class PromptGroup:
 def question_text(example: Example) -> str:
     """The question as the user's turn: the question, then its options as "(A) ..." lines."""
     options = [f"({letter}) {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
-    return "\n".join([example.question.strip(), *options])
+    # Stripped: templates that trim their turns (Llama 3, Gemma) would otherwise change the question.
+    return "\n".join([example.question.strip(), *options]).strip()
 
 
 def solution_text(example: Example) -> str:
@@ -48,7 +52,7 @@ def solution_text(example: Example) -> str:
     if not example.options:
         return worked or example.answer
     worked = re.sub(r"\s*(So |Thus,? |Therefore,? |Hence,? )?[Tt]he answer is \(?[A-J]\)?\.?\s*$", "", worked)
-    return f"{worked} The answer is ({LETTERS[example.answer_index]}) {example.answer}.".strip()
+    return f"{worked} The answer is ({LETTERS[example.answer_index]}) {example.answer.rstrip('.')}.".strip()
 
 
 def render(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: tuple[Example, ...] = (),
@@ -81,8 +85,9 @@ def make_prompt(tokenizer: PreTrainedTokenizerBase, question: str, demonstration
         StsError: the prompt does not fit the context.
     """
     text = render(tokenizer, question, demonstrations)
-    start = text.rfind(question)
-    if start < 0:  # a template that trims or rewrites the content
+    # Where the question starts: a marker in its place, as the question's words may occur in the template too.
+    start = render(tokenizer, MARKER, demonstrations).rfind(MARKER)
+    if text[start:start + len(question)] != question:  # a template that trims or rewrites the content
         raise StsError(f"The chat template changes the question, so its tokens cannot be found: {question[:60]!r}")
     # A chat template writes BOS itself; without one the tokenizer adds what the model expects.
     encoded = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True)
@@ -115,9 +120,9 @@ def paired_positions(base: Prompt, icl: Prompt, *, question_tokens_only: bool = 
         common += 1
     shift = len(icl.ids) - len(base.ids)
     first, last = len(base.ids) - common, len(base.ids)
+    if first > base.question[0] + 1:  # the first token may merge with what precedes it; more may not
+        raise StsError("The two prompts of a pair hold different questions, so their tokens cannot be paired.")
     if question_tokens_only:
-        if first > base.question[0] + 1:  # the first token may merge with what precedes it; more may not
-            raise StsError("The two prompts of a pair hold different questions, so their tokens cannot be paired.")
         first, last = max(first, base.question[0]), base.question[1]
     kept = [position for position in range(first, last) if position >= drop_first_positions]
     return kept, [position + shift for position in kept]

@@ -34,6 +34,22 @@ OUTLIER_NORM = 10.0
 
 # --- loading ------------------------------------------------------------------------------------------------------
 
+def sae_identity(name: str) -> str:
+    """What identifies an SAE's weights: a digest of a local folder's file, or the registry's name.
+
+    Raises:
+        StsError: neither a folder with an SAE nor of the form release/sae_id.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "cfg.json").is_file():
+        return "sha256:" + sha256_of_file(folder / "sae_weights.safetensors")[:16]
+    if folder.is_dir() or "/" not in name or name.startswith((".", "/", "~")):
+        raise StsError(f"SAE {name!r} is not known. Valid: a folder with cfg.json and sae_weights.safetensors, or "
+                       "'release/sae_id' from sae-lens' registry, such as "
+                       "'llama-3-8b-it-res-jh/blocks.25.hook_resid_post'.")
+    return f"registry:{name}"
+
+
 def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_norms: bool = True):
     """Load an SAE for inference.
 
@@ -42,21 +58,16 @@ def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_nor
         fold_norms: scale latents so that every decoder row has norm 1.
 
     Returns:
-        (sae_lens.SAE, identity): `identity` is a digest of the weights or the registry name.
+        sae_lens.SAE.
 
     Raises:
         StsError: neither folder nor registry entry, or the hub cannot be reached.
     """
+    local = sae_identity(name).startswith("sha256:")
     from sae_lens import SAE
 
-    folder = Path(name).expanduser()
-    if (folder / "cfg.json").is_file():
-        sae = SAE.load_from_disk(str(folder), device=device, dtype=dtype)
-        identity = "sha256:" + sha256_of_file(folder / "sae_weights.safetensors")[:16]
-    elif folder.is_dir() or "/" not in name or name.startswith((".", "/", "~")):
-        raise StsError(f"SAE {name!r} is not known. Valid: a folder with cfg.json and sae_weights.safetensors, or "
-                       "'release/sae_id' from sae-lens' registry, such as "
-                       "'llama-3-8b-it-res-jh/blocks.25.hook_resid_post'.")
+    if local:
+        sae = SAE.load_from_disk(str(Path(name).expanduser()), device=device, dtype=dtype)
     else:
         release, _, sae_id = name.partition("/")
         try:
@@ -64,10 +75,9 @@ def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_nor
         except (OSError, ValueError) as error:
             raise StsError(f"SAE {name!r} was asked from sae-lens' registry: {first_line(error)}. What works without "
                            "a network: a local folder with cfg.json and sae_weights.safetensors.") from error
-        identity = f"registry:{name}"
     if fold_norms:
         fold_decoder_norms(sae)
-    return sae.eval().requires_grad_(False), identity
+    return sae.eval().requires_grad_(False)
 
 
 def fold_decoder_norms(sae) -> None:

@@ -27,9 +27,9 @@ import torch
 from sts.config import ROOT, Run, load_run
 from sts.data import Example, by_domain, digest, load_examples
 from sts.errors import one_of
-from sts.models import LanguageModel, load_model, resolve_model
+from sts.models import LanguageModel, check_layer, load_model, resolve_model
 from sts.progress import Reporter
-from sts.saes import check_fits, load_sae
+from sts.saes import check_fits, load_sae, sae_identity
 from sts.store import Store, read
 
 PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "reasoning-gym", "scipy")
@@ -170,7 +170,7 @@ class OpenRun:
         if what == "model":
             return resolve_model(settings.model, settings.model_revision, self.results / "models")[1]
         if what == "sae":
-            return f"trained:{self.key('sae')}" if settings.sae == "train" else self._loaded_sae[1]
+            return f"trained:{self.key('sae')}" if settings.sae == "train" else sae_identity(self._sae_name)
         if what == "sft_data":
             return digest(self.sft_examples("train") + self.sft_examples("held_out"))
         if what == "domain_data":
@@ -197,10 +197,12 @@ class OpenRun:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def load_model(self, dtype: str = "") -> LanguageModel:
-        """A fresh copy of the run's model, for stages that change it."""
+        """A fresh copy of the run's model, for stages that change it; checked to have the run's layer."""
         settings = self.settings
-        return load_model(settings.model, revision=settings.model_revision, dtype=dtype or settings.dtype,
-                          device=self.device, cache=self.results / "models")
+        lm = load_model(settings.model, revision=settings.model_revision, dtype=dtype or settings.dtype,
+                        device=self.device, cache=self.results / "models")
+        check_layer(lm.model, settings.layer)
+        return lm
 
     @property
     def lm(self) -> LanguageModel:
@@ -219,15 +221,13 @@ class OpenRun:
         return None
 
     @property
-    def _loaded_sae(self):
-        settings, folder = self.settings, self.sae_folder
-        name = str(folder) if folder else settings.sae
-        return self._once(f"sae:{name}:{settings.fold_norms}",
-                          lambda: load_sae(name, device=self.device, fold_norms=settings.fold_norms))
+    def _sae_name(self) -> str:
+        return str(self.sae_folder or self.settings.sae)
 
     def sae(self):
         """The run's SAE, checked to fit the model and the layer."""
-        sae = self._loaded_sae[0]
+        sae = self._once("loaded_sae", lambda: load_sae(self._sae_name, device=self.device,
+                                                        fold_norms=self.settings.fold_norms))
         check_fits(sae, self.lm, self.settings.layer)
         return sae
 

@@ -29,7 +29,13 @@ class Store:
         self.recorded = tuple(Path(path) for path in recorded)
 
     def path(self, stage: str, key: str, kind: str, folder: Path | None = None) -> Path:
-        """Where a result lies (or would lie)."""
+        """Where a result lies (or would lie).
+
+        Raises:
+            StsError: no such kind of result.
+        """
+        if kind not in SUFFIX:
+            raise StsError(f"Results of kind {kind!r} are not known. Valid: {', '.join(SUFFIX)}.")
         return (folder or self.folder) / f"{stage}-{key}{SUFFIX[kind]}"
 
     def find(self, stage: str, key: str, kind: str) -> Path | None:
@@ -63,11 +69,13 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(stage, key, kind)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        _beside(path).unlink(missing_ok=True)
+        # The old provenance stays until the new one replaces it: with a new result its checksum does not match.
         if kind == "folder":
-            if path.exists():
-                shutil.rmtree(path)
+            shutil.rmtree(temporary, ignore_errors=True)
+            if path.exists():  # a folder cannot be renamed over another one
+                os.replace(path, temporary)
             os.replace(value, path)
+            shutil.rmtree(temporary, ignore_errors=True)
         else:
             _dump(value, kind, temporary)
             _flush(temporary)
@@ -101,12 +109,10 @@ def _dump(value: Any, kind: str, path: Path) -> None:
         path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     elif kind == "parquet":
         value.to_parquet(path, index=False)
-    elif kind == "tensors":
+    else:
         from safetensors.torch import save_file
 
         save_file({name: tensor.contiguous() for name, tensor in value.items()}, path)
-    else:
-        raise StsError(f"Results of kind {kind!r} are not known. Valid: {', '.join(SUFFIX)}.")
 
 
 def checksum(path: Path) -> str:

@@ -90,7 +90,7 @@ def test_an_open_questions_solution_is_its_own_text_or_else_the_answer():
 def test_every_packaged_example_ends_alike_and_says_its_answer_once():
     for example in load_examples("mmlu_exemplars"):
         text = solution_text(example)
-        assert text.endswith(f"The answer is ({'ABCDE'[example.answer_index]}) {example.answer}.")
+        assert text.endswith(f"The answer is ({'ABCDE'[example.answer_index]}) {example.answer.rstrip('.')}.")
         assert len(re.findall("answer is", text)) == 1
 
 

@@ -78,8 +78,8 @@ def test_bfloat16_halves_the_file_and_changes_little(trained, activations, tmp_p
     saes.save_sae(sae, tmp_path, dtype=torch.bfloat16)
     small, large = (path / "sae_weights.safetensors" for path in (tmp_path, folder))
     assert small.stat().st_size < 0.55 * large.stat().st_size
-    one, _ = saes.load_sae(str(tmp_path))
-    other, _ = saes.load_sae(str(folder))
+    one = saes.load_sae(str(tmp_path))
+    other = saes.load_sae(str(folder))
     a, b = (saes.reconstruction_quality(x, activations)["fraction_of_variance_explained"] for x in (one, other))
     assert a == pytest.approx(b, abs=0.02)
 
@@ -101,7 +101,7 @@ def test_folding_decoder_norms_keeps_the_reconstruction(activations):
 
 def test_quality_by_a_naive_formula(trained, activations):
     folder, _, _ = trained
-    sae, _ = saes.load_sae(str(folder))
+    sae = saes.load_sae(str(folder))
     quality = saes.reconstruction_quality(sae, activations)
     x = torch.cat([load_file(path)["activations_TD"] for path in saes.shard_paths(activations)]).double()
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_splicing_the_identity_changes_nothing_and_the_mean_does_harm(lm_of):
     result = saes.spliced_loss(lm, Identity(), 0, PIECES, tokens=300, tokens_per_batch=100)
     assert result["spliced"] == pytest.approx(result["clean"], abs=1e-6)
     assert result["recovered"] == pytest.approx(1.0, abs=1e-4)
-    assert result["mean_ablated"] != pytest.approx(result["clean"], abs=1e-3)
+    assert result["mean_ablated"] != pytest.approx(result["clean"], abs=1e-5)
     # Independent: transformers' own loss, piece by piece.
     total, count = 0.0, 0
     for piece in PIECES:
@@ -148,7 +148,7 @@ def test_errors_say_what_would_work(lm_of, trained, tmp_path):
         saes.load_sae("no_such_folder")
     with pytest.raises(StsError, match="registry.*without a network"):
         saes.load_sae("no-such-release/layer_1")
-    wide, _ = saes.load_sae(str(folder))
+    wide = saes.load_sae(str(folder))
     wide.cfg.d_in = 576
     with pytest.raises(StsError, match="width 576; model .* has width 64"):
         saes.check_fits(wide, lm_of("llama"), 0)
