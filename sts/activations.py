@@ -94,14 +94,7 @@ class Masks:
 
 
 def encode_chunks(sae, residual_TD: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Encode tokens chunk by chunk; yields (slice of rows, latents of those rows, T x L, in the SAE's precision).
-
-    Raises:
-        StsError: the residual stream holds NaN or infinite values.
-    """
-    if not torch.isfinite(residual_TD).all():
-        raise StsError("The residual stream holds NaN or infinite values, so no statistics can be computed. "
-                       "Try dtype float32; if that does not help, the model's weights are damaged.")
+    """Encode tokens chunk by chunk; yields (slice of rows, latents of those rows, T x L, in the SAE's precision)."""
     step = max(1, CHUNK_VALUES // sae.cfg.d_sae)
     for start in range(0, len(residual_TD), step):
         rows = slice(start, min(start + step, len(residual_TD)))
@@ -143,6 +136,9 @@ def batch_residuals(lm: LanguageModel, layer: int, prompts: list[Prompt], prefix
 
     Returns:
         One tensor a prompt, (length - prefix) x D: row r belongs to position prefix + r.
+
+    Raises:
+        StsError: a residual stream holds NaN or infinite values.
     """
     rest = [prompt.ids[prefix:] for prompt in prompts]
     longest = max(map(len, rest))
@@ -158,6 +154,11 @@ def batch_residuals(lm: LanguageModel, layer: int, prompts: list[Prompt], prefix
                                device=lm.device)
         residual_BPD = residual_stream(lm.model, layer, ids_BP, attention_mask=mask_BP, past_key_values=own,
                                        use_cache=True)
+    own_BP = torch.arange(longest, device=lm.device) < torch.tensor([[len(ids)] for ids in rest], device=lm.device)
+    # Here, before any mask: an outlier norm is left out on purpose, an overflow must not be.
+    if not torch.isfinite(residual_BPD[own_BP]).all():
+        raise StsError("The residual stream holds NaN or infinite values, so no statistics can be computed. "
+                       "Try dtype float32; if that does not help, the model's weights are damaged.")
     return [residual_BPD[row, :len(ids)] for row, ids in enumerate(rest)]
 
 
@@ -204,14 +205,21 @@ def paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], 
     threshold = norm_threshold(lm, layer, groups[0].base, masks.outlier_norm)
     total, done = sum(len(group.base) for group in groups), 0
     for group in groups:
-        prefix = common_prefix(group.icl)
+        positions = [paired_positions(base, icl, question_tokens_only=masks.question_tokens_only,
+                                      drop_first_positions=masks.drop_first_positions)
+                     for base, icl in zip(group.base, group.icl, strict=True)]
+        # Template tokens before the question may be shared by all prompts and paired as well: run those again.
+        prefix = min([common_prefix(group.icl), *(at_icl[0] for _, at_icl in positions if at_icl)])
         cache = prefix_cache(lm, layer, group.icl[0].ids[:prefix])
-        for batch in _batches([len(prompt.ids) - prefix for prompt in group.icl], tokens_per_batch):
+        # The whole prompt counts towards a batch, cached or not: its keys and values take memory all the same.
+        for batch in _batches([len(prompt.ids) for prompt in group.icl], tokens_per_batch):
             base = batch_residuals(lm, layer, [group.base[index] for index in batch])
             icl = batch_residuals(lm, layer, [group.icl[index] for index in batch], prefix, cache)
-            pairs = [_select(group.base[index], group.icl[index], base[row], icl[row], prefix, masks, threshold)
-                     for row, index in enumerate(batch)]
-            base_TD, icl_TD = (torch.cat(side) for side in zip(*pairs, strict=True))
+            base_TD = torch.cat([base[row][positions[index][0]] for row, index in enumerate(batch)])
+            icl_TD = torch.cat([icl[row][[position - prefix for position in positions[index][1]]]
+                                for row, index in enumerate(batch)])
+            sink_T = ((base_TD.float().norm(dim=-1) > threshold) | (icl_TD.float().norm(dim=-1) > threshold))
+            base_TD, icl_TD = base_TD[~sink_T], icl_TD[~sink_T]
             for (_, base_TL), (_, icl_TL) in zip(encode_chunks(sae, base_TD), encode_chunks(sae, icl_TD), strict=True):
                 stats.add(base_TL, icl_TL)
             done += len(batch)
@@ -220,20 +228,6 @@ def paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], 
         raise StsError("No token is left after masking; switch off question_tokens_only, drop_first_positions or "
                        "outlier_norm.")
     return stats
-
-
-def _select(base: Prompt, icl: Prompt, base_PD: torch.Tensor, icl_PD: torch.Tensor, prefix: int, masks: Masks,
-            threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-    at_base, at_icl = paired_positions(base, icl, question_tokens_only=masks.question_tokens_only,
-                                       drop_first_positions=masks.drop_first_positions)
-    # Template tokens before the question may belong to the shared prefix; those are not run again.
-    kept = [(left, right - prefix) for left, right in zip(at_base, at_icl, strict=True) if right >= prefix]
-    base_TD, icl_TD = base_PD[[left for left, _ in kept]], icl_PD[[right for _, right in kept]]
-    if threshold != float("inf"):
-        # `not above` rather than `at most`: NaN must reach the check in encode_chunks, not vanish here.
-        sink = (base_TD.float().norm(dim=-1) > threshold) | (icl_TD.float().norm(dim=-1) > threshold)
-        base_TD, icl_TD = base_TD[~sink], icl_TD[~sink]
-    return base_TD, icl_TD
 
 
 def row_paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], rows: int, *,

@@ -71,6 +71,7 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
         StsError: wrong parameters, or the chapter failed; what it had computed stays stored.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     source = chapter_source(chapter)
     if run.endswith((".yaml", ".yml")):
@@ -83,13 +84,19 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
     os.environ["STS_PROGRESS"] = str(progress)
     # The kernel imports this very package, wherever the notebook's copy lies.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    for name in ("STS_RESULTS", "STS_DATA_DIR"):
+        if os.environ.get(name):
+            os.environ[name] = str(Path(os.environ[name]).expanduser().resolve())
     print(f"{source.stem} (run {settings.name})", flush=True)
     try:
         with Follower(progress):
             papermill.execute_notebook(str(source), str(target), parameters=values, kernel_name="python3",
-                                       cwd=str(ROOT), progress_bar=False,
+                                       progress_bar=False,
                                # The kernel's own log would tell readers about transport encryption on localhost.
                                extra_arguments=["--log-level=40"])
+    except DeadKernelError as error:
+        raise StsError(f"The kernel of chapter {source.stem!r} died, most likely for lack of memory. Stages that were "
+                       "finished stay stored. Smaller tokens_per_batch, eval_batch or sft_batch need less.") from error
     except papermill.PapermillExecutionError as error:
         raise StsError(f"Chapter {source.stem!r} stopped in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
                        f"Stages that were finished stay stored; the notebook so far: {target}") from error

@@ -73,12 +73,14 @@ class Run(BaseModel):
     # The forecast
     shift_tokens: int = Field(20_000, ge=1, description="question tokens for the shifted dimensions, at most")
     shift_demonstrations: int = Field(2, ge=1, description="worked examples before an SFT question")
+    demonstration_split: str = Field("", description="split of domain_data that demonstrations come from; empty: from "
+                                                     "the questions themselves, which are then left out")
     demonstrations: int = Field(5, ge=1, description="worked examples before a domain's question (m)")
     demonstration_draws: int = Field(2, ge=1, description="how many different sets of them are averaged over")
     score_tokens: int = Field(10_000, ge=1, description="question tokens a domain, at most")
     top_n: int = Field(100, ge=1, description="how many shifted latents (N)")
     official_rows: int = Field(10_000, ge=1, description="rows compared in the official_code variant, at most")
-    tokens_per_batch: int = Field(4096, ge=64, description="padded tokens in one forward pass, at most")
+    tokens_per_batch: int = Field(8192, ge=64, description="padded tokens in one forward pass, at most")
 
     # Fine-tuning
     sft_examples: int = Field(300, ge=1, description="training examples")

@@ -2,18 +2,16 @@
 
 Two measurements, from prompts we render and tasks we describe; batching and scoring are the harness's.
 
-- `letter`: the log-probability of each option's letter after "The answer is", one forward pass a question.
+- `letter`: the log-probability of each option's letter after "The answer is (", one forward pass a question.
 - `solution`: the log-probability of the right answer with its worked solution; divided by its characters it gives
   bits per character, which a small model can resolve where its accuracy is near chance.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy
 import pandas
@@ -32,12 +30,9 @@ MEASURES = {
 }
 
 
-def evaluate(lm: LanguageModel, examples: list[Example], *, batch: int = 8, folder: Path,
+def evaluate(lm: LanguageModel, examples: list[Example], *, batch: int = 8,
              report: Callable[[float], None] = lambda fraction: None) -> pandas.DataFrame:
     """Score every example's option letters (where it has options) and its worked solution.
-
-    Args:
-        folder: where the harness' task data is written.
 
     Returns:
         One row per item and option, and one per item's solution: example_id, domain, kind ("letter" or "solution"),
@@ -54,7 +49,7 @@ def evaluate(lm: LanguageModel, examples: list[Example], *, batch: int = 8, fold
         length = len(lm.tokenizer(request["context"] + request["target"], add_special_tokens=False)["input_ids"])
         if length > limit:
             raise StsError(f"Item {request['example_id']} needs {length} tokens; the model's context is {limit}.")
-    loglikelihoods = harness_loglikelihoods(lm, requests, batch=batch, folder=folder, report=report)
+    loglikelihoods = harness_loglikelihoods(lm, requests, batch=batch, report=report)
     rows = []
     for request, value in zip(requests, loglikelihoods, strict=True):
         example = by_id[request["example_id"]]
@@ -67,7 +62,8 @@ def evaluate(lm: LanguageModel, examples: list[Example], *, batch: int = 8, fold
 def _requests(lm: LanguageModel, example: Example) -> list[dict]:
     context = render(lm.tokenizer, question_text(example))
     base = {"example_id": example.example_id}
-    rows = [{**base, "kind": "letter", "option": index, "context": context + "The answer is", "target": f" {letter}"}
+    # As the options are written in the question and the solutions: "(A)".
+    rows = [{**base, "kind": "letter", "option": index, "context": context + "The answer is (", "target": letter}
             for index, letter in enumerate(LETTERS[:len(example.options)])]
     target = solution_text(example)
     if not lm.tokenizer.chat_template:
@@ -75,15 +71,17 @@ def _requests(lm: LanguageModel, example: Example) -> list[dict]:
     return [*rows, {**base, "kind": "solution", "option": -1, "context": context, "target": target}]
 
 
-def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: int, folder: Path,
+def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: int,
                            report: Callable[[float], None] = lambda fraction: None) -> list[float]:
     """Log-likelihoods (nats) of `target` after `context`, by lm-evaluation-harness.
 
     Letters of one question share a context and differ in a single token, which the harness scores in one pass.
+
+    Raises:
+        StsError: a log-likelihood is not a finite number.
     """
-    import lm_eval
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager, get_task_dict
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -101,29 +99,24 @@ def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: in
             # The harness' own moves blanks from the end of the context to the target, and would score the line
             # break that closes a chat template's header as part of every answer.
             whole, start = self.tok_encode(context + continuation), self.tok_encode(context)
-            return start, whole[len(start):]
+            if whole[:len(start)] == start and len(whole) > len(start):
+                return start, whole[len(start):]
+            # The last token of the context would merge with the target: keep them apart.
+            return start, self.tok_encode(continuation, add_special_tokens=False)
 
-        def loglikelihood(self, requests, disable_tqdm=True):
-            return super().loglikelihood(requests, disable_tqdm=True)
-
+    # softmax in float32: in bf16 a solution's sum would be rounded to one or two nats.
     harness = Reporting(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch, max_length=lm.context_length,
-                        add_bos_token=False if lm.tokenizer.chat_template else None)
+                        softmax_dtype="float32", add_bos_token=False if lm.tokenizer.chat_template else None)
     contexts = {(row["context"], row["target"] if row["kind"] == "solution" else "") for row in requests}
     harness.expected = max(1, math.ceil(len(contexts) / batch))
-    folder.mkdir(parents=True, exist_ok=True)
-    data = folder / "requests.jsonl"
-    data.write_text("".join(json.dumps({**row, "index": index}) + "\n" for index, row in enumerate(requests)))
-    task = {
-        "task": "sts_loglikelihood", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test", "output_type": "loglikelihood", "doc_to_text": "{{context}}",
-        "doc_to_target": "{{target}}", "target_delimiter": "",
-        "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
-    }
-    tasks = get_task_dict([task], TaskManager(include_defaults=False))
-    results = lm_eval.evaluate(harness, tasks, log_samples=True, bootstrap_iters=0)
-    values = {sample["doc"]["index"]: float(sample["filtered_resps"][0][0])
-              for sample in results["samples"]["sts_loglikelihood"]}
-    return [values[index] for index in range(len(requests))]
+    instances = [Instance(request_type="loglikelihood", doc={}, arguments=(row["context"], row["target"]), idx=index)
+                 for index, row in enumerate(requests)]
+    values = [float(value) for value, _ in harness.loglikelihood(instances, disable_tqdm=True)]
+    for request, value in zip(requests, values, strict=True):
+        if not math.isfinite(value):
+            raise StsError(f"Item {request['example_id']}: its log-likelihood is {value}. The model's output is not "
+                           "finite; if it was fine-tuned, try a lower sft_lr, else dtype float32.")
+    return values
 
 
 # --- from log-likelihoods to measures -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import torch
 
 from sts.data import Example
+from sts.errors import StsError
 from sts.models import LanguageModel
-from sts.prompts import question_text, solution_text
+from sts.prompts import question_text, render, solution_text
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,11 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         held_out: examples of the training domain that are not trained on.
 
     Returns:
-        {"curve": [{"step", "loss"}], "held_out_before", "held_out_after" (nats per solution token), "steps",
-        "trained_parameters", "tokens"}.
+        {"curve": [{"step", "loss"}], "held_out_before", "held_out_after" (nats per solution token, averaged over
+        problems), "steps", "trained_parameters"}.
+
+    Raises:
+        StsError: an example whose question alone fills `max_length`.
     """
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -57,6 +62,12 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     from trl import SFTConfig, SFTTrainer
 
     transformers_logging.disable_progress_bar()
+    for example in [*train, *held_out]:
+        length = len(lm.tokenizer(render(lm.tokenizer, question_text(example)), add_special_tokens=False)["input_ids"])
+        if length >= settings.max_length:
+            raise StsError(f"Training example {example.example_id}: its question has {length} tokens and "
+                           f"sft_max_length is {settings.max_length}, so nothing of the solution is left to learn. "
+                           "Raise sft_max_length.")
     on_cpu = lm.device.type == "cpu"
     # Seed before the adapters get their random start.
     torch.manual_seed(settings.seed)
@@ -74,18 +85,24 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
 
     config = SFTConfig(
         output_dir=str(checkpoints), num_train_epochs=settings.epochs, learning_rate=settings.lr,
-        per_device_train_batch_size=settings.batch, per_device_eval_batch_size=settings.batch,
+        # One held-out problem a batch: the trainer averages batches, so this is the mean over problems.
+        per_device_train_batch_size=settings.batch, per_device_eval_batch_size=1,
         max_length=settings.max_length, completion_only_loss=True, seed=settings.seed, data_seed=settings.seed,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), weight_decay=0.01, max_grad_norm=1.0,
         adam_beta2=0.95, logging_steps=1, save_strategy="steps", save_steps=max(1, steps // 4), save_total_limit=1,
-        report_to=[], disable_tqdm=True, use_cpu=on_cpu, bf16=not on_cpu, fp16=False,
+        report_to=[], disable_tqdm=True, use_cpu=on_cpu, fp16=False,
+        bf16=not on_cpu and lm.model.dtype == torch.bfloat16, gradient_checkpointing=False,
         dataloader_pin_memory=not on_cpu)
     trainer = SFTTrainer(
         model=model, args=config, processing_class=lm.tokenizer, callbacks=[Progress()],
         train_dataset=Dataset.from_list([conversation(lm.tokenizer, example) for example in train]),
         eval_dataset=Dataset.from_list([conversation(lm.tokenizer, example) for example in held_out]))
     trainer.remove_callback(PrinterCallback)  # it prints every step into the notebook
-    resumable = sorted(checkpoints.glob("checkpoint-*"))
+    # The trainer writes its state last: a checkpoint without it was cut short.
+    for checkpoint in checkpoints.glob("checkpoint-*"):
+        if not (checkpoint / "trainer_state.json").is_file():
+            shutil.rmtree(checkpoint)
+    resumable = list(checkpoints.glob("checkpoint-*"))
     before_file = folder / "held_out_before.txt"
     if not resumable or not before_file.is_file():
         before = trainer.evaluate()["eval_loss"]
@@ -99,7 +116,6 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         "held_out_before": float(before_file.read_text()), "held_out_after": after,
         "steps": trainer.state.global_step,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "tokens": int(trainer.state.num_input_tokens_seen or 0),
     }
 
 

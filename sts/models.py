@@ -147,7 +147,10 @@ def resolve_model(name: str, revision: str, cache: Path) -> tuple[str, str]:
         weights = sorted(folder.glob("*.safetensors"))
         if not weights:
             raise StsError(f"Model folder {name!r} has a config.json but no *.safetensors weights.")
-        return str(folder), "sha256:" + "+".join(sha256_of_file(path)[:16] for path in weights)
+        # The tokenizer, its chat template and the configuration change what the model computes as well.
+        rest = sorted({*folder.glob("*.json"), *folder.glob("*.jinja")})
+        small = hashlib.sha256("".join(sha256_of_file(path) for path in rest).encode()).hexdigest()[:8]
+        return str(folder), "sha256:" + "+".join([*(sha256_of_file(path)[:16] for path in weights), small])
     if folder.is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise StsError(
             f"Model {name!r} is not known. Valid: {', '.join([*PACKAGED, *RANDOM])}, a local folder with "

@@ -7,6 +7,7 @@ import json
 
 import pandas
 
+from sts.paper import published_correlations
 from sts.progress import duration
 from sts.stages import OpenRun
 
@@ -25,14 +26,21 @@ def banner(run: OpenRun) -> str:
     settings = run.settings
     return (f'<div class="sts-run">Run <code>{html.escape(settings.name)}</code>: '
             f"{html.escape(settings.description)}. Model <code>{html.escape(settings.model)}</code>, layer "
-            f"{settings.layer}, seed {settings.seed}.</div>")
+            f"{settings.layer}, seed {settings.seed}.{_changed(run)}</div>")
+
+
+def _changed(run: OpenRun) -> str:
+    if not run.changed:
+        return ""
+    listed = ", ".join(f"{name} = {value}" for name, value in run.changed.items())
+    return f" <strong>Changed from the profile: {html.escape(listed)}.</strong>"
 
 
 def provenance(run: OpenRun, *stages: str) -> str:
     """A folded box: for each stage its key, data, weights, settings, software, device and time.
 
     Args:
-        stages: names; all stages that the page asked for by default.
+        stages: names; by default all that the page asked for and what they rest on.
     """
     blocks = []
     for name in stages or run.used:
@@ -42,8 +50,8 @@ def provenance(run: OpenRun, *stages: str) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
         rows = {
             "key": record["key"], "settings": json.dumps(record["settings"]), "inputs": json.dumps(record["inputs"]),
-            "seed": record["seed"], "computed": f"{record['finished']} in {duration(record['seconds'])}, peak memory "
-                                                f"{record['peak_memory_mb']} MB, {record['device']}",
+            "seed": record["seed"], "computed": f"{record['finished']} in {duration(record['seconds'])}, process peak "
+                                                f"{record['process_peak_memory_mb']} MB, {record['device']}",
             "software": f"Python {record['python']}, {versions}", "code": record["commit"] or "not under git",
         }
         lines = "".join(f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>"
@@ -73,30 +81,41 @@ def correlation_verdict(result: dict) -> str:
 
 
 def correlation_table(correlations: list[dict]) -> pandas.DataFrame:
-    """One row per measure, variant and score: n, r with interval, p, Spearman, R2, leave-one-out range, verdict."""
+    """One row per measure, variant and score: n, r with interval, p (also corrected by Holm's method for the number
+    of rows), Spearman, R2, leave-one-out range, verdict."""
+    from statsmodels.stats.multitest import multipletests
+
+    defined = [index for index, result in enumerate(correlations) if "undefined" not in result]
+    corrected = dict(zip(defined, multipletests([correlations[index]["p"] for index in defined], method="holm")[1],
+                         strict=True)) if defined else {}
     rows = []
-    for result in correlations:
+    for index, result in enumerate(correlations):
         row = {"shift measured in": result["measure"], "variant": result["variant"], "score": result["score"]}
         if "undefined" in result:
-            rows.append(row | {"verdict": "undefined"})
+            rows.append(row | {"verdict": f"undefined: {result['undefined']}"})
             continue
         interval, one_out = result["pearson_interval"], result["leave_one_out"]
         rows.append(row | {
             "n": result["n"], "Pearson r": f"{result['pearson']:.2f}",
-            "95% interval": f"{interval['low']:.2f} to {interval['high']:.2f}", "p": f"{result['p']:.3f}",
+            "95% interval": f"{interval['low']:.2f} to {interval['high']:.2f}", "p": p_value(result["p"]),
+            "p, Holm": p_value(corrected[index]),
             "Spearman": f"{result['spearman']:.2f}", "R²": f"{result['r_squared']:.2f}",
             "r without one domain": f"{one_out['low']:.2f} to {one_out['high']:.2f}" if one_out else "",
             "verdict": correlation_verdict(result)})
     return pandas.DataFrame(rows).fillna("")
 
 
-def quality_table(quality: dict) -> pandas.DataFrame:
-    """SAE quality as a table: one row per measure, one column per SAE."""
-    labels = {"run": "the run's SAE", "small": "the small one, trained here"}
+def p_value(p: float) -> str:
+    """A p-value as text; never "0.000", which no test on a finite sample gives."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def quality_table(qualities: dict[str, dict]) -> pandas.DataFrame:
+    """SAE quality as a table: one row per measure, one column per SAE (label -> quality)."""
     columns = {}
-    for name, one in quality.items():
+    for label, one in qualities.items():
         splice = one["splice"]
-        columns[labels[name]] = {
+        columns[label] = {
             "latents": f"{one['latents']:,}", "L0 (active latents a token)": f"{one['l0']:.1f}",
             "fraction of variance explained": f"{one['fraction_of_variance_explained']:.3f}",
             f"latents silent on these {one['tokens']:,} tokens": f"{one['dead'] / one['latents']:.1%}",
@@ -133,14 +152,17 @@ def variant_sentence(run: OpenRun) -> str:
             f"STS_act and {ranks['sts_icl']:.2f} for STS_ICL.")
 
 
-def sft_sentence(log: dict) -> str:
+def sft_sentence(run: OpenRun, log: dict) -> str:
     """What fine-tuning did to the held-out loss of its own domain; says so if it learned nothing."""
+    method = f"LoRA adapters of rank {run.settings.lora_rank}" if run.settings.lora_rank else "all weights"
     before, after = log["held_out_before"], log["held_out_after"]
     fall = (before - after) / before
-    sentence = (f"{log['train']} training examples, {log['steps']} steps, {log['trained_parameters']:,} trained "
-                f"parameters. The loss on {log['held_out']} held-out problems goes from {before:.3f} to {after:.3f} "
-                f"nats a token "
-                f"({-fall:+.0%}).")
+    sentence = (f"{log['train']} training examples, {log['steps']} steps, {method} "
+                f"({log['trained_parameters']:,} trained parameters). The loss on {log['held_out']} held-out problems "
+                f"goes from {before:.3f} to {after:.3f} nats a token ({-fall:+.0%}).")
+    if run.settings.sft_data == "gsm_symbolic":
+        sentence += (" They come from the same templates as the training problems, with other numbers and names, so a "
+                     "part of this is learning the templates.")
     if fall < 0.1:
         sentence += (" **That is less than a tenth: this run hardly learned, and nothing below should be read as a "
                      "test.**")
@@ -167,25 +189,25 @@ def _find(run: OpenRun, measure: str, score: str, variant: str = "paper") -> dic
 
 def _said(result: dict) -> str:
     if "undefined" in result:
-        return "undefined, since no domain differs from another"
-    interval = result["pearson_interval"]
+        return f"undefined ({result['undefined']})"
+    interval, p = result["pearson_interval"], p_value(result["p"])
     return (f"r = {result['pearson']:.2f} (95% interval {interval['low']:.2f} to {interval['high']:.2f}, permutation "
-            f"p = {result['p']:.3f}, n = {result['n']} domains): **{correlation_verdict(result)}**")
+            f"p {p if p.startswith('<') else '= ' + p}, n = {result['n']} domains): **{correlation_verdict(result)}**")
 
 
 def forecast_summary(run: OpenRun) -> str:
     """The chapter's first paragraph: whether the paper's central claim held in this run."""
     bits = {score: _find(run, "bits", score) for score in ("sts_act", "sts_icl")}
     accuracy = {score: _find(run, "accuracy", score) for score in ("sts_act", "sts_icl")}
-    settings = run.settings
+    settings, published = run.settings, published_correlations()["pearson"]
     return (
         "**The answer of this run.** The paper claims that the score correlates with the absolute change of a domain. "
         f"On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on `{settings.domain_data}`:\n\n"
         f"- change in bits per character: STS_act {_said(bits['sts_act'])}; STS_ICL {_said(bits['sts_icl'])}.\n"
         f"- change in accuracy, the paper's measure: STS_act {_said(accuracy['sts_act'])}; STS_ICL "
         f"{_said(accuracy['sts_icl'])}.\n\n"
-        f"{CORRELATION_RULE} Seed {settings.seed}, one training run. For comparison, the paper reports 0.60 to 0.90 on "
-        "eight selected domains of three models of 7 to 9 billion parameters.")
+        f"{CORRELATION_RULE} Seed {settings.seed}, one training run. For comparison, the paper reports "
+        f"{published.min():.2f} to {published.max():.2f} on eight selected domains of three models.")
 
 
 def forecast_conclusion(run: OpenRun) -> str:
@@ -205,6 +227,8 @@ def forecast_conclusion(run: OpenRun) -> str:
         lines.append(f"- {label}: {clear} of {len(own)} domains moved by more than their interval's noise; {up} went "
                      f"up, {(own['shift'] < 0).sum()} down. STS_ICL against the absolute change: "
                      f"{_said(_find(run, measure, 'sts_icl'))}.")
+    if domains < 4:
+        return "\n".join([*lines, f"- {domains} domains are too few for any statement about correlation."])
     detectable = smallest_detectable_correlation(domains)
     lines.append(f"- With {domains} domains, only a correlation of about {detectable:.2f} or more would be found in "
                  "four runs of five at the 5% level. A result of *not shown* is therefore weak evidence against the "
@@ -218,7 +242,7 @@ def sae_sentence(run: OpenRun) -> str:
     held_out = "The table is measured on the fifth of this page's texts that the small SAE was not trained on."
     record = folder / "training.json" if folder else None
     if record is None or not record.is_file():
-        return f"The run's SAE is the public one named `{run.settings.sae}`. {held_out}"
+        return f"The run's SAE is `{run.settings.sae}`; what it was trained on is not recorded with it. {held_out}"
     training = json.loads(record.read_text(encoding="utf-8"))
     own = "was trained within this run" if run.settings.sae == "train" else (
         f"lies in `{run.settings.sae}` and was trained before")

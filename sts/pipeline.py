@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pandas
@@ -51,7 +52,8 @@ def _pieces(run: OpenRun, documents: list[str], tokens: int) -> list[list[int]]:
     return saes.token_chunks(encoded, run.settings.context, tokens)
 
 
-@stage("folder", uses=(*MODEL, "sae_text", "sae_latents", "sae_k", "sae_samples", "sae_lr", "context", "seed"),
+@stage("folder", uses=(*MODEL, "sae_text", "sae_latents", "sae_k", "sae_samples", "sae_lr", "context", "splice_tokens",
+                       "seed"),
        inputs=("model", "sae_text"))
 def sae(run: OpenRun, report) -> Path:
     """Train an SAE on `sae_text`: weights, loss curve and quality on held-out text."""
@@ -80,7 +82,8 @@ def sae(run: OpenRun, report) -> Path:
     saes.save_sae(trained, work, dtype=torch.bfloat16)
     stored = saes.load_sae(str(work), device=run.device)
     quality = saes.reconstruction_quality(stored, work / "held_out") | {
-        "splice": saes.spliced_loss(run.lm, stored, settings.layer, held_out, tokens=settings.splice_tokens)}
+        "splice": saes.spliced_loss(run.lm, stored, settings.layer, held_out, tokens=settings.splice_tokens,
+                                    mean_D=saes.activation_mean(work / "held_out"))}
     _write(work / "training.json", {
         "text": settings.sae_text, "tokens": sum(map(len, train)), "curve": curve, "held_out": quality})
     for part in ("train", "held_out"):  # gigabytes that nothing needs any more
@@ -132,19 +135,25 @@ def small_sae(run: OpenRun, report) -> Path:
     return work
 
 
-@stage("json", uses=(*TEXT, *SAE, "splice_tokens", "small_sae_latents", "small_sae_k", "small_sae_samples"),
-       needs=("text_activations", "small_sae"), inputs=("sae",))
+def _quality(run: OpenRun, one, report) -> dict:
+    held_out = run.get("text_activations") / "held_out"
+    return saes.reconstruction_quality(one, held_out) | {
+        "k": getattr(one.cfg, "k", None), "architecture": one.cfg.architecture(),
+        "splice": saes.spliced_loss(run.lm, one, run.settings.layer, text_pieces(run, "held_out"),
+                                    tokens=run.settings.splice_tokens, mean_D=saes.activation_mean(held_out),
+                                    report=report)}
+
+
+@stage("json", uses=(*TEXT, *SAE, "splice_tokens"), needs=("text_activations",), inputs=("sae",))
 def sae_quality(run: OpenRun, report) -> dict:
-    """Quality of the run's SAE and of the small one, on the same held-out texts."""
-    held_out, pieces = run.get("text_activations") / "held_out", text_pieces(run, "held_out")
-    small = saes.load_sae(str(run.get("small_sae")), device=run.device)
-    quality = {}
-    for index, (name, one) in enumerate((("run", run.sae()), ("small", small))):
-        quality[name] = saes.reconstruction_quality(one, held_out) | {
-            "k": getattr(one.cfg, "k", None), "architecture": one.cfg.architecture(),
-            "splice": saes.spliced_loss(run.lm, one, run.settings.layer, pieces, tokens=run.settings.splice_tokens,
-                                        report=lambda f, index=index: report((index + f) / 2))}
-    return quality
+    """Quality of the run's SAE on chapter one's held-out texts."""
+    return _quality(run, run.sae(), report)
+
+
+@stage("json", uses=(*TEXT, "splice_tokens"), needs=("text_activations", "small_sae"))
+def small_sae_quality(run: OpenRun, report) -> dict:
+    """Quality of the small SAE on the same texts."""
+    return _quality(run, saes.load_sae(str(run.get("small_sae")), device=run.device), report)
 
 
 @stage("json", uses=(*TEXT, *SAE), needs=("text_activations",), inputs=("sae",))
@@ -175,36 +184,39 @@ def shift_groups(run: OpenRun) -> list[PromptGroup]:
 
 def domain_groups(run: OpenRun) -> dict[str, list[PromptGroup]]:
     """Each domain's questions behind each draw of demonstrations from the same domain."""
-    settings = run.settings
-    return {
-        domain: [make_group(run.lm.tokenizer, questions, demonstrations, context_length=run.lm.context_length,
-                            tokens=max(1, settings.score_tokens // settings.demonstration_draws))
-                 for demonstrations, questions in demonstration_draws(
-                     examples, settings.demonstrations, settings.demonstration_draws, seed=settings.seed,
-                     what=f"Domain {domain!r}")]
-        for domain, examples in run.domain_examples().items()}
+    settings, pool = run.settings, run.demonstration_pool()
+    groups = {}
+    for domain, examples in run.domain_examples().items():
+        draws = demonstration_draws(pool.get(domain, examples), settings.demonstrations, settings.demonstration_draws,
+                                    seed=settings.seed, what=f"Domain {domain!r}", set_aside=domain in pool)
+        groups[domain] = [
+            make_group(run.lm.tokenizer, examples if domain in pool else questions, demonstrations,
+                       context_length=run.lm.context_length,
+                       tokens=max(1, settings.score_tokens // settings.demonstration_draws))
+            for demonstrations, questions in draws]
+    return groups
 
 
-SHIFT = (*MODEL, *SAE, "sft_data", "sft_examples", "shift_tokens", "shift_demonstrations", "demonstration_draws",
+SHIFT = (*MODEL, *SAE, "shift_tokens", "shift_demonstrations", "demonstration_draws",
          "seed")
 DOMAIN = (*MODEL, *SAE, "score_tokens", "demonstrations", "demonstration_draws", "seed")
 
 
-@stage("tensors", uses=(*SHIFT, *MASKS), inputs=("model", "sae", "sft_data"))
+@stage("tensors", uses=(*SHIFT, *MASKS), inputs=("model", "sae", "sft_train"))
 def shift(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """Paired statistics of the training domain's questions without and behind demonstrations."""
     return paired_stats(run.lm, run.sae(), run.settings.layer, shift_groups(run), _masks(run),
                         tokens_per_batch=run.settings.tokens_per_batch, report=report).to_tensors()
 
 
-@stage("tensors", uses=(*SHIFT, "official_rows"), inputs=("model", "sae", "sft_data"))
+@stage("tensors", uses=(*SHIFT, "official_rows"), inputs=("model", "sae", "sft_train"))
 def shift_rows(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """The same, paired by row index as in the official code."""
     return row_paired_stats(run.lm, run.sae(), run.settings.layer, shift_groups(run),
                             run.settings.official_rows).to_tensors()
 
 
-@stage("tensors", uses=(*DOMAIN, *MASKS), inputs=("model", "sae", "domain_data"))
+@stage("tensors", uses=(*DOMAIN, *MASKS), inputs=("model", "sae", "domain_data", "demonstrations"))
 def domain_stats(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """Paired statistics of every domain's questions; tensors are named domain/field."""
     groups = domain_groups(run)
@@ -217,7 +229,7 @@ def domain_stats(run: OpenRun, report) -> dict[str, torch.Tensor]:
     return flat
 
 
-@stage("tensors", uses=(*DOMAIN, "official_rows"), inputs=("model", "sae", "domain_data"))
+@stage("tensors", uses=(*DOMAIN, "official_rows"), inputs=("model", "sae", "domain_data", "demonstrations"))
 def domain_rows(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """The same, paired by row index as in the official code."""
     groups = domain_groups(run)
@@ -258,25 +270,25 @@ def variant_overlap(run: OpenRun, report) -> dict:
 
 # --- what really happens ------------------------------------------------------------------------------------------
 
-@stage("folder", uses=("model", "model_revision", "dtype", "sft_data", "sft_examples", "sft_held_out", "sft_epochs",
-                       "sft_lr", "sft_batch", "sft_max_length", "lora_rank", "lora_alpha", "seed"),
-       inputs=("model", "sft_data"))
+@stage("folder", uses=("model", "model_revision", "dtype", "sft_epochs", "sft_lr", "sft_batch", "sft_max_length",
+                       "lora_rank", "lora_alpha", "seed"), inputs=("model", "sft_train", "sft_held_out"))
 def sft(run: OpenRun, report) -> Path:
     """Fine-tune on the training domain's worked solutions: adapter, loss curve, held-out loss before and after."""
     settings = run.settings
     work = run.scratch("sft")
-    log = fine_tune(run.load_model(), run.sft_examples("train"), run.sft_examples("held_out"),
+    # All weights in bf16 would round most updates away; adapters are float32 in any case.
+    lm = run.load_model("" if settings.lora_rank else "float32")
+    log = fine_tune(lm, run.sft_examples("train"), run.sft_examples("held_out"),
                     FineTuning(settings.sft_epochs, settings.sft_lr, settings.sft_batch, settings.sft_max_length,
                                settings.lora_rank, settings.lora_alpha, settings.seed), work, report=report)
     _write(work / "training.json", log | {"train": len(run.sft_examples("train")),
                                           "held_out": len(run.sft_examples("held_out"))})
-    for path in sorted((work / "checkpoints").rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    (work / "checkpoints").rmdir()
+    # Renamed first: killed halfway through the removal, nobody takes the rest for checkpoints.
+    shutil.rmtree((work / "checkpoints").rename(work / "finished"))
     return work
 
 
-EVALUATION = ("model", "model_revision", "dtype", "eval_limit", "eval_batch", "seed")
+EVALUATION = ("model", "model_revision", "dtype", "eval_limit", "eval_batch")
 
 
 def _evaluated(run: OpenRun) -> list[Example]:
@@ -287,16 +299,14 @@ def _evaluated(run: OpenRun) -> list[Example]:
 @stage("parquet", uses=EVALUATION, inputs=("model", "domain_data"))
 def evaluation_before(run: OpenRun, report) -> pandas.DataFrame:
     """Log-likelihoods of option letters and worked solutions under the untuned model."""
-    return evaluate(run.lm, _evaluated(run), batch=run.settings.eval_batch,
-                    folder=run.scratch("evaluation_before"), report=report)
+    return evaluate(run.lm, _evaluated(run), batch=run.settings.eval_batch, report=report)
 
 
 @stage("parquet", uses=EVALUATION, needs=("sft",), inputs=("model", "domain_data"))
 def evaluation_after(run: OpenRun, report) -> pandas.DataFrame:
     """The same under the tuned model."""
     tuned = load_tuned(run.load_model(), run.get("sft"))
-    return evaluate(tuned, _evaluated(run), batch=run.settings.eval_batch,
-                    folder=run.scratch("evaluation_after"), report=report)
+    return evaluate(tuned, _evaluated(run), batch=run.settings.eval_batch, report=report)
 
 
 @stage("parquet", uses=("bootstrap", "seed"), needs=("evaluation_before", "evaluation_after"))

@@ -122,7 +122,8 @@ def score_scatter(scores: pandas.DataFrame, shifts: pandas.DataFrame, correlatio
         else:
             ends = numpy.array([own[score].min(), own[score].max()])
             axis.plot(ends, result["line"]["intercept"] + result["line"]["slope"] * ends, color=ORANGE)
-            axis.set_title(f"r = {result['pearson']:.2f}, p = {result['p']:.3f}, n = {result['n']}")
+            p = "p < 0.001" if result["p"] < 0.001 else f"p = {result['p']:.3f}"
+            axis.set_title(f"r = {result['pearson']:.2f}, {p}, n = {result['n']}")
         axis.set(xlabel=f"{SCORE_LABELS[score]} ({VARIANT_LABELS[variant]})")
     axes[0].set(ylabel=f"absolute change in\n{MEASURES[measure]}")
     return _finished(figure)

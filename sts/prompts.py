@@ -128,17 +128,20 @@ def paired_positions(base: Prompt, icl: Prompt, *, question_tokens_only: bool = 
     return kept, [position + shift for position in kept]
 
 
-def demonstration_draws(examples: list[Example], count: int, draws: int, *, seed: int,
-                        what: str) -> list[tuple[tuple[Example, ...], list[Example]]]:
+def demonstration_draws(examples: list[Example], count: int, draws: int, *, seed: int, what: str,
+                        set_aside: bool = False) -> list[tuple[tuple[Example, ...], list[Example]]]:
     """Split examples into demonstrations and questions, `draws` times, with a moving window over a seeded shuffle.
+
+    Args:
+        set_aside: the examples serve as demonstrations only, so that none needs to be left over.
 
     Returns:
         `draws` pairs (demonstrations, questions): `count` demonstrations and all other examples.
 
     Raises:
-        StsError: fewer examples than `count` + 1.
+        StsError: fewer examples than `count` + 1 (`count` if set aside).
     """
-    if len(examples) <= count:
+    if len(examples) < count + (not set_aside):
         raise StsError(f"{what} has {len(examples)} examples; {count} demonstrations leave no question to score. "
                        f"Use at most {max(0, len(examples) - 1)} demonstrations, or more examples.")
     shuffled = random.Random(seed).sample(examples, len(examples))

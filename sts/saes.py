@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,10 @@ def sae_identity(name: str) -> str:
     """
     folder = Path(name).expanduser()
     if (folder / "cfg.json").is_file():
-        return "sha256:" + sha256_of_file(folder / "sae_weights.safetensors")[:16]
+        weights = folder / "sae_weights.safetensors"
+        if not weights.is_file():
+            raise StsError(f"SAE folder {name!r} has a cfg.json but no sae_weights.safetensors.")
+        return "sha256:" + sha256_of_file(weights)[:16] + "+" + sha256_of_file(folder / "cfg.json")[:8]
     if folder.is_dir() or "/" not in name or name.startswith((".", "/", "~")):
         raise StsError(f"SAE {name!r} is not known. Valid: a folder with cfg.json and sae_weights.safetensors, or "
                        "'release/sae_id' from sae-lens' registry, such as "
@@ -103,6 +107,13 @@ def check_fits(sae, lm: LanguageModel, layer: int) -> None:
     if sae.cfg.d_in != width:
         raise StsError(f"The SAE takes vectors of width {sae.cfg.d_in}; model {lm.name!r} has width {width}. "
                        "Choose an SAE trained on this model.")
+    site = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", str(sae.cfg.metadata.hook_name or ""))
+    if site:
+        after = int(site[1]) - (site[2] == "pre")  # before layer n is after layer n - 1
+        if after != layer:
+            raise StsError(f"The SAE was trained on the residual stream after layer {after} "
+                           f"({sae.cfg.metadata.hook_name}); layer {layer} was asked for. Set layer to {after}, or "
+                           "choose another SAE.")
 
 
 # --- activations to train on --------------------------------------------------------------------------------------
@@ -183,6 +194,9 @@ def _content_positions(lm: LanguageModel, layer: int, pieces: list[list[int]],
                        batch: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     ids_BP, mask_BP = pad([pieces[index] for index in batch], lm.device)
     residual_BPD = residual_stream(lm.model, layer, ids_BP, attention_mask=mask_BP.long(), use_cache=False)
+    if not torch.isfinite(residual_BPD[mask_BP]).all():
+        raise StsError("The residual stream holds NaN or infinite values, so no SAE can be trained on it. Try dtype "
+                       "float32; if that does not help, the model's weights are damaged.")
     keep_BP = content_mask(residual_BPD, mask_BP)
     row_T, position_T = keep_BP.nonzero(as_tuple=True)
     piece_T = torch.tensor(batch, device=lm.device)[row_T]
@@ -248,7 +262,7 @@ def train_sae(activations: Path, settings: SaeTraining, *, model_name: str, laye
     from sae_lens.training.sae_trainer import SAETrainer
 
     paths = shard_paths(activations)
-    if not paths:
+    if not paths or not count_activations(activations):
         raise StsError(f"No activations to train on in {str(activations)!r}.")
     with safe_open(paths[0], "pt") as shard:
         sample_TD = shard.get_tensor("activations_TD").float()
@@ -282,7 +296,8 @@ def bf16_is_fast(device: str) -> bool:
     """Whether bf16 matrix products run on hardware here rather than emulated."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every build of torch
+    return bool(supported and supported())
 
 
 def _record_curve(trainer, steps: int, log_every: int, report: Callable[[float, dict], None]) -> list[dict]:
@@ -332,7 +347,7 @@ def reconstruction_quality(sae, activations: Path) -> dict:
     count, l0 = 0, 0.0
     error = total = 0.0
     fired_L = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
-    mean_D = _mean(activations)
+    mean_D = activation_mean(activations)
     for path in shard_paths(activations):
         with safe_open(path, "pt") as shard:
             activations_TD = shard.get_tensor("activations_TD").float()
@@ -349,7 +364,8 @@ def reconstruction_quality(sae, activations: Path) -> dict:
             "dead": int((~fired_L).sum()), "latents": sae.cfg.d_sae}
 
 
-def _mean(activations: Path) -> torch.Tensor:
+def activation_mean(activations: Path) -> torch.Tensor:
+    """Mean of all stored activation vectors."""
     total, count = 0, 0
     for path in shard_paths(activations):
         with safe_open(path, "pt") as shard:
@@ -358,9 +374,13 @@ def _mean(activations: Path) -> torch.Tensor:
     return (total / count).float()
 
 
-def spliced_loss(lm: LanguageModel, sae, layer: int, pieces: list[list[int]], *, tokens: int,
+def spliced_loss(lm: LanguageModel, sae, layer: int, pieces: list[list[int]], *, mean_D: torch.Tensor, tokens: int,
                  tokens_per_batch: int = 4096, report: Callable[[float], None] = lambda fraction: None) -> dict:
     """The model's next-token loss with the residual stream as it is, reconstructed by the SAE, and set to its mean.
+
+    Args:
+        mean_D: the mean activation (see `activation_mean`).
+        tokens: about how many tokens to measure on.
 
     Only content positions are replaced (see `content_mask`); attention sinks stay as they are.
 
@@ -376,9 +396,8 @@ def spliced_loss(lm: LanguageModel, sae, layer: int, pieces: list[list[int]], *,
         total += len(piece) - 1
     batches = list(length_batches(sorted(range(len(chosen)), key=lambda i: len(chosen[i])), chosen, tokens_per_batch))
     layer_module = decoder_layers(lm.model)[layer]
-    # sae.b_dec is the SAE's estimate of the mean activation: what it outputs when no latent is active.
     replacements = {"clean": None, "spliced": lambda x_TD: sae(x_TD),
-                    "mean_ablated": lambda x_TD: sae.b_dec.expand_as(x_TD)}
+                    "mean_ablated": lambda x_TD: mean_D.to(x_TD.device, x_TD.dtype).expand_as(x_TD)}
     sums = dict.fromkeys(replacements, 0.0)
     for done, batch in enumerate(batches, 1):
         ids_BP, mask_BP = pad([chosen[index] for index in batch], lm.device)

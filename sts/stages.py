@@ -14,6 +14,7 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -78,8 +79,10 @@ def results_folder() -> Path:
 class OpenRun:
     """A run profile with its store, models and data, loaded when first needed."""
 
-    def __init__(self, settings: Run, *, results: Path | None = None):
+    def __init__(self, settings: Run, *, results: Path | None = None, changed: Mapping[str, Any] | None = None):
         self.settings = settings
+        #: Settings that differ from the profile's own, for the page to say so.
+        self.changed = dict(changed or {})
         self.results = Path(results) if results else results_folder()
         self.folder = self.results / settings.name
         self.store = Store(self.folder / "stages", (ROOT / "data" / "recorded" / settings.name,))
@@ -128,8 +131,18 @@ class OpenRun:
 
     @property
     def used(self) -> tuple[str, ...]:
-        """Names of the stages asked for so far, in order."""
-        return tuple(self._used)
+        """Names of the stages asked for so far and of all that they rest on, each after what it needs."""
+        ordered: list[str] = []
+
+        def visit(name: str) -> None:
+            if name not in ordered:
+                for need in self._needs(self._spec(name)):
+                    visit(need)
+                ordered.append(name)
+
+        for name in self._used:
+            visit(name)
+        return tuple(ordered)
 
     def _spec(self, name: str) -> Stage:
         from sts import pipeline  # noqa: F401  # registers the stages
@@ -156,7 +169,7 @@ class OpenRun:
             "needs": {need: self.key(need) for need in self._needs(spec)},
             "inputs": {what: self.identity(what) for what in spec.inputs},
             "seed": self.settings.seed, "seconds": round(seconds, 2),
-            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "process_peak_memory_mb": _peak_memory_mb(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **_environment(self.device)})
 
     # --- inputs
@@ -171,18 +184,20 @@ class OpenRun:
             return resolve_model(settings.model, settings.model_revision, self.results / "models")[1]
         if what == "sae":
             return f"trained:{self.key('sae')}" if settings.sae == "train" else sae_identity(self._sae_name)
-        if what == "sft_data":
-            return digest(self.sft_examples("train") + self.sft_examples("held_out"))
+        if what in ("sft_train", "sft_held_out"):
+            return digest(self.sft_examples(what.removeprefix("sft_")))
         if what == "domain_data":
             return digest([example for group in self.domain_examples().values() for example in group])
+        if what == "demonstrations":
+            return digest([example for group in self.demonstration_pool().values() for example in group])
         if what == "text_data":
             return digest(self.text_examples())
         if what == "sae_text":
             from sts.pipeline import sae_documents
 
-            return digest([f"{name}:{len(text)}:{text[:200]}" for name in settings.sae_text
-                           for text in sae_documents(self, name)])
-        raise one_of("Input", what, ("model", "sae", "sft_data", "domain_data", "text_data", "sae_text"))
+            return digest([text for name in settings.sae_text for text in sae_documents(self, name)])
+        raise one_of("Input", what, ("model", "sae", "sft_train", "sft_held_out", "domain_data", "demonstrations",
+                                     "text_data", "sae_text"))
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
         if name not in self._memory:
@@ -255,6 +270,14 @@ class OpenRun:
 
         return self._once("data:domains", load)
 
+    def demonstration_pool(self) -> dict[str, list[Example]]:
+        """Examples set aside for demonstrations, by domain; empty if they come from the questions themselves."""
+        settings = self.settings
+        if not settings.demonstration_split:
+            return {}
+        return self._once("data:demonstrations", lambda: by_domain(
+            load_examples(settings.domain_data, split=settings.demonstration_split), tuple(settings.domains)))
+
     def text_examples(self) -> list[Example]:
         """The questions and solutions that the first chapter reads the SAE on."""
         settings = self.settings
@@ -271,7 +294,15 @@ def open_run(run: str | Run = "laptop", *, results: Path | None = None, **overri
         results: folder for results; STS_RESULTS or results/ by default.
         overrides: settings to change; None leaves the profile's own value.
     """
-    return OpenRun(load_run(run, overrides), results=results)
+    settings, profile = load_run(run, overrides), load_run(run)
+    changed = {name: value for name in overrides if (value := getattr(settings, name)) != getattr(profile, name)}
+    return OpenRun(settings, results=results, changed=changed)
+
+
+def _peak_memory_mb() -> int:
+    """The process's largest resident memory so far; the unit that the system reports differs."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1024**2 if sys.platform == "darwin" else 1024))
 
 
 def _environment(device: str) -> Mapping[str, Any]:

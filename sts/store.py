@@ -69,21 +69,25 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(stage, key, kind)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        # The old provenance stays until the new one replaces it: with a new result its checksum does not match.
+        # Provenance and result are renamed one after the other. Killed in between, the checksum does not match and
+        # the stage is computed again; a folder, which may hold hours of work, then still lies in its scratch place.
+        if kind != "folder":
+            _dump(value, kind, temporary)
+            _flush(temporary)
+        record = {**provenance, "checksum": checksum(value if kind == "folder" else temporary)}
+        note = temporary.with_name(temporary.name + ".note")
+        note.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+        _flush(note)
         if kind == "folder":
-            shutil.rmtree(temporary, ignore_errors=True)
             if path.exists():  # a folder cannot be renamed over another one
+                shutil.rmtree(temporary, ignore_errors=True)
                 os.replace(path, temporary)
+            os.replace(note, _beside(path))
             os.replace(value, path)
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            _dump(value, kind, temporary)
-            _flush(temporary)
             os.replace(temporary, path)
-        record = {**provenance, "checksum": checksum(path)}
-        temporary.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-        _flush(temporary)
-        os.replace(temporary, _beside(path))
+            os.replace(note, _beside(path))
         shutil.rmtree(self.folder / "unfinished" / f"{stage}-{key}", ignore_errors=True)
         return path
 
