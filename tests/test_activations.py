@@ -126,7 +126,8 @@ def test_each_mask_can_be_switched_off(lm_of):
     assert tokens(outlier_norm=1.0) < own  # one times the median norm: about half the tokens are above it
 
 
-def test_tokens_with_an_outlier_norm_are_left_out(lm_of, monkeypatch):
+@pytest.mark.parametrize("behind_demonstrations", [False, True])
+def test_tokens_with_an_outlier_norm_in_either_pass_are_left_out(lm_of, monkeypatch, behind_demonstrations):
     lm, sae = lm_of("llama"), topk_sae(64)
     groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])]
     import sts.activations as activations
@@ -136,10 +137,11 @@ def test_tokens_with_an_outlier_norm_are_left_out(lm_of, monkeypatch):
 
     def with_a_sink(lm, layer, prompts, *rest):
         residuals = ordinary(lm, layer, prompts, *rest)
-        if len(rest) == 0:  # the pass without demonstrations: blow up one question token of each prompt
+        if (len(rest) > 0) == behind_demonstrations:  # blow up one question token of each prompt, in one pass
             residuals = [residual.clone() for residual in residuals]
+            prefix = rest[0] if rest else 0
             for prompt, residual in zip(prompts, residuals, strict=True):
-                residual[prompt.question[0] + 1] *= 1e4
+                residual[prompt.question[0] + 1 - prefix] *= 1e4
         return residuals
 
     monkeypatch.setattr(activations, "batch_residuals", with_a_sink)

@@ -32,9 +32,9 @@ def log_probability(lm, context: str, target: str) -> float:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_loglikelihoods_agree_with_the_models_own_forward_pass(lm_of, tmp_path, family, batch):
+def test_loglikelihoods_agree_with_the_models_own_forward_pass(lm_of, family, batch):
     lm = lm_of(family)
-    rows = evaluate(lm, EXAMPLES, batch=batch, folder=tmp_path)
+    rows = evaluate(lm, EXAMPLES, batch=batch)
     assert len(rows) == (3 + 4 + 2 + 3) + 5
     for example in EXAMPLES:
         prompt = lm.tokenizer.apply_chat_template(
@@ -44,7 +44,7 @@ def test_loglikelihoods_agree_with_the_models_own_forward_pass(lm_of, tmp_path, 
         own = rows[rows["example_id"] == example.example_id]
         for row in own.itertuples():
             if row.kind == "letter":
-                expected = log_probability(lm, prompt + "The answer is", f" {'ABCD'[row.option]}")
+                expected = log_probability(lm, prompt + "The answer is (", "ABCD"[row.option])
                 assert row.is_right == (row.option == example.answer_index)
             else:
                 letter = "ABCD"[example.answer_index]
@@ -99,7 +99,25 @@ def test_different_items_before_and_after_are_an_error():
         domain_shifts(one, other)
 
 
-def test_an_item_longer_than_the_context_is_named(lm_of, tmp_path):
+def test_an_item_longer_than_the_context_is_named(lm_of):
     long = Example("very-long", "law", "word " * 9000, ("yes", "no"), 0, "yes", "It is so.")
     with pytest.raises(StsError, match="very-long needs .* tokens; the model's context is 8192"):
-        evaluate(lm_of("llama"), [long], folder=tmp_path)
+        evaluate(lm_of("llama"), [long])
+
+
+def test_a_bf16_model_is_summed_in_float32(tiny_models):
+    from sts.models import load_model
+
+    lm = load_model(str(tiny_models["llama"]), dtype="bfloat16")
+    values = evaluate(lm, EXAMPLES)["loglikelihood"]
+    # A sum in bf16 has eight bits: every value beyond 128 nats would be a whole number.
+    assert any(abs(value - round(value)) > 0.01 for value in values if value < -128)
+
+
+def test_a_broken_model_is_named_not_averaged(tiny_models):
+    from sts.models import load_model
+
+    lm = load_model(str(tiny_models["llama"]), dtype="float32")
+    lm.model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(StsError, match="item-.*log-likelihood is nan"):
+        evaluate(lm, EXAMPLES)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sts.data import load_examples
+from sts.errors import StsError
 from sts.finetune import FineTuning, conversation, fine_tune, load_tuned
 from sts.models import load_model
 from sts.prompts import render, solution_text
@@ -25,8 +26,8 @@ def tuned(tiny_models, tmp_path_factory):
 
 
 def solution_loss(lm, examples):
-    """Mean loss per solution token, one example at a time, with the prompt's tokens left out."""
-    total, count = 0.0, 0
+    """Loss per solution token, with the prompt's tokens left out, averaged over problems."""
+    losses = []
     for example in examples:
         prompt = render(lm.tokenizer, example.question.strip())
         start = len(lm.tokenizer(prompt, add_special_tokens=False)["input_ids"])
@@ -34,9 +35,9 @@ def solution_loss(lm, examples):
         ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
         with torch.no_grad():
             log_p = lm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        total -= sum(log_p[position - 1, ids[position]].item() for position in range(start, len(ids)))
-        count += len(ids) - start
-    return total / count
+        losses.append(-sum(log_p[position - 1, ids[position]].item() for position in range(start, len(ids)))
+                      / (len(ids) - start))
+    return sum(losses) / len(losses)
 
 
 def test_held_out_loss_falls_and_is_the_loss_of_the_solution_alone(tiny_models, tuned):
@@ -97,3 +98,18 @@ def test_conversations_follow_the_chat_template_or_a_plain_layout(tiny_models):
     plain = conversation(lm.tokenizer, EXAMPLES[0])
     assert plain["prompt"].startswith("Question: ") and plain["prompt"].endswith("Answer:")
     assert json.dumps(plain)
+
+
+def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(tiny_models, tuned, tmp_path):
+    _, uninterrupted = tuned
+    broken = tmp_path / "checkpoints" / "checkpoint-6"
+    broken.mkdir(parents=True)
+    (broken / "optimizer.pt").write_bytes(b"half")
+    log = fine_tune(fresh(tiny_models), EXAMPLES[:16], EXAMPLES[16:], SETTINGS, tmp_path)
+    assert log["held_out_after"] == pytest.approx(uninterrupted["held_out_after"], rel=1e-3)
+
+
+def test_a_question_that_leaves_no_room_for_its_solution_is_named(tiny_models, tmp_path):
+    settings = FineTuning(epochs=1, lr=1e-3, batch=4, max_length=40, lora_rank=4, lora_alpha=8, seed=0)
+    with pytest.raises(StsError, match="gsm_symbolic-.* Raise sft_max_length"):
+        fine_tune(fresh(tiny_models), EXAMPLES[:8], EXAMPLES[16:], settings, tmp_path)

@@ -114,32 +114,87 @@ def test_quality_by_a_naive_formula(trained, activations):
     assert quality["tokens"] == len(x)
 
 
-def test_splicing_the_identity_changes_nothing_and_the_mean_does_harm(lm_of):
-    lm = lm_of("llama")
+class Constant:
+    """An 'SAE' that reconstructs every vector as the same one."""
 
-    class Identity:
-        dtype = torch.float32
-        b_dec = torch.zeros(64)
+    dtype = torch.float32
 
-        def __call__(self, x_TD):
-            return x_TD
+    def __init__(self, value_D):
+        self.value_D = value_D
 
-    result = saes.spliced_loss(lm, Identity(), 0, PIECES, tokens=300, tokens_per_batch=100)
-    assert result["spliced"] == pytest.approx(result["clean"], abs=1e-6)
-    assert result["recovered"] == pytest.approx(1.0, abs=1e-4)
-    assert result["mean_ablated"] != pytest.approx(result["clean"], abs=1e-5)
-    # Independent: transformers' own loss, piece by piece.
+    def __call__(self, x_TD):
+        return x_TD if self.value_D is None else self.value_D.expand_as(x_TD)
+
+
+def naive_loss(lm, layer, value_D):
+    """Next-token loss with all but the first position of the residual stream after `layer` set to `value_D`."""
     total, count = 0.0, 0
+    decoder = lm.model.model
     for piece in PIECES:
         if count >= 300:
             break
         ids = torch.tensor([piece])
         with torch.no_grad():
-            total += lm.model(ids, labels=ids).loss.item() * (len(piece) - 1)
+            hidden = decoder.embed_tokens(ids)
+            positions = torch.arange(len(piece))[None]
+            rotary = decoder.rotary_emb(hidden, positions)
+            for index, module in enumerate(decoder.layers):
+                hidden = module(hidden, position_embeddings=rotary, position_ids=positions)
+                if index == layer and value_D is not None:
+                    hidden = hidden.clone()
+                    hidden[:, 1:] = value_D
+            logits = lm.model.lm_head(decoder.norm(hidden))
+        total += torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
         count += len(piece) - 1
+    return total / count, count
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_spliced_loss_against_layers_run_by_hand(lm_of, layer):
+    lm = lm_of("llama")
+    torch.manual_seed(1)
+    spliced_D, mean_D = torch.randn(2, 64)
+    result = saes.spliced_loss(lm, Constant(spliced_D), layer, PIECES, mean_D=mean_D, tokens=300, tokens_per_batch=100)
+    clean, count = naive_loss(lm, layer, None)
     assert result["tokens"] == count
-    assert result["clean"] == pytest.approx(total / count, rel=1e-5)
-    assert not lm.model.model.layers[0]._forward_hooks
+    assert result["clean"] == pytest.approx(clean, rel=1e-5)
+    assert result["spliced"] == pytest.approx(naive_loss(lm, layer, spliced_D)[0], rel=1e-5)
+    assert result["mean_ablated"] == pytest.approx(naive_loss(lm, layer, mean_D)[0], rel=1e-5)
+    assert abs(result["spliced"] - clean) > 1e-3
+    assert not lm.model.model.layers[layer]._forward_hooks
+
+
+def test_splicing_the_identity_changes_nothing(lm_of):
+    result = saes.spliced_loss(lm_of("llama"), Constant(None), 0, PIECES, mean_D=torch.ones(64), tokens=300)
+    assert result["spliced"] == pytest.approx(result["clean"], abs=1e-6)
+    assert result["recovered"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_loading_folds_norms_unless_told_otherwise(trained, tmp_path):
+    import shutil
+
+    from safetensors.torch import save_file
+
+    folder, _, _ = trained
+    shutil.copytree(folder, tmp_path / "sae")
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["W_dec"] = weights["W_dec"] * 3
+    save_file(weights, tmp_path / "sae" / "sae_weights.safetensors")
+    folded, raw = (saes.load_sae(str(tmp_path / "sae"), fold_norms=fold) for fold in (True, False))
+    torch.testing.assert_close(folded.W_dec.norm(dim=-1), torch.ones(96), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(raw.W_dec.norm(dim=-1), 3 * torch.ones(96), rtol=1e-3, atol=1e-3)
+    x_TD = torch.randn(5, 64)
+    torch.testing.assert_close(folded(x_TD), raw(x_TD), rtol=1e-3, atol=1e-3)
+
+
+def test_nan_activations_stop_the_collection(tiny_models, tmp_path):
+    from sts.models import load_model
+
+    lm = load_model(str(tiny_models["llama"]), dtype="float32")
+    lm.model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(StsError, match="NaN"):
+        saes.collect_activations(lm, 0, PIECES, tmp_path)
+    assert not saes.shard_paths(tmp_path)
 
 
 def test_errors_say_what_would_work(lm_of, trained, tmp_path):
@@ -154,6 +209,9 @@ def test_errors_say_what_would_work(lm_of, trained, tmp_path):
         saes.check_fits(wide, lm_of("llama"), 0)
     with pytest.raises(StsError, match="Layer 9 .* 0 to 1"):
         saes.check_fits(wide, lm_of("llama"), 9)
+    (tmp_path / "cfg.json").write_text("{}")
+    with pytest.raises(StsError, match="no sae_weights.safetensors"):
+        saes.load_sae(str(tmp_path))
     with pytest.raises(StsError, match="No activations"):
         saes.train_sae(tmp_path, saes.SaeTraining(8, 2, 100), model_name="x", layer=0)
 
