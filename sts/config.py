@@ -88,6 +88,7 @@ class Run(BaseModel):
     sft_epochs: int = Field(1, ge=1, description="passes over them")
     sft_lr: float = Field(2e-4, gt=0, description="peak learning rate")
     sft_batch: int = Field(8, ge=1, description="examples a step")
+    sft_micro_batch: int = Field(4, ge=1, description="examples in memory at once; gradients are added up to sft_batch")
     sft_max_length: int = Field(1024, ge=16, description="tokens an example at most")
     lora_rank: int = Field(32, ge=0, description="rank of the adapters; 0 for full fine-tuning")
     lora_alpha: int = Field(64, ge=1, description="their scale")

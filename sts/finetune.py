@@ -23,6 +23,7 @@ class FineTuning:
     epochs: int
     lr: float
     batch: int
+    micro_batch: int
     max_length: int
     lora_rank: int
     lora_alpha: int
@@ -76,7 +77,9 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     if settings.lora_rank:
         model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha,
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
-    steps = settings.epochs * math.ceil(len(train) / settings.batch)
+    micro = min(settings.micro_batch, settings.batch)
+    accumulated = math.ceil(settings.batch / micro)
+    steps = settings.epochs * math.ceil(math.ceil(len(train) / micro) / accumulated)
     checkpoints = folder / "checkpoints"
 
     class Progress(TrainerCallback):
@@ -86,7 +89,7 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     config = SFTConfig(
         output_dir=str(checkpoints), num_train_epochs=settings.epochs, learning_rate=settings.lr,
         # One held-out problem a batch: the trainer averages batches, so this is the mean over problems.
-        per_device_train_batch_size=settings.batch, per_device_eval_batch_size=1,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=accumulated, per_device_eval_batch_size=1,
         max_length=settings.max_length, completion_only_loss=True, seed=settings.seed, data_seed=settings.seed,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), weight_decay=0.01, max_grad_norm=1.0,
         adam_beta2=0.95, logging_steps=1, save_strategy="steps", save_steps=max(1, steps // 4), save_total_limit=1,

@@ -177,8 +177,9 @@ def shift_table(shifts: pandas.DataFrame) -> pandas.DataFrame:
     frame["questions"] = counts
     for measure, label in names.items():
         own = shifts[shifts["measure"] == measure].set_index("domain")
-        frame[label] = [f"{own.loc[d, 'shift']:+.2f} ({own.loc[d, 'low']:+.2f} to {own.loc[d, 'high']:+.2f})"
-                        if d in own.index else "" for d in frame.index]
+        digits = 3 if measure == "bits" else 1
+        frame[label] = ["" if domain not in own.index else "{:+.{d}f} ({:+.{d}f} to {:+.{d}f})".format(
+            *own.loc[domain, ["shift", "low", "high"]], d=digits) for domain in frame.index]
     return frame.reset_index()
 
 
@@ -206,13 +207,24 @@ def forecast_summary(run: OpenRun) -> str:
         f"- change in bits per character: STS_act {_said(bits['sts_act'])}; STS_ICL {_said(bits['sts_icl'])}.\n"
         f"- change in accuracy, the paper's measure: STS_act {_said(accuracy['sts_act'])}; STS_ICL "
         f"{_said(accuracy['sts_icl'])}.\n\n"
-        f"{CORRELATION_RULE} Seed {settings.seed}, one training run. For comparison, the paper reports "
-        f"{published.min():.2f} to {published.max():.2f} on eight selected domains of three models.")
+        f"{CORRELATION_RULE} {_multiplicity(run)} Seed {settings.seed}, one training run. For comparison, the paper "
+        f"reports {published.min():.2f} to {published.max():.2f} on eight selected domains of three models.")
+
+
+def _multiplicity(run: OpenRun) -> str:
+    """How many correlations were tested, and the smallest p once corrected for that."""
+    tested = [row["p"] for row in run.get("correlations") if "undefined" not in row]
+    if not tested:
+        return ""
+    # Holm's method multiplies the smallest p by the number of tests.
+    smallest = min(1.0, min(tested) * len(tested))
+    return (f"The page tests {len(tested)} correlations (two scores, two variants, three measures). Corrected for that "
+            f"by Holm's method, the smallest p of all is {p_value(smallest)}; a single *held* is a hint, not a proof.")
 
 
 def forecast_conclusion(run: OpenRun) -> str:
     """What the scatter shows, how sure we are, and what this design could have seen at all."""
-    from sts.stats import smallest_detectable_correlation
+    from sts.stats import pearson, smallest_detectable_correlation
 
     shifts = run.get("domain_shift")
     domains = shifts["domain"].nunique()
@@ -227,6 +239,13 @@ def forecast_conclusion(run: OpenRun) -> str:
         lines.append(f"- {label}: {clear} of {len(own)} domains moved by more than their interval's noise; {up} went "
                      f"up, {(own['shift'] < 0).sum()} down. STS_ICL against the absolute change: "
                      f"{_said(_find(run, measure, 'sts_icl'))}.")
+    trained = {example.domain for example in run.sft_examples("train")} & set(shifts["domain"])
+    bits = shifts[shifts["measure"] == "bits"].set_index("domain")["shift"].abs().drop(index=list(trained))
+    if trained and len(bits) > 3:
+        own = run.get("scores").query("variant == 'paper'").set_index("domain").loc[bits.index]
+        lines.append(f"- The domain trained on ({', '.join(sorted(trained))}) is one of the points. Without it, the "
+                     f"correlation with the change in bits is {pearson(own['sts_act'], bits):.2f} for STS_act and "
+                     f"{pearson(own['sts_icl'], bits):.2f} for STS_ICL (n = {len(bits)}).")
     if domains < 4:
         return "\n".join([*lines, f"- {domains} domains are too few for any statement about correlation."])
     detectable = smallest_detectable_correlation(domains)

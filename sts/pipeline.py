@@ -270,7 +270,8 @@ def variant_overlap(run: OpenRun, report) -> dict:
 
 # --- what really happens ------------------------------------------------------------------------------------------
 
-@stage("folder", uses=("model", "model_revision", "dtype", "sft_epochs", "sft_lr", "sft_batch", "sft_max_length",
+@stage("folder", uses=("model", "model_revision", "dtype", "sft_epochs", "sft_lr", "sft_batch", "sft_micro_batch",
+                       "sft_max_length",
                        "lora_rank", "lora_alpha", "seed"), inputs=("model", "sft_train", "sft_held_out"))
 def sft(run: OpenRun, report) -> Path:
     """Fine-tune on the training domain's worked solutions: adapter, loss curve, held-out loss before and after."""
@@ -279,8 +280,9 @@ def sft(run: OpenRun, report) -> Path:
     # All weights in bf16 would round most updates away; adapters are float32 in any case.
     lm = run.load_model("" if settings.lora_rank else "float32")
     log = fine_tune(lm, run.sft_examples("train"), run.sft_examples("held_out"),
-                    FineTuning(settings.sft_epochs, settings.sft_lr, settings.sft_batch, settings.sft_max_length,
-                               settings.lora_rank, settings.lora_alpha, settings.seed), work, report=report)
+                    FineTuning(settings.sft_epochs, settings.sft_lr, settings.sft_batch, settings.sft_micro_batch,
+                               settings.sft_max_length, settings.lora_rank, settings.lora_alpha, settings.seed),
+                    work, report=report)
     _write(work / "training.json", log | {"train": len(run.sft_examples("train")),
                                           "held_out": len(run.sft_examples("held_out"))})
     # Renamed first: killed halfway through the removal, nobody takes the rest for checkpoints.

@@ -97,6 +97,22 @@ def domain_shifts(shifts: pandas.DataFrame, measure: str) -> Figure:
     return _finished(figure)
 
 
+def _name_points(axis, x: pandas.Series, y: pandas.Series) -> None:
+    """Write each point's name beside it: towards the middle of the panel, and one above the other where crowded."""
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    line_height, placed = (top - bottom) * 0.04, []
+    for name in y.sort_values().index:
+        to_left = x[name] > left + 0.6 * (right - left)
+        start, stop = sorted((x[name], x[name] + (-1 if to_left else 1) * len(name) * 0.017 * (right - left)))
+        height = y[name]
+        for begin, end, taken in placed:
+            if start < end and begin < stop and abs(height - taken) < line_height:
+                height = taken + line_height
+        placed.append((start, stop, height))
+        axis.annotate(name, (x[name], height), textcoords="offset points", xytext=(-5 if to_left else 5, 1), fontsize=8,
+                      ha="right" if to_left else "left", va="center")
+
+
 def score_scatter(scores: pandas.DataFrame, shifts: pandas.DataFrame, correlations: list[dict], measure: str,
                   variant: str = "paper") -> Figure:
     """Absolute shift against score, one panel a score, with least-squares line and interval of each shift.
@@ -116,7 +132,6 @@ def score_scatter(scores: pandas.DataFrame, shifts: pandas.DataFrame, correlatio
             reach = sorted((abs(row["low"]), abs(row["high"])))
             axis.plot([x, x], [reach[0] if clear else 0, reach[1]], color=GREY, linewidth=0.8, alpha=0.6)
             axis.plot(x, y, "o", color=BLUE, markerfacecolor=BLUE if clear else "white")
-            axis.annotate(domain, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
         if "undefined" in result:
             axis.set_title("correlation undefined")
         else:
@@ -125,5 +140,8 @@ def score_scatter(scores: pandas.DataFrame, shifts: pandas.DataFrame, correlatio
             p = "p < 0.001" if result["p"] < 0.001 else f"p = {result['p']:.3f}"
             axis.set_title(f"r = {result['pearson']:.2f}, {p}, n = {result['n']}")
         axis.set(xlabel=f"{SCORE_LABELS[score]} ({VARIANT_LABELS[variant]})")
+        axis.margins(x=0.12)
+    for axis, score in zip(axes, SCORE_LABELS, strict=True):
+        _name_points(axis, own.loc[actual.index, score], actual["shift"].abs())
     axes[0].set(ylabel=f"absolute change in\n{MEASURES[measure]}")
     return _finished(figure)

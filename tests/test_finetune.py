@@ -11,7 +11,7 @@ from sts.finetune import FineTuning, conversation, fine_tune, load_tuned
 from sts.models import load_model
 from sts.prompts import render, solution_text
 
-SETTINGS = FineTuning(epochs=2, lr=1e-2, batch=4, max_length=512, lora_rank=8, lora_alpha=16, seed=0)
+SETTINGS = FineTuning(epochs=2, lr=1e-2, batch=4, micro_batch=2, max_length=512, lora_rank=8, lora_alpha=16, seed=0)
 EXAMPLES = load_examples("gsm_symbolic", limit=20, seed=3)
 
 
@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tiny_models, tuned, tmp_path, 
 
 
 def test_full_fine_tuning_trains_every_weight(tiny_models, tmp_path):
-    settings = FineTuning(epochs=1, lr=1e-3, batch=4, max_length=512, lora_rank=0, lora_alpha=1, seed=0)
+    settings = FineTuning(epochs=1, lr=1e-3, batch=4, micro_batch=2, max_length=512, lora_rank=0, lora_alpha=1, seed=0)
     base = fresh(tiny_models)
     count = base.model.num_parameters()
     log = fine_tune(base, EXAMPLES[:8], EXAMPLES[16:], settings, tmp_path)
@@ -110,6 +110,6 @@ def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(tiny_models, tuned,
 
 
 def test_a_question_that_leaves_no_room_for_its_solution_is_named(tiny_models, tmp_path):
-    settings = FineTuning(epochs=1, lr=1e-3, batch=4, max_length=40, lora_rank=4, lora_alpha=8, seed=0)
+    settings = FineTuning(epochs=1, lr=1e-3, batch=4, micro_batch=2, max_length=40, lora_rank=4, lora_alpha=8, seed=0)
     with pytest.raises(StsError, match="gsm_symbolic-.* Raise sft_max_length"):
         fine_tune(fresh(tiny_models), EXAMPLES[:8], EXAMPLES[16:], settings, tmp_path)
