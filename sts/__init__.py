@@ -4,6 +4,7 @@
 """
 
 import os
+import warnings
 
 # Progress goes to the terminal through sts.progress; libraries' own bars would pollute notebooks and pages.
 # tqdm and transformers read these when they are imported, so they are set before anything else.
@@ -11,6 +12,9 @@ for _name, _value in {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", 
                       "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
                       "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}.items():
     os.environ.setdefault(_name, _value)
+
+# tqdm says this in notebooks without ipywidgets, although its bars are off.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 from sts.errors import StsError  # noqa: E402
 

@@ -154,6 +154,7 @@ def test_spliced_loss_against_layers_run_by_hand(lm_of, layer):
     lm = lm_of("llama")
     torch.manual_seed(1)
     spliced_D, mean_D = torch.randn(2, 64)
+    hooks = dict(lm.model.model.layers[layer]._forward_hooks)
     result = saes.spliced_loss(lm, Constant(spliced_D), layer, PIECES, mean_D=mean_D, tokens=300, tokens_per_batch=100)
     clean, count = naive_loss(lm, layer, None)
     assert result["tokens"] == count
@@ -161,7 +162,7 @@ def test_spliced_loss_against_layers_run_by_hand(lm_of, layer):
     assert result["spliced"] == pytest.approx(naive_loss(lm, layer, spliced_D)[0], rel=1e-5)
     assert result["mean_ablated"] == pytest.approx(naive_loss(lm, layer, mean_D)[0], rel=1e-5)
     assert abs(result["spliced"] - clean) > 1e-3
-    assert not lm.model.model.layers[layer]._forward_hooks
+    assert dict(lm.model.model.layers[layer]._forward_hooks) == hooks  # ours are gone
 
 
 def test_splicing_the_identity_changes_nothing(lm_of):

@@ -328,7 +328,7 @@ def test_provenance_says_how_a_result_was_made(tmp_path, calls):
     assert record["run"] == "smoke" and record["settings"] == {"top_n": 2} and record["seed"] == 1
     assert record["needs"] == {"alpha": run.key("alpha")} and record["key"] == run.key("beta")
     assert record["versions"]["torch"].startswith("2.") and record["finished"].startswith("20")
-    assert record["seconds"] >= 0 and record["peak_memory_mb"] > 0
+    assert record["seconds"] >= 0 and record["process_peak_memory_mb"] > 0
 
 
 def test_an_unknown_stage_lists_the_valid_ones(tmp_path):
