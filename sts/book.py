@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
     """Execute a chapter's notebook.
 
     Returns:
-        The executed notebook, results/<run>/notebooks/<chapter>.ipynb.
+        The executed notebook, results/<run>/notebooks/<chapter>[-<parameter>=<value>...].ipynb.
 
     Raises:
         StsError: wrong parameters, or the chapter failed; what it had computed stays stored.
@@ -82,7 +83,9 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
         run = str(Path(run).resolve())  # the kernel runs in another folder
     settings, values = check_parameters(chapter, run, parameters or {})
     folder = results_folder() / settings.name
-    target = folder / "notebooks" / source.name
+    # Other parameters go to a file of their own, so that two settings can be compared.
+    changes = "".join(f"-{name}={value}" for name, value in sorted((parameters or {}).items()))
+    target = folder / "notebooks" / (re.sub(r"[^\w.=-]", "_", source.stem + changes) + ".ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
     progress = folder / "progress.jsonl"
     os.environ["STS_PROGRESS"] = str(progress)
@@ -98,8 +101,8 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
         with Follower(progress):
             papermill.execute_notebook(str(source), str(target), parameters=values, kernel_name="python3",
                                        progress_bar=False,
-                               # The kernel's own log would tell readers about transport encryption on localhost.
-                               extra_arguments=["--log-level=40"])
+                                       # The kernel's own log would tell about transport encryption on localhost.
+                                       extra_arguments=["--log-level=40"])
     except DeadKernelError as error:
         raise StsError(f"The kernel of chapter {source.stem!r} died, most likely for lack of memory. Stages that were "
                        "finished stay stored. Smaller tokens_per_batch, eval_batch or sft_batch need less.") from error
@@ -109,6 +112,15 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
     finally:
         os.environ.pop("STS_PROGRESS", None)
     return target
+
+
+def quick_page(notebook: Path) -> Path:
+    """One executed notebook as a plain HTML page beside it, for a look without building the book."""
+    from nbconvert import HTMLExporter
+
+    page = notebook.with_suffix(".html")
+    page.write_text(HTMLExporter().from_filename(str(notebook))[0], encoding="utf-8")
+    return page
 
 
 def build_book(run: str = "laptop") -> Path:
@@ -145,6 +157,7 @@ def assemble(folder: Path, executed: list[Path]) -> Path:
         for item in folder.iterdir():  # the build cache stays: unchanged pages are not rendered again
             if item.name != "_build":
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
+        shutil.rmtree(folder / "_build" / "html", ignore_errors=True)  # pages taken out must not linger
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy2(ROOT / name, folder / name)

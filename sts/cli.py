@@ -40,9 +40,13 @@ def _values(parameters: list[str] | None) -> dict[str, Any]:
     from sts.config import read_yaml
 
     try:
-        return {name: read_yaml(value) for name, _, value in (pair.partition("=") for pair in parameters or [])}
+        values = {name: read_yaml(value) for name, _, value in (pair.partition("=") for pair in parameters or [])}
     except yaml.YAMLError as error:
         raise StsError(f"A value after -p could not be read: {error}") from error
+    for name, value in values.items():
+        if value is None:
+            raise StsError(f"-p {name} has no value. Write for example: -p {name} 1")
+    return values
 
 
 @app.command()
@@ -57,10 +61,10 @@ def book(run: RunOption = "laptop") -> None:
 @app.command("run")
 def run_one(chapter: str, run: RunOption = "laptop", parameter: ParameterOption = None) -> None:
     """Execute one CHAPTER, with other parameters if you like; only what depends on them is computed again."""
-    from sts.book import run_chapter
+    from sts.book import quick_page, run_chapter
 
     target = run_chapter(chapter, run, _values(parameter))
-    print(f"Executed notebook: {target}")
+    print(f"\nExecuted notebook: {target}\nTo look at it, open with a browser:\n  {quick_page(target).as_uri()}")
 
 
 @app.command()
@@ -83,6 +87,16 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
         if name not in Run.model_fields or name == "name":
             raise StsError(f"Setting {name!r} is not known. Valid: {', '.join(sorted(Run.model_fields))}.")
     return values
+
+
+@app.command()
+def settings(run: RunOption = "laptop") -> None:
+    """List all settings with the run's values and what they mean."""
+    from sts.config import Run, load_run
+
+    values = load_run(run)
+    for name, field in Run.model_fields.items():
+        print(f"{name} = {getattr(values, name)!r}\n    {field.description}")
 
 
 @app.command()

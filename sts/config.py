@@ -27,7 +27,7 @@ class Run(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    name: str = Field(description="name of the run; its results lie in results/<name>/")
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="name of the run; its results lie in results/<name>/")
     description: str = Field("", description="one line for tables and provenance")
     seed: int = Field(0, ge=0, description="seed of sampling, training and resampling")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run; auto: CUDA if there is one")
@@ -160,8 +160,8 @@ def load_run(run: str | Run = "laptop", overrides: Mapping[str, Any] | None = No
                            "or the path of a YAML file.")
         try:
             settings = read_yaml(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise StsError(f"{path.name} is not valid YAML: {error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise StsError(f"{path.name} is not valid YAML in UTF-8: {error}") from error
         if not isinstance(settings, dict):
             raise StsError(f"{path.name} must hold `key: value` lines.")
         settings = {"name": path.stem, **settings}

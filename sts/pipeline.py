@@ -112,6 +112,9 @@ def text_pieces(run: OpenRun, part: str) -> list[list[int]]:
 @stage("folder", uses=TEXT, inputs=("model", "text_data"))
 def text_activations(run: OpenRun, report) -> Path:
     """The residual stream of chapter one's texts, in two parts: train and held_out."""
+    if not run.settings.text_data:
+        raise StsError("text_data is empty: name the question sets that the first chapter reads, such as "
+                       "[mmlu_exemplars, gsm_symbolic].")
     work = run.scratch("text_activations")
     for index, part in enumerate(("train", "held_out")):
         saes.collect_activations(run.lm, run.settings.layer, text_pieces(run, part), work / part, pieces_per_shard=64,

@@ -47,7 +47,9 @@ def sae_identity(name: str) -> str:
         if not weights.is_file():
             raise StsError(f"SAE folder {name!r} has a cfg.json but no sae_weights.safetensors.")
         return "sha256:" + sha256_of_file(weights)[:16] + "+" + sha256_of_file(folder / "cfg.json")[:8]
-    if folder.is_dir() or "/" not in name or name.startswith((".", "/", "~")):
+    # What begins with a folder that exists, such as data/, is a path and not a release of the registry.
+    local = name.startswith((".", "/", "~")) or Path(name.partition("/")[0]).is_dir()
+    if folder.is_dir() or "/" not in name or local:
         raise StsError(f"SAE {name!r} is not known. Valid: a folder with cfg.json and sae_weights.safetensors, or "
                        "'release/sae_id' from sae-lens' registry, such as "
                        "'llama-3-8b-it-res-jh/blocks.25.hook_resid_post'.")
@@ -77,7 +79,7 @@ def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_nor
         try:
             sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
         except (OSError, ValueError) as error:
-            raise StsError(f"SAE {name!r} was asked from sae-lens' registry: {first_line(error)}. What works without "
+            raise StsError(f"SAE {name!r} was asked from sae-lens' registry: {first_line(error).rstrip('.')}. What works without "
                            "a network: a local folder with cfg.json and sae_weights.safetensors.") from error
     if fold_norms:
         fold_decoder_norms(sae)

@@ -27,7 +27,7 @@ import torch
 
 from sts.config import ROOT, Run, load_run
 from sts.data import Example, by_domain, digest, load_examples
-from sts.errors import one_of
+from sts.errors import StsError, one_of
 from sts.models import LanguageModel, check_layer, load_model, resolve_model
 from sts.progress import Reporter
 from sts.saes import check_fits, load_sae, sae_identity
@@ -207,6 +207,8 @@ class OpenRun:
     @cached_property
     def device(self) -> str:
         """The torch device that models run on."""
+        if self.settings.device == "cuda" and not torch.cuda.is_available():
+            raise StsError("Setting device 'cuda': this machine has no GPU that PyTorch can use. Use auto or cpu.")
         if self.settings.device != "auto":
             return self.settings.device
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -295,6 +297,8 @@ def open_run(run: str | Run = "laptop", *, results: Path | None = None, **overri
         overrides: settings to change; None leaves the profile's own value.
     """
     settings, profile = load_run(run, overrides), load_run(run)
+    if settings.sae != "train" and not (ROOT / settings.sae / "cfg.json").is_file():
+        sae_identity(settings.sae)  # a wrong name is said now, not after minutes of work
     changed = {name: value for name in overrides if (value := getattr(settings, name)) != getattr(profile, name)}
     return OpenRun(settings, results=results, changed=changed)
 

@@ -7,7 +7,7 @@ import sys
 import nbformat
 import pytest
 
-from sts.book import CHAPTERS, build_book, chapter_source, run_chapter
+from sts.book import CHAPTERS, build_book, chapter_source, quick_page, run_chapter
 from sts.config import ROOT, load_run
 from sts.errors import StsError
 from sts.stages import results_folder
@@ -55,6 +55,13 @@ def test_another_parameter_recomputes_only_what_depends_on_it(book):
     assert all(after[name] == before[name] for name in before)
     new = {name.split("-")[0] for name in set(after) - set(before) if name != "unfinished"}
     assert new == {"scores", "variant_overlap", "correlations"}
+
+
+def test_a_changed_parameter_has_a_notebook_and_a_page_of_its_own(book):
+    target = run_chapter("transferability_score", "smoke", {"top_n": 5})
+    assert target.name == "transferability_score-top_n=5.ipynb"
+    page = quick_page(target).read_text(encoding="utf-8")
+    assert "Changed from the profile: top_n = 5." in page and "image/png" in page
 
 
 def test_a_failing_chapter_is_one_error_and_keeps_finished_stages(book):

@@ -261,3 +261,20 @@ def test_a_setting_that_is_declared_is_handed_to_the_run(path):
             isinstance(node.ctx, ast.Load)}
     # the_papers_numbers reads published numbers only, so no run is opened there.
     assert set(declared(path)) - used <= ({"run"} if "open_run" not in code else set())
+
+
+@pytest.mark.parametrize("pair", ["top_n=", "top_n=null"])
+def test_an_empty_value_is_refused(pair, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sts", "stage", "scores", "--run", "smoke", "-p", pair])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert "top_n has no value" in capsys.readouterr().err
+
+
+def test_settings_are_listed_with_value_and_meaning(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sts", "settings", "--run", "smoke"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    assert "top_n = 16\n    how many shifted latents (N)" in capsys.readouterr().out

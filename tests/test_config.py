@@ -174,3 +174,15 @@ def test_a_run_is_frozen():
 
 def test_every_setting_says_what_it_means():
     assert [name for name, field in Run.model_fields.items() if not (field.description or "").strip()] == []
+
+
+def test_a_name_cannot_leave_the_results_folder():
+    with pytest.raises(StsError, match="'name'"):
+        load_run("smoke", {"name": "../escape"})
+
+
+def test_a_profile_in_another_encoding_is_one_error(tmp_path):
+    profile = tmp_path / "old.yaml"
+    profile.write_bytes("description: caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(StsError, match="old.yaml is not valid YAML in UTF-8"):
+        load_run(str(profile))

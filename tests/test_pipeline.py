@@ -191,3 +191,15 @@ def test_layer_out_of_range_and_wrong_site(tmp_path, run):
 
 def test_questions_of_the_default_run_are_all_there():
     assert len(load_examples("mmlu_exemplars")) == 282
+
+
+def test_a_wrong_sae_is_said_before_anything_is_computed(tmp_path):
+    with pytest.raises(sts.StsError, match="data/sae/nosuch.* is not known.*cfg.json"):
+        sts.open_run("laptop", results=tmp_path, sae="data/sae/nosuch")
+    assert not list(tmp_path.iterdir())
+
+
+def test_cuda_without_a_gpu_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(sts.StsError, match="no GPU"):
+        sts.open_run("smoke", results=tmp_path, device="cuda").get("shift")
