@@ -79,8 +79,9 @@ def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_nor
         try:
             sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
         except (OSError, ValueError) as error:
-            raise StsError(f"SAE {name!r} was asked from sae-lens' registry: {first_line(error).rstrip('.')}. What works without "
-                           "a network: a local folder with cfg.json and sae_weights.safetensors.") from error
+            reason = first_line(error).rstrip(".")
+            raise StsError(f"SAE {name!r} was asked from sae-lens' registry: {reason}. What works without a network: a "
+                           "local folder with cfg.json and sae_weights.safetensors.") from error
     if fold_norms:
         fold_decoder_norms(sae)
     return sae.eval().requires_grad_(False)
