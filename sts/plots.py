@@ -103,7 +103,7 @@ def _name_points(axis, x: pandas.Series, y: pandas.Series) -> None:
     line_height, placed = (top - bottom) * 0.04, []
     for name in y.sort_values().index:
         to_left = x[name] > left + 0.6 * (right - left)
-        start, stop = sorted((x[name], x[name] + (-1 if to_left else 1) * len(name) * 0.017 * (right - left)))
+        start, stop = sorted((x[name], x[name] + (-1 if to_left else 1) * len(name) * 0.021 * (right - left)))
         height = y[name]
         for begin, end, taken in placed:
             if start < end and begin < stop and abs(height - taken) < line_height:
