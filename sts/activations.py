@@ -1,87 +1,31 @@
 """Extraction: run the model up to the SAE's layer, encode, keep per-latent sums and nothing else.
 
 Memory does not grow with the number of tokens: residual streams live for one batch, latents for one chunk. The
-demonstrations that a group of questions shares are run once and their key-value cache is reused.
+demonstrations that a group of questions shares are run once (residuals.py), and a question is run once without
+demonstrations however many sets of them it is compared behind.
 
-Shape suffixes: B batch, P positions, T tokens, D residual width, L latents.
+Shape suffixes: T tokens, D residual width, L latents.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
 import torch
 
 from sts.errors import StsError
-from sts.models import LanguageModel, residual_stream
+from sts.latent_stats import Chunk, LatentStats, PairedStats, SparseLatents
+from sts.models import LanguageModel
 from sts.prompts import Prompt, PromptGroup, paired_positions
+from sts.residuals import Extractor, is_out_of_memory
+from sts.shared_prefix import common_prefix
+from sts.work import Work
 
 #: Values in one chunk of latents (64 MB in float32): wide SAEs get fewer tokens at a time.
 CHUNK_VALUES = 16_000_000
-
-
-@dataclass
-class LatentStats:
-    """Per-latent sums over tokens, in float64: value, square, firing count and maximum."""
-
-    latents: int
-    tokens: int = 0
-    sum_L: torch.Tensor = field(default=None)
-    square_sum_L: torch.Tensor = field(default=None)
-    fired_L: torch.Tensor = field(default=None)
-    max_L: torch.Tensor = field(default=None)
-
-    def __post_init__(self) -> None:
-        for item in fields(self)[2:]:
-            if getattr(self, item.name) is None:
-                setattr(self, item.name, torch.zeros(self.latents, dtype=torch.float64))
-
-    def add(self, latents_TL: torch.Tensor) -> None:
-        """Add a chunk of latent activations, tokens x latents."""
-        self.tokens += len(latents_TL)
-        self.sum_L += latents_TL.sum(0, dtype=torch.float64).cpu()
-        self.square_sum_L += latents_TL.square().sum(0, dtype=torch.float64).cpu()
-        self.fired_L += (latents_TL > 0).sum(0).double().cpu()
-        if len(latents_TL):
-            self.max_L = torch.maximum(self.max_L, latents_TL.amax(0).double().cpu())
-
-
-@dataclass
-class PairedStats:
-    """Sums over token pairs: the same tokens without (`base`) and behind (`icl`) demonstrations."""
-
-    base: LatentStats
-    icl: LatentStats
-    difference_L: torch.Tensor
-    squared_difference_L: torch.Tensor
-
-    @classmethod
-    def empty(cls, latents: int) -> PairedStats:
-        zeros = torch.zeros(latents, dtype=torch.float64)
-        return cls(LatentStats(latents), LatentStats(latents), zeros.clone(), zeros.clone())
-
-    @property
-    def tokens(self) -> int:
-        return self.base.tokens
-
-    def add(self, base_TL: torch.Tensor, icl_TL: torch.Tensor) -> None:
-        """Add a chunk of pairs: row t of both is the same token."""
-        self.base.add(base_TL)
-        self.icl.add(icl_TL)
-        change_TL = icl_TL - base_TL
-        self.difference_L += change_TL.sum(0, dtype=torch.float64).cpu()
-        self.squared_difference_L += change_TL.square().sum(0, dtype=torch.float64).cpu()
-
-    def to_tensors(self) -> dict[str, torch.Tensor]:
-        """A flat dict of float64 tensors, for storage; `tokens` is a vector of length one."""
-        flat = {"tokens": torch.tensor([float(self.tokens)], dtype=torch.float64),
-                "difference_L": self.difference_L, "squared_difference_L": self.squared_difference_L}
-        for side in ("base", "icl"):
-            stats = getattr(self, side)
-            flat |= {f"{side}_{item.name}": getattr(stats, item.name) for item in fields(stats)[2:]}
-        return flat
+#: Chunks with a smaller share of nonzero values are summed sparsely.
+SPARSE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -103,164 +47,225 @@ def encode_chunks(sae, residual_TD: torch.Tensor) -> Iterator[tuple[slice, torch
         yield rows, latents_TL
 
 
-# --- batches of prompts -------------------------------------------------------------------------------------------
+class Encoder:
+    """An SAE's latents in chunks that bound the memory, sparse where few of them fire."""
 
-def common_prefix(prompts: tuple[Prompt, ...]) -> int:
-    """How many leading tokens all prompts share, at most up to their first question token."""
-    limit = min(prompt.question[0] for prompt in prompts)
-    first = prompts[0].ids[:limit]
-    for prompt in prompts[1:]:
-        length = next((index for index, (a, b) in enumerate(zip(first, prompt.ids, strict=False)) if a != b), limit)
-        first = first[:length]
-        limit = min(limit, length)
-    return limit
+    def __init__(self, sae, work: Work | None = None):
+        self.sae, self.work = sae, work or Work()
+        self.step = max(1, CHUNK_VALUES // sae.cfg.d_sae)
+
+    def chunks(self, *residuals_TD: torch.Tensor) -> Iterator[tuple[Chunk, ...]]:
+        """Latents of residual streams with equally many rows, the same rows of each at a time.
+
+        Yields:
+            One chunk for each residual stream; all sparse or all dense.
+        """
+        start, length = 0, len(residuals_TD[0])
+        while start < length:
+            try:
+                with torch.inference_mode():
+                    latents = [self._encode(residual_TD[start:start + self.step]) for residual_TD in residuals_TD]
+                    sparse = sum(_nonzero(one) for one in latents) < SPARSE_SHARE * sum(one.numel() for one in latents)
+                    chunks = tuple(SparseLatents.of(one) if sparse else one for one in latents)
+                    del latents
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.step == 1:
+                    raise
+                chunks = ()
+            if not chunks:  # outside the handler, whose traceback keeps the failed chunk's tensors alive
+                self.step = max(1, self.step // 2)
+                self.work.note(f"Memory ran out; going on with chunks of {self.step} tokens in the SAE.")
+                continue
+            yield chunks
+            start += self.step if start + self.step < length else length - start
+
+    def _encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
+        sae = self.sae
+        inputs_TD = residual_TD.to(sae.dtype)
+        # sae-lens' TopK can return the chosen values alone, without writing the zeros between them.
+        few = getattr(sae.cfg, "k", sae.cfg.d_sae) < SPARSE_SHARE * sae.cfg.d_sae
+        if not (few and hasattr(sae.activation_fn, "use_sparse_activations")):
+            return sae.encode(inputs_TD)
+        before = sae.activation_fn.use_sparse_activations
+        sae.activation_fn.use_sparse_activations = True
+        try:
+            with torch.sparse.check_sparse_tensor_invariants(enable=False):
+                return sae.encode(inputs_TD)
+        finally:
+            sae.activation_fn.use_sparse_activations = before
 
 
-def prefix_cache(lm: LanguageModel, layer: int, ids: tuple[int, ...]):
-    """Key-value cache of a prefix (batch of one) up to `layer`; None for an empty prefix."""
-    if not ids:
-        return None
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=lm.model.config)
-    residual_stream(lm.model, layer, torch.tensor([ids], device=lm.device), past_key_values=cache, use_cache=True)
-    return cache
+def _nonzero(latents_TL: torch.Tensor) -> int:
+    return latents_TL._nnz() if latents_TL.is_sparse else int(torch.count_nonzero(latents_TL))
 
 
-def batch_residuals(lm: LanguageModel, layer: int, prompts: list[Prompt], prefix: int = 0,
-                    cache=None) -> list[torch.Tensor]:
-    """Residual streams of a batch, behind a cached prefix if there is one.
+# --- one pass -----------------------------------------------------------------------------------------------------
+
+def latent_stats(lm: LanguageModel, sae, layer: int, prompts: list[Prompt], masks: Masks, *,
+                 tokens_per_batch: int = 4096, report: Callable[[float], None] = lambda fraction: None,
+                 work: Work | None = None) -> LatentStats:
+    """Statistics of every latent over prompts, in memory that does not grow with their number.
 
     Args:
-        prefix: leading tokens of every prompt that `cache` already holds.
-
-    Returns:
-        One tensor a prompt, (length - prefix) x D: row r belongs to position prefix + r.
+        prompts: token ids; with `masks.question_tokens_only` the tokens of their `question` range count alone.
+        report: called with the fraction done.
+        work: counts what is run.
 
     Raises:
-        StsError: a residual stream holds NaN or infinite values.
+        StsError: NaN activations, or masks that leave no token.
     """
-    rest = [prompt.ids[prefix:] for prompt in prompts]
-    longest = max(map(len, rest))
-    # Padding on the right: causal attention never looks at it, and its rows are dropped.
-    ids_BP = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in rest], device=lm.device)
-    if cache is None:
-        mask_BP = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in rest], device=lm.device)
-        residual_BPD = residual_stream(lm.model, layer, ids_BP, attention_mask=mask_BP, use_cache=False)
-    else:
-        own = copy.deepcopy(cache)  # the pass appends to its cache; the prefix must stay as it is
-        own.batch_repeat_interleave(len(rest))
-        mask_BP = torch.tensor([[1] * (prefix + len(ids)) + [0] * (longest - len(ids)) for ids in rest],
-                               device=lm.device)
-        residual_BPD = residual_stream(lm.model, layer, ids_BP, attention_mask=mask_BP, past_key_values=own,
-                                       use_cache=True)
-    own_BP = torch.arange(longest, device=lm.device) < torch.tensor([[len(ids)] for ids in rest], device=lm.device)
-    # Here, before any mask: an outlier norm is left out on purpose, an overflow must not be.
-    if not torch.isfinite(residual_BPD[own_BP]).all():
-        raise StsError("The residual stream holds NaN or infinite values, so no statistics can be computed. "
-                       "Try dtype float32; if that does not help, the model's weights are damaged.")
-    return [residual_BPD[row, :len(ids)] for row, ids in enumerate(rest)]
+    extractor = Extractor(lm, layer, tokens_per_batch, work)
+    encoder, stats = Encoder(sae, extractor.work), LatentStats(sae.cfg.d_sae, sae.device)
+    spans = [(max(masks.drop_first_positions, prompt.question[0] if masks.question_tokens_only else 0),
+              prompt.question[1] if masks.question_tokens_only else len(prompt.ids)) for prompt in prompts]
+    chosen = [(prompt, span) for prompt, span in zip(prompts, spans, strict=True) if span[0] < span[1]]
+    threshold = norm_threshold(extractor, [p.ids for p, _ in chosen], [span for _, span in chosen], masks.outlier_norm)
+    done = 0
+    for batch in extractor.batches([span[1] for _, span in chosen]):
+        residual_TD = extractor.tokens([chosen[index][0].ids for index in batch], [chosen[index][1] for index in batch])
+        for (chunk,) in encoder.chunks(residual_TD[~_sinks(residual_TD, threshold)]):
+            stats.add(chunk)
+        done += len(batch)
+        report(done / len(chosen))
+    if not stats.tokens:
+        raise _nothing_left()
+    return stats
 
 
-def _batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Indices grouped by length, so that rows x longest row stays within the budget."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[index] > tokens_per_batch:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def norm_threshold(lm: LanguageModel, layer: int, prompts: tuple[Prompt, ...], multiple: float) -> float:
-    """`multiple` times the median norm of the question tokens of the first eight prompts; infinite for 0.
+def norm_threshold(extractor: Extractor, prompts: list[tuple[int, ...]], spans: list[tuple[int, int]],
+                   multiple: float) -> float:
+    """`multiple` times the median norm of the counted tokens of the first eight prompts; infinite for 0.
 
     A fixed small sample, so that the threshold does not depend on how prompts are batched.
     """
-    if not multiple:
+    if not multiple or not prompts:
         return float("inf")
-    sample = list(prompts[:8])
-    rows = [residual[slice(*prompt.question)]
-            for prompt, residual in zip(sample, batch_residuals(lm, layer, sample), strict=True)]
-    return multiple * torch.cat(rows).float().norm(dim=-1).median().item()
+    return multiple * extractor.tokens(prompts[:8], spans[:8]).float().norm(dim=-1).median().item()
 
 
-# --- the passes ---------------------------------------------------------------------------------------------------
+def _sinks(residual_TD: torch.Tensor, threshold: float) -> torch.Tensor:
+    return residual_TD.float().norm(dim=-1) > threshold
+
+
+def _nothing_left() -> StsError:
+    return StsError("No token is left after masking; switch off question_tokens_only, drop_first_positions or "
+                    "outlier_norm.")
+
+
+# --- paired passes ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class _Pair:
+    """A question behind one set of demonstrations: which group, its prompt there, and the spans that pair."""
+
+    group: int
+    icl: Prompt
+    base_span: tuple[int, int]
+    icl_span: tuple[int, int]
+
+
+def _pairs(groups: list[PromptGroup], masks: Masks) -> list[tuple[Prompt, list[_Pair]]]:
+    """Every question once, with all that it is compared to; questions that the masks leave nothing of are dropped."""
+    questions: dict[tuple[int, ...], tuple[Prompt, list[_Pair]]] = {}
+    for number, group in enumerate(groups):
+        for base, icl in zip(group.base, group.icl, strict=True):
+            at_base, at_icl = paired_positions(base, icl, question_tokens_only=masks.question_tokens_only,
+                                               drop_first_positions=masks.drop_first_positions)
+            if at_base:
+                pair = _Pair(number, icl, (at_base[0], at_base[-1] + 1), (at_icl[0], at_icl[-1] + 1))
+                questions.setdefault(base.ids, (base, []))[1].append(pair)
+    return list(questions.values())
+
 
 def paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], masks: Masks, *,
-                 tokens_per_batch: int = 4096,
-                 report: Callable[[float], None] = lambda fraction: None) -> PairedStats:
+                 tokens_per_batch: int = 4096, report: Callable[[float], None] = lambda fraction: None,
+                 work: Work | None = None) -> PairedStats:
     """Token-paired statistics of questions without and behind demonstrations (the paper's definition).
 
     Args:
-        groups: each holds the questions that share one set of demonstrations.
+        groups: each holds the questions that share one set of demonstrations. A question that stands in several
+            counts once for each, and is run without demonstrations once.
+        tokens_per_batch: padded tokens in one forward pass; halved when memory runs out.
         report: called with the fraction done.
+        work: counts what is run.
 
     Raises:
         StsError: prompts that do not pair, NaN activations, or masks that leave no token.
     """
-    stats = PairedStats.empty(sae.cfg.d_sae)
-    threshold = norm_threshold(lm, layer, groups[0].base, masks.outlier_norm)
-    total, done = sum(len(group.base) for group in groups), 0
-    for group in groups:
-        positions = [paired_positions(base, icl, question_tokens_only=masks.question_tokens_only,
-                                      drop_first_positions=masks.drop_first_positions)
-                     for base, icl in zip(group.base, group.icl, strict=True)]
-        # Template tokens before the question may be shared by all prompts and paired as well: run those again.
-        prefix = min([common_prefix(group.icl), *(at_icl[0] for _, at_icl in positions if at_icl)])
-        cache = prefix_cache(lm, layer, group.icl[0].ids[:prefix])
-        # The whole prompt counts towards a batch, cached or not: its keys and values take memory all the same.
-        for batch in _batches([len(prompt.ids) for prompt in group.icl], tokens_per_batch):
-            base = batch_residuals(lm, layer, [group.base[index] for index in batch])
-            icl = batch_residuals(lm, layer, [group.icl[index] for index in batch], prefix, cache)
-            base_TD = torch.cat([base[row][positions[index][0]] for row, index in enumerate(batch)])
-            icl_TD = torch.cat([icl[row][[position - prefix for position in positions[index][1]]]
-                                for row, index in enumerate(batch)])
-            sink_T = ((base_TD.float().norm(dim=-1) > threshold) | (icl_TD.float().norm(dim=-1) > threshold))
-            base_TD, icl_TD = base_TD[~sink_T], icl_TD[~sink_T]
-            for (_, base_TL), (_, icl_TL) in zip(encode_chunks(sae, base_TD), encode_chunks(sae, icl_TD), strict=True):
-                stats.add(base_TL, icl_TL)
-            done += len(batch)
-            report(done / total)
+    extractor = Extractor(lm, layer, tokens_per_batch, work)
+    encoder, stats = Encoder(sae, extractor.work), PairedStats.empty(sae.cfg.d_sae, sae.device)
+    questions = _pairs(groups, masks)
+    if not questions:
+        raise _nothing_left()
+    # What is run once: the template before the questions, and each group's demonstrations. Template tokens that are
+    # themselves paired are run with every question.
+    first = [min(pair.base_span[0] for pair in pairs) for _, pairs in questions]
+    start = _share(extractor, [base.ids for base, _ in questions], first)
+    fronts = {}
+    for number in {pair.group for _, pairs in questions for pair in pairs}:
+        own = [pair for _, pairs in questions for pair in pairs if pair.group == number]
+        fronts[number] = _share(extractor, [pair.icl.ids for pair in own], [pair.icl_span[0] for pair in own])
+
+    spans = [(low, max(pair.base_span[1] for pair in pairs)) for low, (_, pairs) in zip(first, questions, strict=True)]
+    threshold = norm_threshold(extractor, [base.ids for base, _ in questions], spans, masks.outlier_norm)
+    done = 0
+    # Grouped by what is left to run of a question behind demonstrations, nearly the same as without them.
+    for batch in extractor.batches([pairs[0].icl_span[1] - fronts[pairs[0].group].cached for _, pairs in questions]):
+        base_TD = extractor.tokens([questions[index][0].ids for index in batch], [spans[index] for index in batch],
+                                   start)
+        rows = base_TD.split([spans[index][1] - spans[index][0] for index in batch])
+        for number, front in fronts.items():
+            own = [(index, row_TD, pair) for index, row_TD in zip(batch, rows, strict=True)
+                   for pair in questions[index][1] if pair.group == number]
+            for part in extractor.batches([pair.icl_span[1] for *_, pair in own], front):
+                chosen = [own[place] for place in part]
+                icl_TD = extractor.tokens([pair.icl.ids for *_, pair in chosen],
+                                          [pair.icl_span for *_, pair in chosen], front)
+                same_TD = torch.cat([row_TD[pair.base_span[0] - spans[index][0]:pair.base_span[1] - spans[index][0]]
+                                     for index, row_TD, pair in chosen])
+                kept_T = ~(_sinks(same_TD, threshold) | _sinks(icl_TD, threshold))
+                for base, icl in encoder.chunks(same_TD[kept_T], icl_TD[kept_T]):
+                    stats.add(base, icl)
+        done += len(batch)
+        report(done / len(questions))
     if not stats.tokens:
-        raise StsError("No token is left after masking; switch off question_tokens_only, drop_first_positions or "
-                       "outlier_norm.")
+        raise _nothing_left()
     return stats
 
 
+def _share(extractor: Extractor, prompts: list[tuple[int, ...]], first: list[int]):
+    """Run the tokens that all prompts begin with and that none of them counts."""
+    return extractor.share(prompts[0][:common_prefix(prompts, min(first))])
+
+
 def row_paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], rows: int, *,
-                     tokens_per_batch: int = 4096) -> PairedStats:
+                     tokens_per_batch: int = 4096, work: Work | None = None) -> PairedStats:
     """Statistics of two separate runs compared row by row, as the paper's official notebook does.
 
     Row r of the first run is the r-th token of all prompts without demonstrations, row r of the second the r-th token
     of all prompts with them: not the same token. Template and demonstration tokens count as well; nothing is masked.
     At most `rows` rows are compared, fewer if either run has fewer.
     """
-    base = [prompt for group in groups for prompt in group.base]
-    icl = [prompt for group in groups for prompt in group.icl]
-    rows = min(rows, sum(len(prompt.ids) for prompt in base), sum(len(prompt.ids) for prompt in icl))
-    base_TD = _first_rows(lm, layer, base, rows, tokens_per_batch)
-    icl_TD = _first_rows(lm, layer, icl, rows, tokens_per_batch)
-    stats = PairedStats.empty(sae.cfg.d_sae)
-    for (_, base_TL), (_, icl_TL) in zip(encode_chunks(sae, base_TD), encode_chunks(sae, icl_TD), strict=True):
-        stats.add(base_TL, icl_TL)
+    extractor = Extractor(lm, layer, tokens_per_batch, work)
+    encoder, stats = Encoder(sae, extractor.work), PairedStats.empty(sae.cfg.d_sae, sae.device)
+    sides = [[prompt.ids for group in groups for prompt in side(group)]
+             for side in (lambda group: group.base, lambda group: group.icl)]
+    rows = min([rows, *(sum(map(len, prompts)) for prompts in sides)])
+    for base, icl in encoder.chunks(*(_first_rows(extractor, prompts, rows) for prompts in sides)):
+        stats.add(base, icl)
     return stats
 
 
-def _first_rows(lm: LanguageModel, layer: int, prompts: list[Prompt], rows: int,
-                tokens_per_batch: int) -> torch.Tensor:
+def _first_rows(extractor: Extractor, prompts: list[tuple[int, ...]], rows: int) -> torch.Tensor:
     """The residual stream of the first `rows` tokens of prompts run in order, rows x D."""
-    kept, total, batch = [], 0, []
-    for index, prompt in enumerate(prompts):
-        batch.append(prompt)
-        full = (len(batch) + 1) * max(len(item.ids) for item in batch) > tokens_per_batch
-        enough = total + sum(len(item.ids) for item in batch) >= rows
-        if full or enough or index == len(prompts) - 1:
-            kept += batch_residuals(lm, layer, batch)
-            total += sum(len(item.ids) for item in batch)
-            batch = []
-        if total >= rows:
+    spans, total = [], 0
+    for ids in prompts:
+        spans.append((0, min(len(ids), rows - total)))
+        total += spans[-1][1]
+        if total == rows:
             break
-    return torch.cat(kept)[:rows]
+    parts: dict[int, torch.Tensor] = {}
+    for batch in extractor.batches([last for _, last in spans]):
+        residual_TD = extractor.tokens([prompts[index] for index in batch], [spans[index] for index in batch])
+        parts |= zip(batch, residual_TD.split([spans[index][1] for index in batch]), strict=True)
+    return torch.cat([parts[index] for index in range(len(spans))])

@@ -35,9 +35,11 @@ class Run(BaseModel):
     # The model and its SAE
     model: str = Field(description="packaged name, local folder or hub id")
     model_revision: str = Field("", description="hub revision; empty for the default branch")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="precision of the model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="precision of the model; auto: bfloat16 where the hardware computes in it, else float32")
     layer: int = Field(ge=0, description="zero-based decoder layer after which the residual stream is read")
     sae: str = Field(description="folder in sae-lens format, release/sae_id of its registry, or 'train'")
+    sae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision in which the SAE encodes")
     fold_norms: bool = Field(True, description="scale latents so that decoder norms are one")
 
     # Training an SAE (sae: train, and `sts stage sae`)

@@ -18,9 +18,10 @@ import pandas
 
 from sts.data import LETTERS, Example
 from sts.errors import StsError
-from sts.models import LanguageModel
+from sts.models import LanguageModel, decoder_layers
 from sts.prompts import question_text, render, solution_text
 from sts.stats import paired_mean_interval
+from sts.work import Work
 
 #: What the domain shift is measured in: column -> label with units.
 MEASURES = {
@@ -31,7 +32,7 @@ MEASURES = {
 
 
 def evaluate(lm: LanguageModel, examples: list[Example], *, batch: int = 8,
-             report: Callable[[float], None] = lambda fraction: None) -> pandas.DataFrame:
+             report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> pandas.DataFrame:
     """Score every example's option letters (where it has options) and its worked solution.
 
     Returns:
@@ -49,7 +50,7 @@ def evaluate(lm: LanguageModel, examples: list[Example], *, batch: int = 8,
         length = len(lm.tokenizer(request["context"] + request["target"], add_special_tokens=False)["input_ids"])
         if length > limit:
             raise StsError(f"Item {request['example_id']} needs {length} tokens; the model's context is {limit}.")
-    loglikelihoods = harness_loglikelihoods(lm, requests, batch=batch, report=report)
+    loglikelihoods = harness_loglikelihoods(lm, requests, batch=batch, report=report, work=work)
     rows = []
     for request, value in zip(requests, loglikelihoods, strict=True):
         example = by_id[request["example_id"]]
@@ -72,7 +73,8 @@ def _requests(lm: LanguageModel, example: Example) -> list[dict]:
 
 
 def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: int,
-                           report: Callable[[float], None] = lambda fraction: None) -> list[float]:
+                           report: Callable[[float], None] = lambda fraction: None,
+                           work: Work | None = None) -> list[float]:
     """Log-likelihoods (nats) of `target` after `context`, by lm-evaluation-harness.
 
     Letters of one question share a context and differ in a single token, which the harness scores in one pass.
@@ -93,6 +95,9 @@ def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: in
         def _model_call(self, *args, **kwargs):
             self.passes += 1
             report(min(1.0, self.passes / self.expected))
+            if work is not None:
+                work.of_layers = len(decoder_layers(lm.model))
+                work.add(args[0].numel(), args[0].numel(), work.of_layers)  # the harness does not say what is padding
             return super()._model_call(*args, **kwargs)
 
         def _encode_pair(self, context, continuation):

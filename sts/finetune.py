@@ -12,8 +12,9 @@ import torch
 
 from sts.data import Example
 from sts.errors import StsError
-from sts.models import LanguageModel
+from sts.models import LanguageModel, decoder_layers
 from sts.prompts import question_text, render, solution_text
+from sts.work import Work
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def conversation(tokenizer, example: Example) -> dict:
 
 
 def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], settings: FineTuning, folder: Path, *,
-              report: Callable[[float], None] = lambda fraction: None) -> dict:
+              report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> dict:
     """Fine-tune a copy of the model on worked solutions and save the adapter (or the whole model) to `folder`.
 
     Checkpoints lie in `folder/checkpoints` while training runs; a killed run goes on from the last one.
@@ -48,6 +49,8 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     Args:
         lm: the base model; its weights are changed in memory, so load it for this purpose alone.
         held_out: examples of the training domain that are not trained on.
+        work: counts what is run. A backward pass is counted as one forward pass for activations and, in full
+            fine-tuning, one more for weights.
 
     Returns:
         {"curve": [{"step", "loss"}], "held_out_before", "held_out_after" (nats per solution token, averaged over
@@ -113,6 +116,12 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         before_file.write_text(repr(before))
     trainer.train(resume_from_checkpoint=bool(resumable) or None)
     after = trainer.evaluate()["eval_loss"]
+    if work is not None:
+        layers = work.of_layers = len(decoder_layers(model))
+        trained, scored = (sum(len(row["input_ids"]) for row in data)
+                           for data in (trainer.train_dataset, trainer.eval_dataset))
+        work.add(settings.epochs * trained, settings.epochs * trained, layers * (2 if settings.lora_rank else 3))
+        work.add(2 * scored, 2 * scored, layers)
     (trainer.model if settings.lora_rank else model).save_pretrained(folder / "adapter")
     return {
         "curve": [{"step": row["step"], "loss": row["loss"]} for row in trainer.state.log_history if "loss" in row],

@@ -8,18 +8,19 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from sts.activations import LatentStats, encode_chunks
+from sts.activations import Encoder, encode_chunks
 from sts.errors import StsError
-from sts.saes import shard_paths
+from sts.latent_stats import LatentStats
+from sts.sae_training import shard_paths
 
 
 def latent_statistics(sae, activations: Path) -> LatentStats:
-    """Per-latent sums over all stored activations (see `saes.collect_activations`)."""
-    stats = LatentStats(sae.cfg.d_sae)
+    """Per-latent sums over all stored activations (see `sae_training.collect_activations`)."""
+    encoder, stats = Encoder(sae), LatentStats(sae.cfg.d_sae, sae.device)
     for path in shard_paths(activations):
         with safe_open(path, "pt") as shard:
-            for _, latents_TL in encode_chunks(sae, shard.get_tensor("activations_TD")):
-                stats.add(latents_TL)
+            for (chunk,) in encoder.chunks(shard.get_tensor("activations_TD").to(sae.device)):
+                stats.add(chunk)
     return stats
 
 

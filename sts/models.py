@@ -200,6 +200,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def bf16_is_fast(device: str) -> bool:
+    """Whether bf16 matrix products run on hardware here rather than emulated."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every build of torch
+    return bool(supported and supported())
+
+
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The model's decoder layers in order (Llama, Qwen2, Gemma2, Gemma3 and alike; PEFT-wrapped or not).
 

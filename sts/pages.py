@@ -52,6 +52,7 @@ def provenance(run: OpenRun, *stages: str) -> str:
             "key": record["key"], "settings": json.dumps(record["settings"]), "inputs": json.dumps(record["inputs"]),
             "seed": record["seed"], "computed": f"{record['finished']} in {duration(record['seconds'])}, process peak "
                                                 f"{record['process_peak_memory_mb']} MB, {record['device']}",
+            "work": _work(record.get("work", {})),
             "software": f"Python {record['python']}, {versions}", "code": record["commit"] or "not under git",
         }
         lines = "".join(f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>"
@@ -66,6 +67,13 @@ def provenance(run: OpenRun, *stages: str) -> str:
 CORRELATION_RULE = ("A claim of positive correlation counts as *held* if the 95% bootstrap interval of Pearson's r "
                     "lies above zero and the permutation p is below 0.05; as *reversed* if the interval lies below "
                     "zero with p below 0.05; otherwise as *not shown*.")
+
+
+def _work(work: dict) -> str:
+    if not work.get("tokens"):
+        return "no model run"
+    return " ".join([f"{work['tokens']:,} tokens ({work['padded_tokens']:,} with padding); "
+                     f"{work['passes']:,.0f} token-forward-passes.", *work["notes"]])
 
 
 def correlation_verdict(result: dict) -> str:

@@ -18,13 +18,15 @@ from sts.evaluate import MEASURES, domain_shifts, evaluate
 from sts.finetune import FineTuning, fine_tune, load_tuned
 from sts.latents import latent_statistics, spread_by_rate, top_contexts
 from sts.prompts import PromptGroup, demonstration_draws, make_group, question_text, render, solution_text
+from sts.sae_quality import activation_mean, reconstruction_quality, spliced_loss
+from sts.sae_training import SaeTraining, collect_activations, save_sae, shard_paths, token_chunks, train_sae
 from sts.score import VARIANTS, score_domains
 from sts.shift import overlap, shifted_dimensions
 from sts.stages import OpenRun, stage
 from sts.stats import correlate
 
 MODEL = ("model", "model_revision", "dtype", "layer")
-SAE = ("fold_norms",)
+SAE = ("fold_norms", "sae_dtype")
 MASKS = ("question_tokens_only", "drop_first_positions", "outlier_norm")
 
 
@@ -49,7 +51,7 @@ def sae_documents(run: OpenRun, name: str) -> list[str]:
 def _pieces(run: OpenRun, documents: list[str], tokens: int) -> list[list[int]]:
     tokenizer = run.lm.tokenizer
     encoded = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents)
-    return saes.token_chunks(encoded, run.settings.context, tokens)
+    return token_chunks(encoded, run.settings.context, tokens)
 
 
 @stage("folder", uses=(*MODEL, "sae_text", "sae_latents", "sae_k", "sae_samples", "sae_lr", "context", "splice_tokens",
@@ -72,22 +74,23 @@ def sae(run: OpenRun, report) -> Path:
         raise StsError("sae_text holds too little text: one document is held out, and nothing is left to train on.")
     random.Random(settings.seed).shuffle(train)
     work = run.scratch("sae")
-    saes.collect_activations(run.lm, settings.layer, held_out, work / "held_out")
-    saes.collect_activations(run.lm, settings.layer, train, work / "train", report=lambda f: report(0.5 * f))
-    trained, curve = saes.train_sae(
-        work / "train", saes.SaeTraining(settings.sae_latents, settings.sae_k, settings.sae_samples,
-                                         lr=settings.sae_lr, seed=settings.seed),
+    collect_activations(run.lm, settings.layer, held_out, work / "held_out", work=report.work)
+    collect_activations(run.lm, settings.layer, train, work / "train", work=report.work,
+                        report=lambda f: report(0.5 * f))
+    trained, curve = train_sae(
+        work / "train", SaeTraining(settings.sae_latents, settings.sae_k, settings.sae_samples, lr=settings.sae_lr,
+                                    seed=settings.seed),
         model_name=settings.model, layer=settings.layer, device=run.device,
         report=lambda fraction, row: report(0.5 + 0.5 * fraction))
-    saes.save_sae(trained, work, dtype=torch.bfloat16)
+    save_sae(trained, work, dtype=torch.bfloat16)
     stored = saes.load_sae(str(work), device=run.device)
-    quality = saes.reconstruction_quality(stored, work / "held_out") | {
-        "splice": saes.spliced_loss(run.lm, stored, settings.layer, held_out, tokens=settings.splice_tokens,
-                                    mean_D=saes.activation_mean(work / "held_out"))}
+    quality = reconstruction_quality(stored, work / "held_out") | {
+        "splice": spliced_loss(run.lm, stored, settings.layer, held_out, tokens=settings.splice_tokens,
+                               mean_D=activation_mean(work / "held_out"))}
     _write(work / "training.json", {
         "text": settings.sae_text, "tokens": sum(map(len, train)), "curve": curve, "held_out": quality})
     for part in ("train", "held_out"):  # gigabytes that nothing needs any more
-        for path in saes.shard_paths(work / part):
+        for path in shard_paths(work / part):
             path.unlink()
         (work / part).rmdir()
     return work
@@ -117,8 +120,9 @@ def text_activations(run: OpenRun, report) -> Path:
                        "[mmlu_exemplars, gsm_symbolic].")
     work = run.scratch("text_activations")
     for index, part in enumerate(("train", "held_out")):
-        saes.collect_activations(run.lm, run.settings.layer, text_pieces(run, part), work / part, pieces_per_shard=64,
-                                 report=lambda f, index=index: report(0.8 * f if index == 0 else 0.8 + 0.2 * f))
+        collect_activations(run.lm, run.settings.layer, text_pieces(run, part), work / part, pieces_per_shard=64,
+                            work=report.work,
+                            report=lambda f, index=index: report(0.8 * f if index == 0 else 0.8 + 0.2 * f))
     return work
 
 
@@ -127,24 +131,23 @@ def small_sae(run: OpenRun, report) -> Path:
     """A small SAE trained live on chapter one's texts, with its loss curve."""
     settings = run.settings
     work = run.scratch("small_sae")
-    trained, curve = saes.train_sae(
+    trained, curve = train_sae(
         run.get("text_activations") / "train",
-        saes.SaeTraining(settings.small_sae_latents, settings.small_sae_k, settings.small_sae_samples, batch=1024,
-                         lr=1e-3, seed=settings.seed),
+        SaeTraining(settings.small_sae_latents, settings.small_sae_k, settings.small_sae_samples, batch=1024,
+                    lr=1e-3, seed=settings.seed),
         model_name=settings.model, layer=settings.layer, device=run.device, log_every=5,
         report=lambda fraction, row: report(fraction))
-    saes.save_sae(trained, work)
+    save_sae(trained, work)
     _write(work / "training.json", {"curve": curve})
     return work
 
 
 def _quality(run: OpenRun, one, report) -> dict:
     held_out = run.get("text_activations") / "held_out"
-    return saes.reconstruction_quality(one, held_out) | {
+    return reconstruction_quality(one, held_out) | {
         "k": getattr(one.cfg, "k", None), "architecture": one.cfg.architecture(),
-        "splice": saes.spliced_loss(run.lm, one, run.settings.layer, text_pieces(run, "held_out"),
-                                    tokens=run.settings.splice_tokens, mean_D=saes.activation_mean(held_out),
-                                    report=report)}
+        "splice": spliced_loss(run.lm, one, run.settings.layer, text_pieces(run, "held_out"),
+                               tokens=run.settings.splice_tokens, mean_D=activation_mean(held_out), report=report)}
 
 
 @stage("json", uses=(*TEXT, *SAE, "splice_tokens"), needs=("text_activations",), inputs=("sae",))
@@ -205,28 +208,28 @@ SHIFT = (*MODEL, *SAE, "shift_tokens", "shift_demonstrations", "demonstration_dr
 DOMAIN = (*MODEL, *SAE, "score_tokens", "demonstrations", "demonstration_draws", "seed")
 
 
-@stage("tensors", uses=(*SHIFT, *MASKS), inputs=("model", "sae", "sft_train"))
+@stage("tensors", version=2, uses=(*SHIFT, *MASKS), inputs=("model", "sae", "sft_train"))
 def shift(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """Paired statistics of the training domain's questions without and behind demonstrations."""
     return paired_stats(run.lm, run.sae(), run.settings.layer, shift_groups(run), _masks(run),
-                        tokens_per_batch=run.settings.tokens_per_batch, report=report).to_tensors()
+                        tokens_per_batch=run.settings.tokens_per_batch, report=report, work=report.work).to_tensors()
 
 
 @stage("tensors", uses=(*SHIFT, "official_rows"), inputs=("model", "sae", "sft_train"))
 def shift_rows(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """The same, paired by row index as in the official code."""
-    return row_paired_stats(run.lm, run.sae(), run.settings.layer, shift_groups(run),
-                            run.settings.official_rows).to_tensors()
+    return row_paired_stats(run.lm, run.sae(), run.settings.layer, shift_groups(run), run.settings.official_rows,
+                            tokens_per_batch=run.settings.tokens_per_batch, work=report.work).to_tensors()
 
 
-@stage("tensors", uses=(*DOMAIN, *MASKS), inputs=("model", "sae", "domain_data", "demonstrations"))
+@stage("tensors", version=2, uses=(*DOMAIN, *MASKS), inputs=("model", "sae", "domain_data", "demonstrations"))
 def domain_stats(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """Paired statistics of every domain's questions; tensors are named domain/field."""
     groups = domain_groups(run)
     flat = {}
     for index, (domain, own) in enumerate(groups.items()):
         stats = paired_stats(run.lm, run.sae(), run.settings.layer, own, _masks(run),
-                             tokens_per_batch=run.settings.tokens_per_batch,
+                             tokens_per_batch=run.settings.tokens_per_batch, work=report.work,
                              report=lambda f, index=index: report((index + f) / len(groups)))
         flat |= {f"{domain}/{name}": tensor for name, tensor in stats.to_tensors().items()}
     return flat
@@ -238,7 +241,8 @@ def domain_rows(run: OpenRun, report) -> dict[str, torch.Tensor]:
     groups = domain_groups(run)
     flat = {}
     for index, (domain, own) in enumerate(groups.items()):
-        stats = row_paired_stats(run.lm, run.sae(), run.settings.layer, own, run.settings.official_rows)
+        stats = row_paired_stats(run.lm, run.sae(), run.settings.layer, own, run.settings.official_rows,
+                                 tokens_per_batch=run.settings.tokens_per_batch, work=report.work)
         flat |= {f"{domain}/{name}": tensor for name, tensor in stats.to_tensors().items()}
         report((index + 1) / len(groups))
     return flat
@@ -285,7 +289,7 @@ def sft(run: OpenRun, report) -> Path:
     log = fine_tune(lm, run.sft_examples("train"), run.sft_examples("held_out"),
                     FineTuning(settings.sft_epochs, settings.sft_lr, settings.sft_batch, settings.sft_micro_batch,
                                settings.sft_max_length, settings.lora_rank, settings.lora_alpha, settings.seed),
-                    work, report=report)
+                    work, report=report, work=report.work)
     _write(work / "training.json", log | {"train": len(run.sft_examples("train")),
                                           "held_out": len(run.sft_examples("held_out"))})
     # Renamed first: killed halfway through the removal, nobody takes the rest for checkpoints.
@@ -304,14 +308,14 @@ def _evaluated(run: OpenRun) -> list[Example]:
 @stage("parquet", uses=EVALUATION, inputs=("model", "domain_data"))
 def evaluation_before(run: OpenRun, report) -> pandas.DataFrame:
     """Log-likelihoods of option letters and worked solutions under the untuned model."""
-    return evaluate(run.lm, _evaluated(run), batch=run.settings.eval_batch, report=report)
+    return evaluate(run.lm, _evaluated(run), batch=run.settings.eval_batch, report=report, work=report.work)
 
 
 @stage("parquet", uses=EVALUATION, needs=("sft",), inputs=("model", "domain_data"))
 def evaluation_after(run: OpenRun, report) -> pandas.DataFrame:
     """The same under the tuned model."""
     tuned = load_tuned(run.load_model(), run.get("sft"))
-    return evaluate(tuned, _evaluated(run), batch=run.settings.eval_batch, report=report)
+    return evaluate(tuned, _evaluated(run), batch=run.settings.eval_batch, report=report, work=report.work)
 
 
 @stage("parquet", uses=("bootstrap", "seed"), needs=("evaluation_before", "evaluation_after"))

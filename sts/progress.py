@@ -13,12 +13,15 @@ import threading
 import time
 from pathlib import Path
 
+from sts.work import Work
+
 
 class Reporter:
-    """Reports one stage's progress: call it with a fraction between 0 and 1."""
+    """Reports one stage's progress: call it with a fraction between 0 and 1. `work` counts what the stage runs."""
 
     def __init__(self, stage: str):
         self.stage, self.started, self.last = stage, time.monotonic(), 0.0
+        self.work = Work()
         self._send("start", 0.0)
 
     def __call__(self, fraction: float) -> None:

@@ -28,7 +28,7 @@ import torch
 from sts.config import ROOT, Run, load_run
 from sts.data import Example, by_domain, digest, load_examples
 from sts.errors import StsError, one_of
-from sts.models import LanguageModel, check_layer, load_model, resolve_model
+from sts.models import LanguageModel, bf16_is_fast, check_layer, load_model, resolve_model
 from sts.progress import Reporter
 from sts.saes import check_fits, load_sae, sae_identity
 from sts.store import Store, read
@@ -81,6 +81,9 @@ class OpenRun:
 
     def __init__(self, settings: Run, *, results: Path | None = None, changed: Mapping[str, Any] | None = None):
         self.settings = settings
+        if settings.dtype == "auto":  # resolved here, so that keys and provenance hold what was used
+            dtype = "bfloat16" if bf16_is_fast(self.device) else "float32"
+            self.settings = settings.model_copy(update={"dtype": dtype})
         #: Settings that differ from the profile's own, for the page to say so.
         self.changed = dict(changed or {})
         self.results = Path(results) if results else results_folder()
@@ -168,7 +171,7 @@ class OpenRun:
             "settings": {setting: getattr(self.settings, setting) for setting in spec.uses},
             "needs": {need: self.key(need) for need in self._needs(spec)},
             "inputs": {what: self.identity(what) for what in spec.inputs},
-            "seed": self.settings.seed, "seconds": round(seconds, 2),
+            "seed": self.settings.seed, "seconds": round(seconds, 2), "work": report.work.to_dict(),
             "process_peak_memory_mb": _peak_memory_mb(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **_environment(self.device)})
 
@@ -244,6 +247,7 @@ class OpenRun:
     def sae(self):
         """The run's SAE, checked to fit the model and the layer."""
         sae = self._once("loaded_sae", lambda: load_sae(self._sae_name, device=self.device,
+                                                        dtype=self.settings.sae_dtype,
                                                         fold_norms=self.settings.fold_norms))
         check_fits(sae, self.lm, self.settings.layer)
         return sae

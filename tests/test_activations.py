@@ -3,18 +3,14 @@
 import pytest
 import torch
 
-from sts.activations import (
-    LatentStats,
-    Masks,
-    batch_residuals,
-    common_prefix,
-    paired_stats,
-    prefix_cache,
-    row_paired_stats,
-)
+from sts import activations
+from sts.activations import Encoder, Masks, latent_stats, paired_stats, row_paired_stats
 from sts.data import Example
 from sts.errors import StsError
+from sts.latent_stats import SparseLatents
 from sts.prompts import make_group, make_prompt, paired_positions, question_text
+from sts.residuals import Extractor
+from sts.work import Work
 
 QUESTIONS = [
     Example(f"q{i}", "math", text, (), -1, "7", f"We count. #### {i}")
@@ -79,20 +75,6 @@ def test_paired_statistics_equal_the_naive_dense_computation(lm_of, family, toke
     assert stats.squared_difference_L.sum() > 0  # demonstrations do something, so the comparison is not of zeros
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
-def test_a_cached_prefix_changes_nothing(lm_of, family):
-    lm = lm_of(family)
-    prompts = [make_prompt(lm.tokenizer, question_text(question), DEMONSTRATIONS) for question in QUESTIONS]
-    prefix = common_prefix(tuple(prompts))
-    assert prefix > 64  # twice Gemma2's window
-    cache = prefix_cache(lm, 1, prompts[0].ids[:prefix])
-    full = batch_residuals(lm, 1, prompts)
-    for _ in range(2):  # the cache serves every batch, so using it must not change it
-        behind = batch_residuals(lm, 1, prompts, prefix, cache)
-        for whole_PD, rest_PD in zip(full, behind, strict=True):
-            torch.testing.assert_close(rest_PD, whole_PD[prefix:], rtol=1e-4, atol=1e-5)
-
-
 def test_row_pairing_subtracts_row_r_of_two_separate_runs(lm_of):
     lm, sae = lm_of("llama"), topk_sae(64)
     group = make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])
@@ -130,21 +112,20 @@ def test_each_mask_can_be_switched_off(lm_of):
 def test_tokens_with_an_outlier_norm_in_either_pass_are_left_out(lm_of, monkeypatch, behind_demonstrations):
     lm, sae = lm_of("llama"), topk_sae(64)
     groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])]
-    import sts.activations as activations
-
     plain = paired_stats(lm, sae, 0, groups, Masks()).tokens
-    ordinary = activations.batch_residuals
+    ordinary, calls = Extractor.tokens, []
 
-    def with_a_sink(lm, layer, prompts, *rest):
-        residuals = ordinary(lm, layer, prompts, *rest)
-        if (len(rest) > 0) == behind_demonstrations:  # blow up one question token of each prompt, in one pass
-            residuals = [residual.clone() for residual in residuals]
-            prefix = rest[0] if rest else 0
-            for prompt, residual in zip(prompts, residuals, strict=True):
-                residual[prompt.question[0] + 1 - prefix] *= 1e4
-        return residuals
+    def with_a_sink(self, prompts, spans, *prefix):
+        residual_TD = ordinary(self, prompts, spans, *prefix).clone()
+        # The first call measures the threshold; then each batch runs without and behind demonstrations.
+        calls.append(len(prompts))
+        behind = prompts[0] in [prompt.ids for prompt in groups[0].icl]
+        if len(calls) > 1 and behind == behind_demonstrations:
+            first = torch.tensor([0, *(last - first for first, last in spans)]).cumsum(0)[:-1]
+            residual_TD[first + 1] *= 1e4  # one question token of each prompt
+        return residual_TD
 
-    monkeypatch.setattr(activations, "batch_residuals", with_a_sink)
+    monkeypatch.setattr(Extractor, "tokens", with_a_sink)
     assert paired_stats(lm, sae, 0, groups, Masks()).tokens == plain - len(QUESTIONS)
 
 
@@ -168,14 +149,115 @@ def test_masks_that_leave_nothing_are_an_error(lm_of):
         paired_stats(lm, sae, 0, groups, Masks(drop_first_positions=5_000))
 
 
-def test_latent_stats_add_up_over_chunks():
-    torch.manual_seed(0)
-    latents_TL = torch.relu(torch.randn(50, 6))
-    whole, parts = LatentStats(6), LatentStats(6)
-    whole.add(latents_TL)
-    for start, stop in ((0, 0), (0, 1), (1, 30), (30, 50)):
-        parts.add(latents_TL[start:stop])
-    assert whole.tokens == parts.tokens == 50
-    for name in ("sum_L", "square_sum_L", "fired_L", "max_L"):
-        torch.testing.assert_close(getattr(whole, name), getattr(parts, name))
-    torch.testing.assert_close(whole.sum_L, latents_TL.double().sum(0))
+# --- one pass, shared questions, other SAEs -----------------------------------------------------------------------
+
+def test_one_pass_statistics_equal_the_naive_dense_computation(lm_of):
+    lm, sae = lm_of("qwen2"), topk_sae(64)
+    prompts = [make_prompt(lm.tokenizer, question_text(question)) for question in QUESTIONS]
+    stats = latent_stats(lm, sae, 0, prompts, Masks(outlier_norm=0), tokens_per_batch=60)
+    dense_TL = torch.cat([naive_latents(lm, sae, 0, prompt)[slice(*prompt.question)] for prompt in prompts]).double()
+    assert stats.tokens == len(dense_TL)
+    torch.testing.assert_close(stats.sum_L, dense_TL.sum(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.fired_L, (dense_TL > 0).sum(0).double())
+    everything = latent_stats(lm, sae, 0, prompts, Masks(question_tokens_only=False, outlier_norm=0))
+    assert everything.tokens == sum(len(prompt.ids) - 1 for prompt in prompts)
+
+
+def test_a_question_behind_two_sets_of_demonstrations_runs_without_them_once(lm_of):
+    lm, sae = lm_of("llama"), topk_sae(64)
+    groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2]),
+              make_group(lm.tokenizer, QUESTIONS[1:], DEMONSTRATIONS[2:5])]
+    together, apart, work = paired_stats(lm, sae, 0, groups, Masks(), work=(shared := Work())), [], []
+    for group in groups:
+        work.append(Work())
+        apart.append(paired_stats(lm, sae, 0, [group], Masks(), work=work[-1]))
+    assert together.tokens == sum(stats.tokens for stats in apart)
+    torch.testing.assert_close(together.squared_difference_L, sum(stats.squared_difference_L for stats in apart),
+                               rtol=1e-6, atol=1e-9)
+    saved = sum(single.tokens for single in work) - shared.tokens
+    assert saved >= sum(prompt.question[1] - prompt.question[0] for prompt in groups[1].base)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard", "dense"])
+def test_sparse_and_dense_encoding_give_the_same_sums(lm_of, architecture):
+    from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+    from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+
+    lm = lm_of("llama")
+    groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])]
+    with torch.no_grad():
+        sample_TD = lm.model(torch.tensor([groups[0].icl[0].ids]), output_hidden_states=True).hidden_states[1][0]
+    torch.manual_seed(1)
+    weights_DL = torch.randn(64, 96)
+    usual = (sample_TD @ weights_DL).quantile(0.9).item()  # one latent in ten exceeds this
+    if architecture == "topk":
+        sae = topk_sae(64)
+    elif architecture == "jumprelu":
+        sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=64, d_sae=96))
+        sae.threshold.data.fill_(usual)
+    else:
+        sae = StandardSAE(StandardSAEConfig(d_in=64, d_sae=96))
+        sae.b_enc.data.fill_(-usual if architecture == "standard" else 10 * usual)
+    if architecture != "topk":
+        sae.W_enc.data = weights_DL
+    kinds = {type(chunk) for chunk, in Encoder(sae).chunks(sample_TD)}
+    assert kinds == {torch.Tensor if architecture == "dense" else SparseLatents}
+    chosen = paired_stats(lm, sae, 0, groups, Masks(outlier_norm=0))
+    base_TL, icl_TL = [], []
+    for base, icl in zip(groups[0].base, groups[0].icl, strict=True):
+        at_base, at_icl = paired_positions(base, icl, drop_first_positions=1)
+        for prompt, places, column in ((base, at_base, base_TL), (icl, at_icl, icl_TL)):
+            with torch.no_grad():
+                states = lm.model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states[1][0]
+                column.append(sae.encode(states[places]).double())
+    base_TL, icl_TL = torch.cat(base_TL), torch.cat(icl_TL)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(chosen.squared_difference_L, (icl_TL - base_TL).square().sum(0), **close)
+    torch.testing.assert_close(chosen.icl.square_sum_L, icl_TL.square().sum(0), **close)
+    torch.testing.assert_close(chosen.icl.max_L, icl_TL.amax(0), **close)
+    torch.testing.assert_close(chosen.base.fired_L, (base_TL > 0).sum(0).double())
+
+
+@pytest.mark.parametrize("k", [8, 60])
+def test_chunks_bound_the_memory_and_change_nothing(monkeypatch, k):
+    sae = topk_sae(64, k=k)
+    residual_TD = torch.randn(50, 64)
+    whole = list(Encoder(sae).chunks(residual_TD, residual_TD + 1))
+    monkeypatch.setattr(activations, "CHUNK_VALUES", 7 * 96)  # seven tokens at a time
+    parts = list(Encoder(sae).chunks(residual_TD, residual_TD + 1))
+    assert len(whole) == 1 and len(parts) == 8 and all(part[0].shape[0] <= 7 for part in parts)
+
+    def dense(chunk):
+        if isinstance(chunk, torch.Tensor):
+            return chunk.double()
+        values_TL = torch.zeros(chunk.shape, dtype=torch.float64)
+        values_TL[chunk.rows_N, chunk.latents_N] = chunk.values_N
+        return values_TL
+
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    for side in (0, 1):
+        torch.testing.assert_close(torch.cat([dense(part[side]) for part in parts]), dense(whole[0][side]), **close)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(whole[0][1]), sae.encode(residual_TD + 1).double(), **close)
+
+
+def test_the_sae_goes_on_with_smaller_chunks_when_memory_runs_out(monkeypatch):
+    sae, work = topk_sae(64), Work()
+    encode = sae.encode
+
+    def small_only(x_TD):
+        if len(x_TD) > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(x_TD)
+
+    monkeypatch.setattr(sae, "encode", small_only)
+    parts = list(Encoder(sae, work).chunks(torch.randn(40, 64)))
+    assert sum(part.shape[0] for part, in parts) == 40
+    assert any("Memory ran out" in note for note in work.notes)
+
+
+def test_equal_seeds_give_equal_bits(lm_of):
+    lm, sae = lm_of("gemma2"), topk_sae(64)
+    groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:3])]
+    first, second = (paired_stats(lm, sae, 0, groups, Masks()).to_tensors() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)

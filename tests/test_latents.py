@@ -12,7 +12,7 @@ from sts.latents import cards_html, latent_statistics, spread_by_rate, top_conte
 class Sae:
     """Three latents that read the three coordinates of the residual stream."""
 
-    dtype = torch.float32
+    dtype, device, activation_fn = torch.float32, "cpu", torch.relu
 
     class cfg:
         d_sae = 3

@@ -10,28 +10,38 @@ from safetensors.torch import load_file
 from sts import saes
 from sts.config import ROOT
 from sts.errors import StsError
+from sts.sae_quality import reconstruction_quality, spliced_loss
+from sts.sae_training import (
+    SaeTraining,
+    collect_activations,
+    count_activations,
+    save_sae,
+    shard_paths,
+    token_chunks,
+    train_sae,
+)
 
 PIECES = [[(7 * i + 3 * j) % 300 for j in range(20 + i % 17)] for i in range(60)]
 
 
 @pytest.fixture(scope="module")
 def activations(lm_of, tmp_path_factory):
-    return saes.collect_activations(lm_of("llama"), 0, PIECES, tmp_path_factory.mktemp("activations"),
-                                    tokens_per_batch=200, pieces_per_shard=25)
+    return collect_activations(lm_of("llama"), 0, PIECES, tmp_path_factory.mktemp("activations"),
+                               tokens_per_batch=200, pieces_per_shard=25)
 
 
 @pytest.fixture(scope="module")
 def trained(activations, tmp_path_factory):
-    sae, curve = saes.train_sae(activations, saes.SaeTraining(d_sae=96, k=12, samples=60_000, batch=512, lr=3e-3),
-                                model_name="tiny", layer=0, log_every=10)
+    sae, curve = train_sae(activations, SaeTraining(d_sae=96, k=12, samples=60_000, batch=512, lr=3e-3),
+                           model_name="tiny", layer=0, log_every=10)
     folder = tmp_path_factory.mktemp("sae")
-    saes.save_sae(sae, folder)
+    save_sae(sae, folder)
     return folder, curve, sae
 
 
 def test_activations_are_the_models_hidden_states_without_first_positions(lm_of, activations):
     lm, seen = lm_of("llama"), 0
-    for path in saes.shard_paths(activations):
+    for path in shard_paths(activations):
         shard = load_file(path)
         for row in range(0, len(shard["piece_T"]), 37):
             piece, position = shard["piece_T"][row].item(), shard["position_T"][row].item()
@@ -43,15 +53,15 @@ def test_activations_are_the_models_hidden_states_without_first_positions(lm_of,
             torch.testing.assert_close(stored_D, states[1][0, position], rtol=1e-2, atol=1e-2)
             seen += 1
     assert seen > 20
-    assert saes.count_activations(activations) <= sum(len(piece) - 1 for piece in PIECES)
+    assert count_activations(activations) <= sum(len(piece) - 1 for piece in PIECES)
 
 
 def test_a_killed_collection_goes_on_with_the_missing_shard(lm_of, activations):
-    paths = saes.shard_paths(activations)
+    paths = shard_paths(activations)
     before = {path: path.stat().st_mtime_ns for path in paths}
     content = paths[1].read_bytes()
     paths[1].unlink()
-    saes.collect_activations(lm_of("llama"), 0, PIECES, activations, tokens_per_batch=200, pieces_per_shard=25)
+    collect_activations(lm_of("llama"), 0, PIECES, activations, tokens_per_batch=200, pieces_per_shard=25)
     assert paths[1].read_bytes() == content
     assert all(path.stat().st_mtime_ns == before[path] for path in paths if path != paths[1])
 
@@ -67,7 +77,7 @@ def test_saved_sae_loads_in_sae_lens_and_reconstructs_as_it_did_in_training(trai
 
     folder, _, sae = trained
     loaded = SAE.load_from_disk(str(folder))
-    x_TD = load_file(saes.shard_paths(activations)[0])["activations_TD"][:50].float()
+    x_TD = load_file(shard_paths(activations)[0])["activations_TD"][:50].float()
     with torch.no_grad():
         torch.testing.assert_close(loaded(x_TD), sae(x_TD), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(loaded.W_dec.norm(dim=-1), torch.ones(96), rtol=1e-4, atol=1e-4)
@@ -75,12 +85,12 @@ def test_saved_sae_loads_in_sae_lens_and_reconstructs_as_it_did_in_training(trai
 
 def test_bfloat16_halves_the_file_and_changes_little(trained, activations, tmp_path):
     folder, _, sae = trained
-    saes.save_sae(sae, tmp_path, dtype=torch.bfloat16)
+    save_sae(sae, tmp_path, dtype=torch.bfloat16)
     small, large = (path / "sae_weights.safetensors" for path in (tmp_path, folder))
     assert small.stat().st_size < 0.55 * large.stat().st_size
     one = saes.load_sae(str(tmp_path))
     other = saes.load_sae(str(folder))
-    a, b = (saes.reconstruction_quality(x, activations)["fraction_of_variance_explained"] for x in (one, other))
+    a, b = (reconstruction_quality(x, activations)["fraction_of_variance_explained"] for x in (one, other))
     assert a == pytest.approx(b, abs=0.02)
 
 
@@ -90,7 +100,7 @@ def test_folding_decoder_norms_keeps_the_reconstruction(activations):
     torch.manual_seed(0)
     sae = StandardSAE(StandardSAEConfig(d_in=64, d_sae=128))
     sae.W_dec.data *= torch.rand(128, 1) + 0.5
-    x_TD = load_file(saes.shard_paths(activations)[0])["activations_TD"][:20].float()
+    x_TD = load_file(shard_paths(activations)[0])["activations_TD"][:20].float()
     with torch.no_grad():
         before, latents = sae(x_TD), sae.encode(x_TD)
         norms = sae.W_dec.norm(dim=-1)
@@ -102,8 +112,8 @@ def test_folding_decoder_norms_keeps_the_reconstruction(activations):
 def test_quality_by_a_naive_formula(trained, activations):
     folder, _, _ = trained
     sae = saes.load_sae(str(folder))
-    quality = saes.reconstruction_quality(sae, activations)
-    x = torch.cat([load_file(path)["activations_TD"] for path in saes.shard_paths(activations)]).double()
+    quality = reconstruction_quality(sae, activations)
+    x = torch.cat([load_file(path)["activations_TD"] for path in shard_paths(activations)]).double()
     with torch.no_grad():
         latents = sae.encode(x.float())
         x_hat = sae.decode(latents).double()
@@ -155,7 +165,7 @@ def test_spliced_loss_against_layers_run_by_hand(lm_of, layer):
     torch.manual_seed(1)
     spliced_D, mean_D = torch.randn(2, 64)
     hooks = dict(lm.model.model.layers[layer]._forward_hooks)
-    result = saes.spliced_loss(lm, Constant(spliced_D), layer, PIECES, mean_D=mean_D, tokens=300, tokens_per_batch=100)
+    result = spliced_loss(lm, Constant(spliced_D), layer, PIECES, mean_D=mean_D, tokens=300, tokens_per_batch=100)
     clean, count = naive_loss(lm, layer, None)
     assert result["tokens"] == count
     assert result["clean"] == pytest.approx(clean, rel=1e-5)
@@ -166,7 +176,7 @@ def test_spliced_loss_against_layers_run_by_hand(lm_of, layer):
 
 
 def test_splicing_the_identity_changes_nothing(lm_of):
-    result = saes.spliced_loss(lm_of("llama"), Constant(None), 0, PIECES, mean_D=torch.ones(64), tokens=300)
+    result = spliced_loss(lm_of("llama"), Constant(None), 0, PIECES, mean_D=torch.ones(64), tokens=300)
     assert result["spliced"] == pytest.approx(result["clean"], abs=1e-6)
     assert result["recovered"] == pytest.approx(1.0, abs=1e-4)
 
@@ -194,8 +204,8 @@ def test_nan_activations_stop_the_collection(tiny_models, tmp_path):
     lm = load_model(str(tiny_models["llama"]), dtype="float32")
     lm.model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(StsError, match="NaN"):
-        saes.collect_activations(lm, 0, PIECES, tmp_path)
-    assert not saes.shard_paths(tmp_path)
+        collect_activations(lm, 0, PIECES, tmp_path)
+    assert not shard_paths(tmp_path)
 
 
 def test_errors_say_what_would_work(lm_of, trained, tmp_path):
@@ -214,11 +224,11 @@ def test_errors_say_what_would_work(lm_of, trained, tmp_path):
     with pytest.raises(StsError, match="no sae_weights.safetensors"):
         saes.load_sae(str(tmp_path))
     with pytest.raises(StsError, match="No activations"):
-        saes.train_sae(tmp_path, saes.SaeTraining(8, 2, 100), model_name="x", layer=0)
+        train_sae(tmp_path, SaeTraining(8, 2, 100), model_name="x", layer=0)
 
 
 def test_token_chunks_respect_context_and_budget():
-    pieces = saes.token_chunks(iter([list(range(1000)), list(range(50))]), context=300, limit=640)
+    pieces = token_chunks(iter([list(range(1000)), list(range(50))]), context=300, limit=640)
     assert [len(piece) for piece in pieces] == [300, 300, 40]
     assert pieces[1][0] == 300
 

@@ -1,0 +1,139 @@
+"""Streamed statistics of latents: float64 sums that take the same memory for a thousand tokens and a billion.
+
+Chunks of latents come dense (tokens x latents) or sparse (the few that fire); the sums are the same.
+
+Shape suffixes: T tokens, L latents, N nonzero values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+#: Values of a dense chunk that are in float64 at once (16 MB).
+DENSE_VALUES = 2_000_000
+
+
+@dataclass(frozen=True)
+class SparseLatents:
+    """The nonzero latents of a chunk of tokens: latents[n] of token rows[n] has values[n]; in order of token, latent.
+
+    Attributes:
+        shape: (tokens, latents).
+    """
+
+    rows_N: torch.Tensor
+    latents_N: torch.Tensor
+    values_N: torch.Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, latents_TL: torch.Tensor) -> SparseLatents:
+        """The nonzero entries of a dense or a COO chunk."""
+        if latents_TL.is_sparse:
+            # Not `coalesce`: a TopK SAE names each place once, and zeros go first.
+            rows_N, columns_N = latents_TL._indices()
+            values_N = latents_TL._values()
+            kept_N = values_N != 0
+            rows_N, columns_N, values_N = rows_N[kept_N], columns_N[kept_N], values_N[kept_N]
+            order_N = torch.argsort(rows_N * latents_TL.shape[1] + columns_N)
+            rows_N, columns_N, values_N = rows_N[order_N], columns_N[order_N], values_N[order_N]
+        else:
+            rows_N, columns_N = latents_TL.nonzero(as_tuple=True)
+            values_N = latents_TL[rows_N, columns_N]
+        return cls(rows_N, columns_N, values_N.double(), tuple(latents_TL.shape))
+
+    def minus(self, other: SparseLatents) -> SparseLatents:
+        """Entry by entry difference of two chunks of the same tokens; its entries are not in order."""
+        mine_N = self.rows_N * self.shape[1] + self.latents_N
+        theirs_M = other.rows_N * other.shape[1] + other.latents_N
+        values_N = self.values_N.clone()
+        if len(mine_N):
+            place_M = torch.searchsorted(mine_N, theirs_M).clamp(max=len(mine_N) - 1)
+            both_M = mine_N[place_M] == theirs_M
+            values_N[place_M[both_M]] -= other.values_N[both_M]  # each place occurs once
+        else:
+            both_M = torch.zeros_like(theirs_M, dtype=torch.bool)
+        return SparseLatents(torch.cat([self.rows_N, other.rows_N[~both_M]]),
+                             torch.cat([self.latents_N, other.latents_N[~both_M]]),
+                             torch.cat([values_N, -other.values_N[~both_M]]), self.shape)
+
+
+Chunk = torch.Tensor | SparseLatents
+
+
+def sum_by_latent(chunk: Chunk, power: int = 1) -> torch.Tensor:
+    """Per latent, the sum over a chunk's tokens of value**power, in float64 on the chunk's device."""
+    if isinstance(chunk, SparseLatents):
+        total_L = torch.zeros(chunk.shape[1], dtype=torch.float64, device=chunk.values_N.device)
+        return total_L.index_add_(0, chunk.latents_N, chunk.values_N**power)
+    total_L = torch.zeros(chunk.shape[1], dtype=torch.float64, device=chunk.device)
+    for block_TL in chunk.split(max(1, DENSE_VALUES // chunk.shape[1])):
+        total_L += block_TL.double().pow(power).sum(0)
+    return total_L
+
+
+@dataclass
+class LatentStats:
+    """Per-latent sums over tokens, in float64: value, square, firing count and maximum (at least 0)."""
+
+    latents: int
+    device: torch.device | str = "cpu"
+    tokens: int = 0
+
+    SUMS: ClassVar = ("sum_L", "square_sum_L", "fired_L", "max_L")
+
+    def __post_init__(self) -> None:
+        self.sum_L, self.square_sum_L, self.fired_L, self.max_L = (
+            torch.zeros(self.latents, dtype=torch.float64, device=self.device) for _ in self.SUMS)
+
+    def add(self, chunk: Chunk) -> None:
+        """Add a chunk of latent activations, tokens x latents."""
+        self.tokens += chunk.shape[0]
+        self.sum_L += sum_by_latent(chunk)
+        self.square_sum_L += sum_by_latent(chunk, 2)
+        if isinstance(chunk, SparseLatents):
+            positive_N = chunk.values_N > 0
+            self.fired_L.index_add_(0, chunk.latents_N, positive_N.double())
+            self.max_L.scatter_reduce_(0, chunk.latents_N, chunk.values_N, "amax")
+        elif len(chunk):
+            self.fired_L += (chunk > 0).sum(0)
+            self.max_L = torch.maximum(self.max_L, chunk.amax(0).double())
+
+
+@dataclass
+class PairedStats:
+    """Sums over token pairs: the same tokens without (`base`) and behind (`icl`) demonstrations."""
+
+    base: LatentStats
+    icl: LatentStats
+    difference_L: torch.Tensor
+    squared_difference_L: torch.Tensor
+
+    @classmethod
+    def empty(cls, latents: int, device: torch.device | str = "cpu") -> PairedStats:
+        zeros = torch.zeros(latents, dtype=torch.float64, device=device)
+        return cls(LatentStats(latents, device), LatentStats(latents, device), zeros.clone(), zeros.clone())
+
+    @property
+    def tokens(self) -> int:
+        return self.base.tokens
+
+    def add(self, base: Chunk, icl: Chunk) -> None:
+        """Add a chunk of pairs: row t of both is the same token. Both dense or both sparse."""
+        self.base.add(base)
+        self.icl.add(icl)
+        # Subtracted in float64 where sparse; dense values of one precision lose nothing that squares would show.
+        change = icl.minus(base) if isinstance(icl, SparseLatents) else icl - base
+        self.difference_L += sum_by_latent(change)
+        self.squared_difference_L += sum_by_latent(change, 2)
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """A flat dict of float64 tensors on the CPU, for storage; `tokens` is a vector of length one."""
+        flat = {"tokens": torch.tensor([float(self.tokens)], dtype=torch.float64),
+                "difference_L": self.difference_L.cpu(), "squared_difference_L": self.squared_difference_L.cpu()}
+        for side in ("base", "icl"):
+            flat |= {f"{side}_{name}": getattr(getattr(self, side), name).cpu() for name in LatentStats.SUMS}
+        return flat
