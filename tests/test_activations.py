@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import topk_sae
 
 from sts import activations
 from sts.activations import Encoder, Masks, latent_stats, paired_stats, row_paired_stats
@@ -22,15 +23,6 @@ QUESTIONS = [
 DEMONSTRATIONS = tuple(
     Example(f"d{i}", "math", f"What is {i} plus {i + 1}?", (), -1, str(2 * i + 1), f"{i} + {i + 1} = {2 * i + 1}.")
     for i in range(1, 7))
-
-
-def topk_sae(width: int, latents: int = 96, k: int = 8, seed: int = 0):
-    from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
-
-    torch.manual_seed(seed)
-    sae = TopKSAE(TopKSAEConfig(d_in=width, d_sae=latents, k=k))
-    sae.b_dec.data = torch.randn(width) * 0.1
-    return sae.eval().requires_grad_(False)
 
 
 def naive_latents(lm, sae, layer, prompt):
