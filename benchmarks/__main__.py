@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ from benchmarks.routes import Setup
 from benchmarks.shapes import SHAPES, shape_workload
 from benchmarks.workloads import demonstrations_workload, memory_workload, text_workload
 from sts.errors import StsError
-from sts.models import DTYPES, resolve_model
+from sts.models import DTYPES, compile_layers, resolve_model
 from sts.stages import OpenRun, environment, open_run
 
 WORKLOADS = ("memory", "text", "demonstrations", "shape")
@@ -27,16 +28,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", help="file to write; by default results/benchmarks/cpu.json or gpu.json")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="default: all; shape on a GPU only")
     parser.add_argument("--tokens", type=int, default=8_000, help="tokens of the text workload")
-    parser.add_argument("--questions", type=int, default=64, help="questions behind long demonstrations")
+    parser.add_argument("--questions", type=int, default=48, help="questions behind long demonstrations")
     parser.add_argument("--demonstration-tokens", type=int, default=1_000, help="tokens of each of the two of them")
     parser.add_argument("--memory-tokens", type=int, nargs="+", default=[40_000, 400_000])
     parser.add_argument("--memory-latents", type=int, default=65_536)
     parser.add_argument("--other-tokens", type=int, default=4_000, help="tokens of the other routes' memory")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--tokens-per-batch", type=int, default=4_096)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-8b")
     parser.add_argument("--shape-tokens", type=int, default=131_072)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile the layers of the shape workload")
+    parser.add_argument("--compiled", action="store_true", help="measure compiled layers as well")
     options = parser.parse_args(arguments)
     try:
         return _measure(options)
@@ -64,7 +65,12 @@ def _measure(options: argparse.Namespace) -> int:
             new = memory_workload(setup, proxies["same"], options.memory_latents, tuple(options.memory_tokens),
                                   options.other_tokens, report)
         elif name == "text":
-            new = text_workload(setup, proxies, options.tokens, options.repetitions, report)
+            compiled = None
+            if options.compiled:
+                lm = run.load_model()
+                compile_layers(lm.model)
+                compiled = dataclasses.replace(setup, lm=lm)
+            new = text_workload(setup, proxies, options.tokens, options.repetitions, report, compiled)
         elif name == "demonstrations":
             new = demonstrations_workload(setup, options.questions, options.repetitions, report,
                                           options.demonstration_tokens)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.measure import Row, measured
 from sts.activations import Masks, latent_stats
-from sts.models import LanguageModel
+from sts.models import LanguageModel, compile_layers
 from sts.prompts import Prompt
 
 #: Dense bf16 peak of an accelerator in TFLOP/s, without sparsity, by a part of its name (vendors' data sheets).
@@ -93,8 +93,7 @@ def shape_workload(name: str, device: str, *, tokens: int, length: int, tokens_p
     dtype = torch.bfloat16
     lm = random_model(shape, device, dtype)
     if compiled:
-        for layer in lm.model.model.layers[:shape.layer + 1]:
-            layer.compile(dynamic=True)
+        compile_layers(lm.model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, shape.vocabulary, (max(1, tokens // length), length), generator=generator).tolist()
     prompts = [Prompt(tuple(row), (0, length)) for row in ids]

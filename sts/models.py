@@ -225,6 +225,20 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     return layers
 
 
+def compile_layers(model: torch.nn.Module) -> None:
+    """Compile the decoder layers in place, one graph for all lengths; hooks and early exit work as before.
+
+    Raises:
+        StsError: on a CPU without a C++ compiler.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")):
+        raise StsError("Setting compile: torch.compile needs a C++ compiler on a CPU, and none was found. Install g++, "
+                       "or set compile to false.")
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)
+
+
 def check_layer(model: torch.nn.Module, layer: int) -> None:
     """Raise `StsError` unless `layer` (zero-based) names a decoder layer of the model."""
     count = len(decoder_layers(model))

@@ -1,5 +1,7 @@
 """The engine: early exit, shared prefixes, batches, and memory that runs out, against transformers' own passes."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from sts import residuals, shared_prefix
 from sts.data import load_examples
 from sts.errors import StsError
-from sts.models import LanguageModel, load_model, resid_post
+from sts.models import LanguageModel, compile_layers, load_model, resid_post
 from sts.prompts import make_prompt, question_text
 from sts.residuals import PADDING, Extractor, batches
 from sts.shared_prefix import Prefix, common_prefix, joins_prefix, prefix_attention, why_not_reusable
@@ -68,6 +70,25 @@ def test_later_layers_are_not_run(lm_of):
     finally:
         handle.remove()
     assert not ran and dict(lm.model.model.layers[0]._forward_hooks) == hooks
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_change_nothing(tiny_models, lm_of):
+    lm = load_model(str(tiny_models["llama"]), dtype="float32")
+    compile_layers(lm.model)
+    compiled, plain = Extractor(lm, 0, 10_000), Extractor(lm_of("llama"), 0, 10_000)
+    for count in (5, 3):  # shapes differ, behind a prefix and without one
+        whole = [extractor.tokens(PROMPTS[:count], SPANS[:count]) for extractor in (compiled, plain)]
+        behind = [extractor.tokens(PROMPTS[:count], SPANS[:count], extractor.share(PREFIX))
+                  for extractor in (compiled, plain)]
+        torch.testing.assert_close(*whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*behind, rtol=1e-4, atol=1e-5)
+
+
+def test_compiling_without_a_compiler_is_one_clear_error(lm_of, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(StsError, match="C\\+\\+ compiler.*set compile to false"):
+        compile_layers(lm_of("llama").model)
 
 
 def test_what_follows_the_span_is_not_run(lm_of):
