@@ -14,12 +14,12 @@ from pathlib import Path
 from benchmarks.measure import Row
 from benchmarks.routes import Setup
 from benchmarks.shapes import SHAPES, shape_workload
-from benchmarks.workloads import demonstrations_workload, memory_workload, text_workload
+from benchmarks.workloads import demonstrations_workload, memory_workload, precision_workload, text_workload
 from sts.errors import StsError
 from sts.models import DTYPES, compile_layers, resolve_model
 from sts.stages import OpenRun, environment, open_run
 
-WORKLOADS = ("memory", "text", "demonstrations", "shape")
+WORKLOADS = ("memory", "text", "demonstrations", "precision", "shape")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,6 +74,9 @@ def _measure(options: argparse.Namespace) -> int:
         elif name == "demonstrations":
             new = demonstrations_workload(setup, options.questions, options.repetitions, report,
                                           options.demonstration_tokens)
+        elif name == "precision":
+            exact = dataclasses.replace(setup, lm=run.load_model("float32"))
+            new = precision_workload(setup, exact, min(16, options.questions), report)
         else:
             shape_rows, summary = shape_workload(
                 options.shape, run.device, tokens=options.shape_tokens, length=512, repetitions=options.repetitions,

@@ -149,6 +149,35 @@ def demonstrations_workload(setup: Setup, questions: int, repetitions: int, repo
     ]
 
 
+def precision_workload(setup: Setup, exact: Setup, questions: int, report: Callable[[Row], None],
+                       demonstration_tokens: int = 300) -> tuple[list[Row], list[Ratio]]:
+    """What reusing the demonstrations' cache does to the squared change of each latent, beside what bf16 does anyway.
+
+    Args:
+        exact: the same model in float32; whole prompts through it are the reference.
+    """
+    group = behind_long_demonstrations(setup, questions, demonstration_tokens)
+    count = sum(prompt.question[1] - prompt.question[0] for prompt in group.base)
+    device, rows, change = str(setup.lm.device), [], {}
+    for route, label, call in (
+            ("float32", "whole prompts, float32", partial(routes.naive_paired, exact, group, full=False)),
+            ("whole", "whole prompts, the run's precision", partial(routes.naive_paired, setup, group, full=False)),
+            ("ours", "demonstrations run once, the run's precision", partial(routes.ours_paired, setup, group))):
+        row = Row("precision", route, label, count, setup.sae.cfg.d_sae)
+        seconds, row.peak_memory_mb, change[route] = measured(call, device)
+        row.seconds.append(seconds)
+        rows.append(row)
+    noise, with_cache = ((change[route] - change["float32"]).abs().sum().item() / change["float32"].sum().item()
+                         for route in ("whole", "ours"))
+    for row, distance in zip(rows, (0.0, noise, with_cache), strict=True):
+        row.note = f"sum over latents of |difference from float32| / sum: {distance:.2%}"
+        report(row)
+    # In float32 itself nothing but the order of additions differs.
+    bound = 1.2 if noise > 1e-3 else float("inf")
+    return rows, [Ratio("distance from float32, cache reused / whole prompts", [with_cache / max(noise, 1e-12)],
+                        "at most", bound)] if bound < float("inf") else []
+
+
 def memory_workload(setup: Setup, proxy: object, latents: int, tokens: tuple[int, ...], others: int,
                     report: Callable[[Row], None]) -> tuple[list[Row], list[Ratio]]:
     """Peak memory with a wide random SAE: ours at several numbers of tokens, the alternatives at `others` tokens."""

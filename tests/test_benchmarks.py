@@ -103,9 +103,10 @@ def test_the_whole_benchmark_writes_what_the_book_reads(tmp_path, capsys):
     assert main(["--run", "smoke", "--out", str(out), "--tokens", "400", "--questions", "3", "--demonstration-tokens",
                  "100", "--memory-tokens", "300", "--memory-latents", "256", "--other-tokens", "200", "--repetitions",
                  "1", "--shape", "tiny", "--shape-tokens", "256", "--workloads", "text", "memory", "demonstrations",
-                 "shape"]) == 0
+                 "precision", "shape"]) == 0
     result = json.loads(out.read_text())
-    assert {row["workload"] for row in result["rows"]} == {"text", "memory", "demonstrations", "shape"}
+    assert {row["workload"] for row in result["rows"]} == {"text", "memory", "demonstrations", "precision",
+                                                               "shape"}
     assert all(row["tokens_per_second"] > 0 for row in result["rows"])
     assert len(result["ratios"]) >= 5 and result["shapes"][0]["shape"] == "tiny"
     assert "Wrote" in capsys.readouterr().out
