@@ -164,7 +164,8 @@ class SharedContextLM(HFLM):
             # What the shortest context of a batch lacks is run with every row.
             again = sum((other.shared - batch[0].shared) * len(other.sequences) for other in [*batch, group]) \
                 if batch else 0
-            if batch and (len(batch) == size or again > PADDING * sum(other.shared for other in batch)):
+            if batch and (len(batch) == size
+                          or again > max(PADDING * sum(other.shared for other in batch), PASS_TOKENS)):
                 yield batch
                 batch = []
             batch.append(group)
