@@ -61,8 +61,8 @@ def evaluate(lm: LanguageModel, examples: list[Example], *, kinds: Sequence[str]
     by_id = {example.example_id: example for example in examples}
     requests = [row for example in examples for row in _requests(lm, example) if row["kind"] in kinds]
     if not requests:
-        raise StsError(f"None of the {len(examples)} examples has anything to score by {', '.join(kinds) or 'nothing'}; "
-                       f"letter and option need questions with options, solution a worked solution or an answer.")
+        raise StsError(f"None of the {len(examples)} examples has anything to score by {', '.join(kinds)}; letter and "
+                       "option need questions with options, solution a worked solution or an answer.")
     limit = lm.context_length
     for request in requests:
         length = len(lm.tokenizer(request["context"] + request["target"], add_special_tokens=False)["input_ids"])
