@@ -31,9 +31,10 @@ MEASURES = {
     "accuracy_norm": "normalised accuracy (percentage points)",
     "p_right": "probability of the right option (percentage points)",
     "bits": "bits per character of the worked solution",
+    "accuracy_generated": "accuracy of generated answers (percentage points)",
 }
 #: The measures that say of an item only whether it is right.
-BINARY = ("accuracy", "accuracy_norm")
+BINARY = ("accuracy", "accuracy_norm", "accuracy_generated")
 KINDS = ("letter", "option", "solution")
 
 
@@ -166,13 +167,18 @@ def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, *, resample
         standard_error, mcnemar_p (McNemar's exact test that items turn right as often as wrong; NaN unless the measure
         is one of `BINARY`).
     """
-    first, second = item_measures(before), item_measures(after)
+    return item_shifts(item_measures(before), item_measures(after), resamples=resamples, seed=seed)
+
+
+def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples: int = 5000,
+                seed: int = 0) -> pandas.DataFrame:
+    """`domain_shifts` from measures of items: index example_id, columns domain and any of `MEASURES`."""
     if set(first.index) != set(second.index):
         raise StsError("Before and after hold different items; evaluate the same examples with both models.")
     second = second.loc[first.index]
     rows = []
     for domain, items in first.groupby("domain"):
-        for measure in MEASURES:
+        for measure in (measure for measure in MEASURES if measure in items):
             old = items[measure].dropna()
             new = second.loc[old.index, measure]
             if old.empty:
