@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=8_000, help="tokens of the text workload")
     parser.add_argument("--questions", type=int, default=64, help="questions behind long demonstrations")
     parser.add_argument("--demonstration-tokens", type=int, default=1_000, help="tokens of each of the two of them")
-    parser.add_argument("--option-questions", type=int, default=12, help="questions with ten options")
+    parser.add_argument("--option-questions", type=int, default=8, help="questions with ten options")
     parser.add_argument("--memory-tokens", type=int, nargs="+", default=[40_000, 400_000])
     parser.add_argument("--memory-latents", type=int, default=65_536)
     parser.add_argument("--other-tokens", type=int, default=4_000, help="tokens of the other routes' memory")

@@ -1,8 +1,8 @@
 """lm-evaluation-harness' Hugging Face class, with what requests have in common run once.
 
-The harness' own class reads a question again for each of its options. The class here is a model of the harness as
-well (`--model sts-shared-context`), gives the same log-likelihoods, and takes the question's keys and values from a
-cache, by `shared_prefix`.
+The harness' own class reads a question again for each of its options. The class here gives the same log-likelihoods
+and takes the question's keys and values from a cache, by `shared_prefix`. Once this module is imported, the harness
+knows it as the model "sts-shared-context", for any of its tasks.
 
 Shape suffixes: B batch, P positions, K positions whose logits are needed, V vocabulary, T tokens of a continuation.
 """

@@ -79,7 +79,11 @@ def right_letter(doc: dict) -> str:
 
 
 def extract_letter(text: str) -> str:
-    """The letter that MMLU-Pro's official script reads from an answer; "" where it would guess at random."""
+    """The letter that MMLU-Pro's official script reads from an answer; "" where it would guess at random.
+
+    From `evaluate_from_local.py` of TIGER-AI-Lab/MMLU-Pro, whose third step has changed over time: here it is the last
+    letter that stands alone.
+    """
     for pattern, flags in ((r"answer is \(?([A-J])\)?", 0), (r".*[aA]nswer:\s*([A-J])", 0),
                            (r"\b([A-J])\b(?!.*\b[A-J]\b)", re.DOTALL)):
         if match := re.search(pattern, text, flags):
