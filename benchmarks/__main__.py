@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks.measure import Row
+from benchmarks.options import options_workload
 from benchmarks.routes import Setup
 from benchmarks.shapes import SHAPES, shape_workload
 from benchmarks.workloads import demonstrations_workload, memory_workload, precision_workload, text_workload
@@ -19,7 +20,7 @@ from sts.errors import StsError
 from sts.models import DTYPES, compile_layers, resolve_model
 from sts.stages import OpenRun, environment, open_run
 
-WORKLOADS = ("memory", "text", "demonstrations", "precision", "shape")
+WORKLOADS = ("memory", "text", "demonstrations", "options", "precision", "shape")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=8_000, help="tokens of the text workload")
     parser.add_argument("--questions", type=int, default=48, help="questions behind long demonstrations")
     parser.add_argument("--demonstration-tokens", type=int, default=1_000, help="tokens of each of the two of them")
+    parser.add_argument("--option-questions", type=int, default=8, help="questions with ten options")
     parser.add_argument("--memory-tokens", type=int, nargs="+", default=[40_000, 400_000])
     parser.add_argument("--memory-latents", type=int, default=65_536)
     parser.add_argument("--other-tokens", type=int, default=4_000, help="tokens of the other routes' memory")
@@ -52,7 +54,7 @@ def _measure(options: argparse.Namespace) -> int:
     chosen = options.workloads or [name for name in WORKLOADS if on_gpu or name != "shape"]
     out = Path(options.out) if options.out else run.results / "benchmarks" / ("gpu.json" if on_gpu else "cpu.json")
     setup = Setup(run.lm, run.sae(), run.settings.layer, options.tokens_per_batch)
-    proxies = {} if chosen == ["shape"] else _proxies(run)
+    proxies = _proxies(run) if {"memory", "text"} & set(chosen) else {}
     rows, ratios, shapes = [], [], []
 
     def report(row: Row) -> None:
@@ -77,6 +79,8 @@ def _measure(options: argparse.Namespace) -> int:
         elif name == "precision":
             exact = dataclasses.replace(setup, lm=run.load_model("float32"))
             new = precision_workload(setup, exact, min(16, options.questions), report)
+        elif name == "options":
+            new = options_workload(setup, options.option_questions, options.repetitions, report)
         else:
             shape_rows, summary = shape_workload(
                 options.shape, run.device, tokens=options.shape_tokens, length=512, repetitions=options.repetitions,

@@ -99,7 +99,16 @@ class Run(BaseModel):
 
     # Evaluation and statistics
     eval_limit: int = Field(0, ge=0, description="questions a domain at most; 0 for all")
-    eval_batch: int = Field(8, ge=1, description="sequences in one evaluation batch")
+    eval_batch: int = Field(8, ge=1, description="questions in one evaluation batch")
+    eval_kinds: list[Literal["letter", "option", "solution"]] = Field(
+        default_factory=lambda: ["letter", "solution"], min_length=1,
+        description="what log-likelihoods are taken of: the options' letters, their texts, the worked solution")
+    eval_generate: list[Literal["mmlu_pro", "gsm8k", "math", "sft_held_out"]] = Field(
+        default_factory=list, description="what is answered in words as well: domain_data's questions by chain of "
+                                          "thought (mmlu_pro), GSM8K, MATH, or the held-out problems of sft_data")
+    eval_max_tokens: int = Field(1024, ge=1, description="tokens of a generated answer, at most")
+    eval_backend: Literal["hf", "vllm"] = Field("hf", description="what generates answers: transformers, or vLLM")
+    eval_tensor_parallel: int = Field(1, ge=1, description="GPUs that vLLM splits one copy of the model over")
     bootstrap: int = Field(5000, ge=100, description="bootstrap resamples")
     permutations: int = Field(100_000, ge=100, description="Monte Carlo permutations where exact ones are too many")
 

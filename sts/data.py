@@ -172,15 +172,23 @@ def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) 
     elif name in SOURCES:
         source = SOURCES[name]
         split = split or source.splits[0]
-        if split not in source.splits:
-            raise one_of(f"Split of data set {name!r}", split, source.splits)
         examples = [_example(source, row, f"{name}-{split}-{index}")
-                    for index, row in enumerate(_rows(name, source, split))]
+                    for index, row in enumerate(load_rows(name, split))]
     else:
         raise one_of("Data set", name, [*SOURCES, *GENERATED])
     if limit:
         examples = random.Random(seed).sample(examples, min(limit, len(examples)))
     return examples
+
+
+def load_rows(name: str, split: str = "") -> list[dict]:
+    """The rows of one of `SOURCES` as published, for what `Example` leaves out. Raises as `load_examples`."""
+    if name not in SOURCES:
+        raise one_of("Data set", name, SOURCES)
+    split = split or SOURCES[name].splits[0]
+    if split not in SOURCES[name].splits:
+        raise one_of(f"Split of data set {name!r}", split, SOURCES[name].splits)
+    return list(_rows(name, SOURCES[name], split))
 
 
 def _example(source: Source, row: dict, row_id: str) -> Example:

@@ -1,50 +1,69 @@
-"""Evaluation through lm-evaluation-harness: log-likelihoods of option letters and of worked solutions.
+"""Evaluation by log-likelihoods through lm-evaluation-harness, and what a domain's shift is measured in.
 
-Two measurements, from prompts we render and tasks we describe; batching and scoring are the harness's.
+Prompts and targets are ours; tokenisation, requests and scores are the harness's (see `harness`). The kinds of target:
 
-- `letter`: the log-probability of each option's letter after "The answer is (", one forward pass a question.
-- `solution`: the log-probability of the right answer with its worked solution; divided by its characters it gives
-  bits per character, which a small model can resolve where its accuracy is near chance.
+- `letter`: each option's letter after "The answer is (", one forward pass a question.
+- `option`: each option's text after "The answer is"; divided by its characters it gives normalised accuracy.
+- `solution`: the right answer with its worked solution; divided by its characters it gives bits per character, which a
+  small model can resolve where its accuracy is near chance.
+
+Every target's log-likelihood is kept, so that any measure can be computed again.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy
 import pandas
 
 from sts.data import LETTERS, Example
-from sts.errors import StsError
-from sts.models import LanguageModel, decoder_layers
+from sts.errors import StsError, one_of
+from sts.models import LanguageModel
 from sts.prompts import question_text, render, solution_text
-from sts.stats import paired_mean_interval
+from sts.stats import mcnemar_p, paired_mean_interval
 from sts.work import Work
 
 #: What the domain shift is measured in: column -> label with units.
 MEASURES = {
     "accuracy": "accuracy (percentage points)",
+    "accuracy_norm": "normalised accuracy (percentage points)",
     "p_right": "probability of the right option (percentage points)",
     "bits": "bits per character of the worked solution",
+    "accuracy_generated": "accuracy of generated answers (percentage points)",
 }
+#: The measures that say of an item only whether it is right.
+BINARY = ("accuracy", "accuracy_norm", "accuracy_generated")
+KINDS = ("letter", "option", "solution")
 
 
-def evaluate(lm: LanguageModel, examples: list[Example], *, batch: int = 8,
-             report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> pandas.DataFrame:
-    """Score every example's option letters (where it has options) and its worked solution.
+def evaluate(lm: LanguageModel, examples: list[Example], *, kinds: Sequence[str] = ("letter", "solution"),
+             batch: int = 8, report: Callable[[float], None] = lambda fraction: None,
+             work: Work | None = None) -> pandas.DataFrame:
+    """Score every example's targets of the given kinds: options where it has some, its solution where it has one.
+
+    Args:
+        kinds: of `KINDS`.
+        batch: questions in one batch.
+        report: called with the fraction done.
+        work: counts what is run.
 
     Returns:
-        One row per item and option, and one per item's solution: example_id, domain, kind ("letter" or "solution"),
-        option (index; -1 for a solution), is_right, loglikelihood (nats), characters.
+        One row per item and option and kind, and one per item's solution: example_id, domain, kind, option (index; -1
+        for a solution), is_right, loglikelihood (nats), characters (of the target; of an option its text alone).
 
     Raises:
-        StsError: a prompt longer than the model's context.
+        StsError: an unknown kind, nothing to score, or a prompt longer than the model's context.
     """
-    examples = [example for example in examples if example.options or solution_text(example)]
+    for kind in kinds:
+        if kind not in KINDS:
+            raise one_of("Kind of evaluation", kind, KINDS)
     by_id = {example.example_id: example for example in examples}
-    requests = [row for example in examples for row in _requests(lm, example)]
+    requests = [row for example in examples for row in _requests(lm, example) if row["kind"] in kinds]
+    if not requests:
+        raise StsError(f"None of the {len(examples)} examples has anything to score by {', '.join(kinds)}; letter and "
+                       "option need questions with options, solution a worked solution or an answer.")
     limit = lm.context_length
     for request in requests:
         length = len(lm.tokenizer(request["context"] + request["target"], add_special_tokens=False)["input_ids"])
@@ -55,21 +74,28 @@ def evaluate(lm: LanguageModel, examples: list[Example], *, batch: int = 8,
     for request, value in zip(requests, loglikelihoods, strict=True):
         example = by_id[request["example_id"]]
         rows.append({"example_id": example.example_id, "domain": example.domain, "kind": request["kind"],
-                     "option": request["option"], "loglikelihood": value, "characters": len(request["target"]),
+                     "option": request["option"], "loglikelihood": value, "characters": request["characters"],
                      "is_right": request["kind"] == "solution" or request["option"] == example.answer_index})
     return pandas.DataFrame(rows)
 
 
 def _requests(lm: LanguageModel, example: Example) -> list[dict]:
     context = render(lm.tokenizer, question_text(example))
-    base = {"example_id": example.example_id}
+    # Without a template the prompt ends with "Answer:", and a blank comes next.
+    blank = "" if lm.tokenizer.chat_template else " "
+
+    def row(kind: str, option: int, cue: str, target: str, characters: int) -> dict:
+        return {"example_id": example.example_id, "kind": kind, "option": option, "context": context + cue,
+                "target": target, "characters": characters}
+
     # As the options are written in the question and the solutions: "(A)".
-    rows = [{**base, "kind": "letter", "option": index, "context": context + "The answer is (", "target": letter}
+    rows = [row("letter", index, blank + "The answer is (", letter, len(letter))
             for index, letter in enumerate(LETTERS[:len(example.options)])]
-    target = solution_text(example)
-    if not lm.tokenizer.chat_template:
-        target = " " + target
-    return [*rows, {**base, "kind": "solution", "option": -1, "context": context, "target": target}]
+    rows += [row("option", index, blank + "The answer is", f" {option.strip()}", max(1, len(option.strip())))
+             for index, option in enumerate(example.options)]
+    if solution := solution_text(example):
+        rows.append(row("solution", -1, "", blank + solution, len(blank + solution)))
+    return rows
 
 
 def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: int,
@@ -77,46 +103,17 @@ def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: in
                            work: Work | None = None) -> list[float]:
     """Log-likelihoods (nats) of `target` after `context`, by lm-evaluation-harness.
 
-    Letters of one question share a context and differ in a single token, which the harness scores in one pass.
-
     Raises:
         StsError: a log-likelihood is not a finite number.
     """
     from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from sts.harness import open_harness
 
-    class Reporting(HFLM):
-        """The harness' own Hugging Face class, reporting how many passes it has made."""
-
-        passes, expected = 0, 1
-
-        def _model_call(self, *args, **kwargs):
-            self.passes += 1
-            report(min(1.0, self.passes / self.expected))
-            if work is not None:
-                work.of_layers = len(decoder_layers(lm.model))
-                work.add(args[0].numel(), args[0].numel(), work.of_layers)  # the harness does not say what is padding
-            return super()._model_call(*args, **kwargs)
-
-        def _encode_pair(self, context, continuation):
-            # The harness' own moves blanks from the end of the context to the target, and would score the line
-            # break that closes a chat template's header as part of every answer.
-            whole, start = self.tok_encode(context + continuation), self.tok_encode(context)
-            if whole[:len(start)] == start and len(whole) > len(start):
-                return start, whole[len(start):]
-            # The last token of the context would merge with the target: keep them apart.
-            return start, self.tok_encode(continuation, add_special_tokens=False)
-
-    # softmax in float32: in bf16 a solution's sum would be rounded to one or two nats.
-    harness = Reporting(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch, max_length=lm.context_length,
-                        softmax_dtype="float32", add_bos_token=False if lm.tokenizer.chat_template else None)
-    contexts = {(row["context"], row["target"] if row["kind"] == "solution" else "") for row in requests}
-    harness.expected = max(1, math.ceil(len(contexts) / batch))
+    harness = open_harness(lm, batch=batch, report=report, work=work)
     instances = [Instance(request_type="loglikelihood", doc={}, arguments=(row["context"], row["target"]), idx=index)
                  for index, row in enumerate(requests)]
-    values = [float(value) for value, _ in harness.loglikelihood(instances, disable_tqdm=True)]
+    values = [value for value, _ in harness.loglikelihood(instances, disable_tqdm=True)]
     for request, value in zip(requests, values, strict=True):
         if not math.isfinite(value):
             raise StsError(f"Item {request['example_id']}: its log-likelihood is {value}. The model's output is not "
@@ -127,25 +124,35 @@ def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: in
 # --- from log-likelihoods to measures -----------------------------------------------------------------------------
 
 def item_measures(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """Per item: accuracy (0 or 1), p_right (softmax over the options' letters) and bits per character.
+    """Every measure of every item.
+
+    accuracy: the right option's letter is the likeliest; accuracy_norm: its text is, per character (the harness's
+    `acc_norm`); p_right: the right letter's share of the letters' probability. All three are 0 to 100.
 
     Returns:
-        index example_id; columns domain and the keys of `MEASURES`; NaN where an item has no options.
+        index example_id; columns domain and the keys of `MEASURES`; NaN where an item was not evaluated that way.
     """
     items = rows.groupby("example_id", sort=False)["domain"].first().to_frame()
+    items[list(MEASURES)] = numpy.nan
     letters = rows[rows["kind"] == "letter"]
     if len(letters):
         relative = letters["loglikelihood"] - letters.groupby("example_id")["loglikelihood"].transform("max")
         weight = numpy.exp(relative)
         p = weight / weight.groupby(letters["example_id"]).transform("sum")
         items["p_right"] = 100 * p[letters["is_right"]].set_axis(letters.loc[letters["is_right"], "example_id"])
-        best = letters.loc[letters.groupby("example_id")["loglikelihood"].idxmax()]
-        items["accuracy"] = 100.0 * best.set_index("example_id")["is_right"].astype(float)
-    else:
-        items["p_right"] = items["accuracy"] = numpy.nan
+        items["accuracy"] = _best_is_right(letters, letters["loglikelihood"])
+    options = rows[rows["kind"] == "option"]
+    if len(options):
+        items["accuracy_norm"] = _best_is_right(options, options["loglikelihood"] / options["characters"])
     solutions = rows[rows["kind"] == "solution"].set_index("example_id")
     items["bits"] = -solutions["loglikelihood"] / math.log(2) / solutions["characters"]
     return items
+
+
+def _best_is_right(rows: pandas.DataFrame, score: pandas.Series) -> pandas.Series:
+    """100 where an item's highest score is its right option's, else 0; by example_id."""
+    best = rows.loc[score.groupby(rows["example_id"]).idxmax()]
+    return 100.0 * best.set_index("example_id")["is_right"].astype(float)
 
 
 def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, *, resamples: int = 5000,
@@ -156,15 +163,22 @@ def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, *, resample
         before, after: what `evaluate` returned for the same examples.
 
     Returns:
-        One row per domain and measure: domain, measure, n, before, after, shift, low, high, standard_error.
+        One row per domain and measure that was evaluated: domain, measure, n, before, after, shift, low, high,
+        standard_error, mcnemar_p (McNemar's exact test that items turn right as often as wrong; NaN unless the measure
+        is one of `BINARY`).
     """
-    first, second = item_measures(before), item_measures(after)
+    return item_shifts(item_measures(before), item_measures(after), resamples=resamples, seed=seed)
+
+
+def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples: int = 5000,
+                seed: int = 0) -> pandas.DataFrame:
+    """`domain_shifts` from measures of items: index example_id, columns domain and any of `MEASURES`."""
     if set(first.index) != set(second.index):
         raise StsError("Before and after hold different items; evaluate the same examples with both models.")
     second = second.loc[first.index]
     rows = []
     for domain, items in first.groupby("domain"):
-        for measure in MEASURES:
+        for measure in (measure for measure in MEASURES if measure in items):
             old = items[measure].dropna()
             new = second.loc[old.index, measure]
             if old.empty:
@@ -172,5 +186,6 @@ def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, *, resample
             change = paired_mean_interval((new - old).to_numpy(), resamples=resamples, seed=seed)
             rows.append({"domain": domain, "measure": measure, "n": len(old), "before": old.mean(),
                          "after": new.mean(), "shift": change.mean, "low": change.low, "high": change.high,
-                         "standard_error": change.standard_error})
+                         "standard_error": change.standard_error,
+                         "mcnemar_p": mcnemar_p(old > 0, new > 0) if measure in BINARY else math.nan})
     return pandas.DataFrame(rows)

@@ -192,8 +192,9 @@ def shift_table(shifts: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def _find(run: OpenRun, measure: str, score: str, variant: str = "paper") -> dict:
-    return next(row for row in run.get("correlations")
-                if (row["measure"], row["variant"], row["score"]) == (measure, variant, score))
+    return next((row for row in run.get("correlations")
+                 if (row["measure"], row["variant"], row["score"]) == (measure, variant, score)),
+                {"undefined": "not evaluated; see the setting eval_kinds"})
 
 
 def _said(result: dict) -> str:
@@ -226,8 +227,10 @@ def _multiplicity(run: OpenRun) -> str:
         return ""
     # Holm's method multiplies the smallest p by the number of tests.
     smallest = min(1.0, min(tested) * len(tested))
-    return (f"The page tests {len(tested)} correlations (two scores, two variants, three measures). Corrected for that "
-            f"by Holm's method, the smallest p of all is {p_value(smallest)}; a single *held* is a hint, not a proof.")
+    measures = len({row["measure"] for row in run.get("correlations")})
+    return (f"The page tests {len(tested)} correlations (two scores, two variants, {measures} measures). Corrected for "
+            f"that by Holm's method, the smallest p of all is {p_value(smallest)}; a single *held* is a hint, not a "
+            "proof.")
 
 
 def forecast_conclusion(run: OpenRun) -> str:
@@ -248,7 +251,8 @@ def forecast_conclusion(run: OpenRun) -> str:
                      f"up, {(own['shift'] < 0).sum()} down. STS_ICL against the absolute change: "
                      f"{_said(_find(run, measure, 'sts_icl'))}.")
     trained = {example.domain for example in run.sft_examples("train")} & set(shifts["domain"])
-    bits = shifts[shifts["measure"] == "bits"].set_index("domain")["shift"].abs().drop(index=list(trained))
+    bits = shifts[shifts["measure"] == "bits"].set_index("domain")["shift"].abs().drop(
+        index=list(trained), errors="ignore")
     if trained and len(bits) > 3:
         own = run.get("scores").query("variant == 'paper'").set_index("domain").loc[bits.index]
         lines.append(f"- The domain trained on ({', '.join(sorted(trained))}) is one of the points. Without it, the "

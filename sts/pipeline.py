@@ -17,6 +17,7 @@ from sts.errors import StsError
 from sts.evaluate import MEASURES, domain_shifts, evaluate
 from sts.finetune import FineTuning, fine_tune, load_tuned
 from sts.latents import latent_statistics, spread_by_rate, top_contexts
+from sts.models import LanguageModel
 from sts.prompts import PromptGroup, demonstration_draws, make_group, question_text, render, solution_text
 from sts.sae_quality import activation_mean, reconstruction_quality, spliced_loss
 from sts.sae_training import SaeTraining, collect_activations, save_sae, shard_paths, token_chunks, train_sae
@@ -297,7 +298,7 @@ def sft(run: OpenRun, report) -> Path:
     return work
 
 
-EVALUATION = ("model", "model_revision", "dtype", "eval_limit", "eval_batch")
+EVALUATION = ("model", "model_revision", "dtype", "eval_limit", "eval_batch", "eval_kinds")
 
 
 def _evaluated(run: OpenRun) -> list[Example]:
@@ -305,22 +306,26 @@ def _evaluated(run: OpenRun) -> list[Example]:
     return [example for group in run.domain_examples().values() for example in (group[:limit] if limit else group)]
 
 
-@stage("parquet", uses=EVALUATION, inputs=("model", "domain_data"))
+def _evaluation(run: OpenRun, lm: LanguageModel, report) -> pandas.DataFrame:
+    return evaluate(lm, _evaluated(run), kinds=run.settings.eval_kinds, batch=run.settings.eval_batch, report=report,
+                    work=report.work)
+
+
+@stage("parquet", version=2, uses=EVALUATION, inputs=("model", "domain_data"))
 def evaluation_before(run: OpenRun, report) -> pandas.DataFrame:
-    """Log-likelihoods of option letters and worked solutions under the untuned model."""
-    return evaluate(run.lm, _evaluated(run), batch=run.settings.eval_batch, report=report, work=report.work)
+    """Log-likelihoods of `eval_kinds` (option letters, option texts, worked solutions) under the untuned model."""
+    return _evaluation(run, run.lm, report)
 
 
-@stage("parquet", uses=EVALUATION, needs=("sft",), inputs=("model", "domain_data"))
+@stage("parquet", version=2, uses=EVALUATION, needs=("sft",), inputs=("model", "domain_data"))
 def evaluation_after(run: OpenRun, report) -> pandas.DataFrame:
     """The same under the tuned model."""
-    tuned = load_tuned(run.load_model(), run.get("sft"))
-    return evaluate(tuned, _evaluated(run), batch=run.settings.eval_batch, report=report, work=report.work)
+    return _evaluation(run, load_tuned(run.load_model(), run.get("sft")), report)
 
 
-@stage("parquet", uses=("bootstrap", "seed"), needs=("evaluation_before", "evaluation_after"))
+@stage("parquet", version=2, uses=("bootstrap", "seed"), needs=("evaluation_before", "evaluation_after"))
 def domain_shift(run: OpenRun, report) -> pandas.DataFrame:
-    """Change of accuracy, probability of the right option and bits per character, by domain, with intervals."""
+    """Change of every measure that `eval_kinds` gives, by domain, with intervals and McNemar's test."""
     return domain_shifts(run.get("evaluation_before"), run.get("evaluation_after"),
                          resamples=run.settings.bootstrap, seed=run.settings.seed)
 
@@ -332,6 +337,8 @@ def correlations(run: OpenRun, report) -> list[dict]:
     scored, shifts = run.get("scores"), run.get("domain_shift")
     for measure in MEASURES:
         actual = shifts[shifts["measure"] == measure].set_index("domain")["shift"].abs()
+        if actual.empty:  # not evaluated
+            continue
         for variant in VARIANTS:
             own = scored[scored["variant"] == variant].set_index("domain").loc[actual.index]
             for score in ("sts_act", "sts_icl"):

@@ -29,9 +29,9 @@ class _SharedLayer(DynamicLayer):
     lives as long as that layer's attention, and the prefix is never changed.
     """
 
-    def __init__(self, prefix: DynamicLayer, *, joined: bool):
+    def __init__(self, prefix: DynamicLayer, *, joined: bool, owner_B: torch.Tensor | None = None):
         super().__init__()
-        self.prefix, self.joined = prefix, joined
+        self.prefix, self.joined, self.owner_B = prefix, joined, owner_B
         self.is_sliding, self.is_initialized = prefix.is_sliding, prefix.is_initialized
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args,
@@ -40,7 +40,8 @@ class _SharedLayer(DynamicLayer):
             return key_states, value_states
 
         def behind(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-            return torch.cat([prefix.expand(len(states), -1, -1, -1), states], dim=-2)
+            rows = prefix.expand(len(states), -1, -1, -1) if self.owner_B is None else prefix[self.owner_B]
+            return torch.cat([rows, states], dim=-2)
 
         return behind(self.prefix.keys, key_states), behind(self.prefix.values, value_states)
 
@@ -53,7 +54,11 @@ class _SharedLayer(DynamicLayer):
 
 @dataclass(frozen=True)
 class Prefix:
-    """Leading tokens that prompts share; `cache` holds their keys and values, None if each prompt runs them itself."""
+    """Leading tokens that prompts share; `cache` holds their keys and values, None if each prompt runs them itself.
+
+    A cache may hold several prefixes of equal length, one a row; `ids` are then the first one's, and `inputs` is told
+    which of them each prompt stands behind.
+    """
 
     ids: tuple[int, ...] = ()
     cache: DynamicCache | None = None
@@ -63,19 +68,34 @@ class Prefix:
         """How many leading tokens need not be run again."""
         return len(self.ids) if self.cache is not None else 0
 
-    def inputs(self, *, joined: bool) -> dict[str, Any]:
+    def inputs(self, *, joined: bool, owner_B: torch.Tensor | None = None) -> dict[str, Any]:
         """What a forward pass of a batch behind the prefix is called with.
 
         Args:
             joined: put the prefix' keys before each row's own; else leave it to `prefix_attention`.
+            owner_B: where the cache holds several prefixes, the row of each prompt's own; they are then joined.
         """
         if self.cache is None:
             return {"use_cache": False}
-        cache = Cache(layers=[_SharedLayer(layer, joined=joined) for layer in self.cache.layers])
+        if owner_B is not None and not joined:
+            raise ValueError("rows behind different prefixes are joined to them")
+        cache = Cache(layers=[_SharedLayer(layer, joined=joined, owner_B=owner_B) for layer in self.cache.layers])
         return {"use_cache": True, "past_key_values": cache} | ({} if joined else {"shared_prefix": self.cache})
 
 
 NO_PREFIX = Prefix()
+
+
+def leading(cache: DynamicCache, length: int) -> DynamicCache:
+    """A copy of a cache's first `length` tokens.
+
+    Args:
+        cache: made without a model's configuration, so that sliding-window layers keep every token.
+    """
+    short = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        short.update(layer.keys[..., :length, :], layer.values[..., :length, :], index)
+    return short
 
 
 def common_prefix(prompts: Sequence[Sequence[int]], limit: int) -> int:

@@ -33,7 +33,7 @@ from sts.progress import Reporter
 from sts.saes import check_fits, load_sae, sae_identity
 from sts.store import Store, read
 
-PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "reasoning-gym", "scipy")
+PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math-verify", "reasoning-gym", "scipy")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class OpenRun:
         return tuple(ordered)
 
     def _spec(self, name: str) -> Stage:
-        from sts import pipeline  # noqa: F401  # registers the stages
+        from sts import pipeline, pipeline_generation  # noqa: F401  # they register the stages
 
         if name not in STAGES:
             raise one_of("Stage", name, STAGES)
@@ -199,8 +199,13 @@ class OpenRun:
             from sts.pipeline import sae_documents
 
             return digest([text for name in settings.sae_text for text in sae_documents(self, name)])
+        if what == "generation_data":
+            from sts.pipeline_generation import generation_questions
+
+            return digest([example for _, *parts in generation_questions(self).values() for part in parts
+                           for example in part])
         raise one_of("Input", what, ("model", "sae", "sft_train", "sft_held_out", "domain_data", "demonstrations",
-                                     "text_data", "sae_text"))
+                                     "text_data", "sae_text", "generation_data"))
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
         if name not in self._memory:

@@ -342,6 +342,25 @@ def paired_mean_interval(differences: Sequence[float], *, level: float = 0.95, r
     return MeanInterval(mean, standard_error, float(low), float(high), level, n, resamples)
 
 
+def mcnemar_p(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """McNemar's exact test: whether items turn from wrong to right as often as from right to wrong.
+
+    Two-sided binomial test on the items that changed (`scipy.stats.binomtest`); 1 if none did.
+
+    Args:
+        before, after: whether each item is right, one pair an item.
+
+    Raises:
+        StsError: lengths differ, or no items.
+    """
+    before_N, after_N = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
+    if before_N.shape != after_N.shape or before_N.ndim != 1 or not before_N.size:
+        raise StsError(f"before has shape {before_N.shape} and after {after_N.shape}; two lists of equal length, one "
+                       "value an item, work.")
+    gained, lost = int((after_N & ~before_N).sum()), int((before_N & ~after_N).sum())
+    return float(scipy_stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
 # --- bundles and planning -----------------------------------------------------------------------------------------
 
 def correlate(x: Sequence[float], y: Sequence[float], names: Sequence[str] | None = None, *, seed: int = 0,

@@ -9,6 +9,7 @@ from helpers import topk_sae
 from benchmarks import routes
 from benchmarks.__main__ import main
 from benchmarks.measure import Ratio, Row, measured
+from benchmarks.options import harness_own, ours, ten_option_requests
 from benchmarks.routes import Setup
 from benchmarks.shapes import SHAPES, random_model, shape_workload
 from benchmarks.workloads import behind_long_demonstrations, texts
@@ -42,6 +43,14 @@ def test_naive_and_shared_demonstrations_give_the_same_change(setup):
     wanted_L = routes.ours_paired(setup, group)
     for full in (False, True):
         torch.testing.assert_close(routes.naive_paired(setup, group, full=full), wanted_L, rtol=1e-3, atol=1e-4)
+
+
+def test_both_classes_score_the_same_ten_options(setup):
+    requests = ten_option_requests(setup, 4)
+    assert len(requests) == 40 and len({tuple(context) for _, context, _ in requests}) == 4
+    wanted = harness_own(setup, requests, 10)
+    assert ours(setup, requests, 8) == pytest.approx(wanted, abs=1e-4)
+    assert len(set(wanted)) == 40
 
 
 def test_the_truncated_decoder_is_the_model_up_to_the_layer(lm_of):
@@ -102,11 +111,11 @@ def test_the_whole_benchmark_writes_what_the_book_reads(tmp_path, capsys):
     out = tmp_path / "bench.json"
     assert main(["--run", "smoke", "--out", str(out), "--tokens", "400", "--questions", "3", "--demonstration-tokens",
                  "100", "--memory-tokens", "300", "--memory-latents", "256", "--other-tokens", "200", "--repetitions",
-                 "1", "--shape", "tiny", "--shape-tokens", "256", "--workloads", "text", "memory", "demonstrations",
-                 "precision", "shape"]) == 0
+                 "1", "--shape", "tiny", "--shape-tokens", "256", "--option-questions", "2", "--workloads", "text",
+                 "memory", "demonstrations", "options", "precision", "shape"]) == 0
     result = json.loads(out.read_text())
-    assert {row["workload"] for row in result["rows"]} == {"text", "memory", "demonstrations", "precision",
-                                                               "shape"}
+    assert {row["workload"] for row in result["rows"]} == {"text", "memory", "demonstrations", "options", "precision",
+                                                           "shape"}
     assert all(row["tokens_per_second"] > 0 for row in result["rows"])
     assert len(result["ratios"]) >= 5 and result["shapes"][0]["shape"] == "tiny"
     assert "Wrote" in capsys.readouterr().out

@@ -7,9 +7,12 @@ import pandas
 import pytest
 import torch
 
-from sts.data import Example
+from sts.data import Example, load_examples
 from sts.errors import StsError
-from sts.evaluate import domain_shifts, evaluate, item_measures
+from sts.evaluate import KINDS, domain_shifts, evaluate, item_measures
+from sts.prompts import solution_text
+from sts.stats import mcnemar_p
+from sts.work import Work
 
 EXAMPLES = [
     Example(f"item-{i}", domain, f"Which number is the largest in case {i}?", options, answer, options[answer],
@@ -55,6 +58,65 @@ def test_loglikelihoods_agree_with_the_models_own_forward_pass(lm_of, family, ba
             assert row.loglikelihood == pytest.approx(expected, abs=2e-3)
 
 
+def test_fifty_items_agree_with_one_forward_pass_for_each_target(lm_of):
+    lm = lm_of("qwen2")
+    examples = load_examples("mmlu_exemplars", limit=50, seed=3)
+    rows = evaluate(lm, examples, kinds=KINDS)
+    assert rows["example_id"].nunique() == 50
+    assert rows.groupby("kind").size().to_dict() == {
+        "letter": sum(len(one.options) for one in examples), "option": sum(len(one.options) for one in examples),
+        "solution": 50}
+    by_id = {example.example_id: example for example in examples}
+    for row in rows.itertuples():
+        example = by_id[row.example_id]
+        prompt = lm.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "\n".join(
+                [example.question, *(f"({'ABCDE'[i]}) {text}" for i, text in enumerate(example.options))])}],
+            tokenize=False, add_generation_prompt=True)
+        if row.kind == "letter":
+            pair, characters = (prompt + "The answer is (", "ABCDE"[row.option]), 1
+        elif row.kind == "option":
+            pair = (prompt + "The answer is", " " + example.options[row.option])
+            characters = len(example.options[row.option])
+        else:
+            pair, characters = (prompt, solution_text(example)), len(solution_text(example))
+        assert row.loglikelihood == pytest.approx(log_probability(lm, *pair), abs=1e-3, rel=1e-5)
+        assert row.characters == characters
+        assert row.is_right == (row.kind == "solution" or row.option == example.answer_index)
+
+
+def test_only_the_kinds_asked_for_are_scored(lm_of):
+    lm = lm_of("llama")
+    assert set(evaluate(lm, EXAMPLES, kinds=["option"])["kind"]) == {"option"}
+    items = item_measures(evaluate(lm, EXAMPLES, kinds=["option"]))
+    assert items[["accuracy", "p_right", "bits", "accuracy_generated"]].isna().all(axis=None)
+    assert items["accuracy_norm"].notna().sum() == 4  # the open question has no options
+    with pytest.raises(StsError, match="Kind of evaluation 'letters' is not known. Valid: letter, option, solution"):
+        evaluate(lm, EXAMPLES, kinds=["letters"])
+    with pytest.raises(StsError, match="None of the 1 examples has anything to score by option"):
+        evaluate(lm, EXAMPLES[-1:], kinds=["option"])
+
+
+def test_a_model_without_a_chat_template_is_asked_in_plain_text(tiny_models):
+    from sts.models import load_model
+
+    lm = load_model(str(tiny_models["llama"]))
+    lm.tokenizer.chat_template = None
+    rows = evaluate(lm, EXAMPLES[2:3], kinds=KINDS).set_index(["kind", "option"])
+    prompt = f"Question: {EXAMPLES[2].question}\n(A) 10\n(B) 11\nAnswer:"
+    for key, context, target in ((("letter", 0), " The answer is (", "A"), (("option", 1), " The answer is", " 11"),
+                                 (("solution", -1), "", f" {solution_text(EXAMPLES[2])}")):
+        wanted = log_probability(lm, prompt + context, target)
+        assert rows.loc[key, "loglikelihood"] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_work_and_progress_are_reported(lm_of):
+    work, seen = Work(), []
+    evaluate(lm_of("llama"), EXAMPLES, report=seen.append, work=work)
+    assert seen[-1] == 1.0
+    assert 0 < work.tokens <= work.padded_tokens and work.passes == work.padded_tokens
+
+
 def frame(values):
     """(example, domain, kind, option, loglikelihood, characters, is_right) rows as evaluate returns them."""
     return pandas.DataFrame(values, columns=["example_id", "domain", "kind", "option", "loglikelihood", "characters",
@@ -71,6 +133,44 @@ def test_measures_by_hand():
     assert items["p_right"].to_dict() == pytest.approx({"a": 60.0, "b": 20.0})
     assert items["accuracy"].to_dict() == {"a": 100.0, "b": 0.0}
     assert items["bits"].to_dict() == pytest.approx({"a": 2.0, "b": 0.5})
+
+
+def test_normalised_accuracy_divides_by_characters():
+    rows = frame([
+        # The second option is likelier, the first one is likelier per character.
+        ("a", "law", "option", 0, -8.0, 10, True), ("a", "law", "option", 1, -2.0, 2, False),
+        ("b", "law", "option", 0, -8.0, 8, True), ("b", "law", "option", 1, -1.5, 2, False)])
+    assert item_measures(rows)["accuracy_norm"].to_dict() == {"a": 100.0, "b": 0.0}
+
+
+def letters(item, right, domain="law"):
+    """Two options' letters, of which the right one is the likelier or not."""
+    return [(item, domain, "letter", 0, -1.0 if right else -3.0, 1, True),
+            (item, domain, "letter", 1, -2.0, 1, False)]
+
+
+def test_mcnemar_counts_the_items_that_turn():
+    before = [row for i in range(20) for row in letters(f"i{i}", i >= 9)]  # nine wrong
+    after = [row for i in range(20) for row in letters(f"i{i}", i != 19 and i != 0)]  # eight turn right, one wrong
+    shifts = domain_shifts(frame(before), frame(after)).set_index("measure")
+    # Nine items turned, eight of them one way: two-sided binomial, 2 * (1 + 9) / 2**9.
+    assert shifts.loc["accuracy", "mcnemar_p"] == pytest.approx(2 * (1 + 9) / 512)
+    assert shifts.loc["accuracy", "shift"] == pytest.approx(100 * (8 - 1) / 20)
+    assert numpy.isnan(shifts.loc["p_right", "mcnemar_p"])
+    same = domain_shifts(frame(before), frame(before)).set_index("measure")
+    assert same.loc["accuracy", "mcnemar_p"] == 1.0
+
+
+def test_mcnemar_agrees_with_statsmodels():
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    generator = numpy.random.default_rng(1)
+    for _ in range(20):
+        before, after = generator.random((2, 30)) < generator.random((2, 1))
+        table = [[(before & after).sum(), (before & ~after).sum()], [(~before & after).sum(), (~before & ~after).sum()]]
+        assert mcnemar_p(before, after) == pytest.approx(mcnemar(table, exact=True).pvalue)
+    with pytest.raises(StsError, match="equal length"):
+        mcnemar_p([True], [True, False])
 
 
 def test_domain_shift_is_the_paired_mean_change_with_its_sign():

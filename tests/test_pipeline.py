@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy
 import pandas
@@ -17,6 +18,7 @@ import sts
 from sts.activations import Masks, paired_stats
 from sts.config import ROOT
 from sts.data import load_examples
+from sts.errors import StsError
 from sts.pipeline import domain_groups, shift_groups, split_domains
 
 
@@ -203,3 +205,45 @@ def test_cuda_without_a_gpu_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(sts.StsError, match="no GPU"):
         sts.open_run("smoke", results=tmp_path, device="cuda").get("shift")
+
+
+def test_answers_in_words_are_scored_before_and_after(run):
+    def answered(**settings):
+        return sts.open_run("smoke", results=run.results, domains=["law", "math"], eval_max_tokens=6, **settings)
+
+    mine = answered(eval_generate=["mmlu_pro", "sft_held_out"])
+    before, after = mine.get("generation_before"), mine.get("generation_after")
+    asked = {example.example_id for example in mine.sft_examples("held_out")}
+    assert set(before.loc[before["benchmark"] == "sft_held_out", "example_id"]) == asked
+    own = before[before["benchmark"] == "mmlu_pro"]
+    assert own.groupby("domain").size().to_dict() == {"law": 2, "math": 2}  # eval_limit
+    assert (before["sha256"] != after["sha256"]).any()  # a tuned model says something else
+    shifts = mine.get("generation_shift").set_index(["benchmark", "domain"])
+    change = (after["correct"].astype(float) - before["correct"])[before["benchmark"] == "sft_held_out"]
+    assert shifts.loc[("sft_held_out", "math"), "shift"] == pytest.approx(100 * change.mean())
+    assert shifts["mcnemar_p"].notna().all()
+    assert answered(eval_generate=["mmlu_pro"]).key("generation_before") != mine.key("generation_before")
+    with pytest.raises(StsError, match="eval_generate is empty"):
+        answered().get("generation_before")
+
+
+def test_vllm_is_one_setting_away(run, monkeypatch):
+    mine = sts.open_run("smoke", results=run.results, eval_generate=["sft_held_out"], eval_backend="vllm",
+                        eval_tensor_parallel=2, sft_lr=2e-2)
+    calls = []
+    monkeypatch.setattr("sts.pipeline_generation.open_vllm", lambda location, **options: calls.append(
+        (location, options)) or (_ for _ in ()).throw(StsError("stop")))
+    for name in ("generation_before", "generation_after"):
+        with pytest.raises(StsError, match="stop"):
+            mine.get(name)
+    (location, before), (_, after) = calls
+    assert (run.results / "models") in Path(location).parents
+    assert (before["tensor_parallel"], before["dtype"], before["adapter"]) == (2, "float32", None)
+    assert (after["adapter"] / "adapter_config.json").is_file() and after["lora_rank"] == 4
+
+
+def test_option_texts_are_a_setting_away(run):
+    mine = sts.open_run("smoke", results=run.results, domains=["law", "math", "physics"], eval_kinds=["option"])
+    assert set(mine.get("evaluation_before")["kind"]) == {"option"}
+    assert set(mine.get("domain_shift")["measure"]) == {"accuracy_norm"}
+    assert {row["measure"] for row in mine.get("correlations")} == {"accuracy_norm"}
