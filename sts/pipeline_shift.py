@@ -17,9 +17,9 @@ from sts.model_shift import folded, model_paired_stats
 from sts.models import LanguageModel
 from sts.paper import extremes, spread_ratio, with_selection
 from sts.pipeline import MASKS, MODEL, SAE, SHIFT, shift_groups
-from sts.prompts import Prompt, make_group, solution_prompt
+from sts.prompts import Prompt, make_group, make_prompt, question_text, solution_prompt
 from sts.residuals import Extractor
-from sts.saes import identity_sae
+from sts.saes import SideBySide, identity_sae
 from sts.score import VARIANTS
 from sts.shift import shifted_dimensions
 from sts.shift_stats import matched_latents, random_latents
@@ -30,6 +30,8 @@ from sts.stats import correlate
 FOLDS = 8
 #: Domains at either end that the paper's Figure 3 keeps.
 EXTREMES = 4
+#: Length of the answers that are written with latents zeroed.
+ANSWER_TOKENS = 96
 RAW_SHIFT = tuple(name for name in (*SHIFT, *MASKS) if name not in SAE)
 
 
@@ -49,33 +51,37 @@ def _tuned(run: OpenRun) -> LanguageModel:
     return load_tuned(run.load_model(), run.get("sft"))
 
 
-def _model_shift(run: OpenRun, sae, prompts: list[Prompt], report) -> dict[str, torch.Tensor]:
-    tuned, parts = _tuned(run), []
+def both(run: OpenRun) -> SideBySide:
+    """The run's SAE and the raw dimensions, for one pass through the model."""
+    return SideBySide({"sae": run.sae(), "raw": identity_sae(run.lm)})
+
+
+def of_kind(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """One kind's part, "sae" or "raw", of a stage's tensors."""
+    return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}/")}
+
+
+def _model_shift(run: OpenRun, prompts: list[Prompt], report) -> dict[str, torch.Tensor]:
+    tuned, sae, parts = _tuned(run), both(run), []
     count = min(FOLDS, len(prompts))
     for fold in range(count):
         parts.append(model_paired_stats(
             run.lm, tuned, sae, run.settings.layer, prompts[fold::count], masks(run),
             tokens_per_batch=run.settings.tokens_per_batch, work=report.work,
             report=lambda fraction, fold=fold: report((fold + fraction) / count)))
-    return folded(parts)
+    return sae.split(folded(parts))
 
 
 @stage("tensors", uses=(*SHIFT, *MASKS), needs=("sft",), inputs=("model", "sae", "sft_train"))
 def sft_shift(run: OpenRun, report) -> dict[str, torch.Tensor]:
-    """Actual shift: latents of stage `shift`'s questions in the untuned and the tuned model, in folds."""
-    return _model_shift(run, run.sae(), shift_questions(run), report)
+    """Actual shift: stage `shift`'s questions in the untuned and the tuned model, in folds; SAE and raw dimensions."""
+    return _model_shift(run, shift_questions(run), report)
 
 
 @stage("tensors", uses=(*MODEL, *SAE, *MASKS), needs=("sft",), inputs=("model", "sae", "sft_held_out"))
 def sft_shift_solutions(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """The same on the worked solutions of held-out problems."""
-    return _model_shift(run, run.sae(), solution_prompts(run), report)
-
-
-@stage("tensors", uses=RAW_SHIFT, needs=("sft",), inputs=("model", "sft_train"))
-def raw_sft_shift(run: OpenRun, report) -> dict[str, torch.Tensor]:
-    """Actual shift of the residual stream's own dimensions."""
-    return _model_shift(run, identity_sae(run.lm), shift_questions(run), report)
+    return _model_shift(run, solution_prompts(run), report)
 
 
 def solution_prompts(run: OpenRun) -> list[Prompt]:
@@ -106,11 +112,13 @@ def draws_of(examples: list[Example], count: int, draws: int, seed: int) -> tupl
     return [shuffled[draw * count:(draw + 1) * count] for draw in range(draws)], shuffled[count * draws:]
 
 
-def _shift_behind(run: OpenRun, demonstrations: list[Example], questions: list[Example], sae, report) -> torch.Tensor:
-    group = make_group(run.lm.tokenizer, questions, tuple(demonstrations), context_length=run.lm.context_length,
-                       tokens=run.settings.overlap_tokens)
-    return paired_stats(run.lm, sae, run.settings.layer, [group], masks(run), work=report.work,
-                        tokens_per_batch=run.settings.tokens_per_batch).squared_difference_L.cpu()
+def _shift_behind(run: OpenRun, demonstrations: list[Example], questions: list[Example],
+                  report) -> dict[str, torch.Tensor]:
+    group, sae = make_group(run.lm.tokenizer, questions, tuple(demonstrations), context_length=run.lm.context_length,
+                            tokens=run.settings.overlap_tokens), both(run)
+    stats = paired_stats(run.lm, sae, run.settings.layer, [group], masks(run), work=report.work,
+                         tokens_per_batch=run.settings.tokens_per_batch)
+    return sae.split({"squared_difference_L": stats.squared_difference_L.cpu()})
 
 
 OVERLAP = (*MODEL, *SAE, *MASKS, "overlap_tokens", "seed")
@@ -122,30 +130,44 @@ def shift_by_draw(run: OpenRun, report) -> dict[str, torch.Tensor]:
     settings = run.settings
     draws, questions = draws_of(run.sft_examples("train"), settings.shift_demonstrations, settings.overlap_draws,
                                 settings.seed)
-    rows = {"sae": [], "raw": []}
+    rows = []
     for done, demonstrations in enumerate(draws, 1):
-        for kind, sae in (("sae", run.sae()), ("raw", identity_sae(run.lm))):
-            rows[kind].append(_shift_behind(run, demonstrations, questions, sae, report))
+        rows.append(_shift_behind(run, demonstrations, questions, report))
         report(done / len(draws))
-    return {kind: torch.stack(own) for kind, own in rows.items()}
+    return {kind: torch.stack([row[f"{kind}/squared_difference_L"] for row in rows]) for kind in ("sae", "raw")}
 
 
 @stage("tensors", uses=(*OVERLAP, "overlap_demonstrations", "demonstration_draws"),
        inputs=("model", "sae", "sft_train"))
 def shift_by_demonstrations(run: OpenRun, report) -> dict[str, torch.Tensor]:
-    """Squared change behind 1, 2, ... demonstrations, each set holding the smaller ones: number -> draws x L."""
+    """Squared change behind 1, 2, ... demonstrations, each set holding the smaller ones; kind/number -> draws x L."""
     settings = run.settings
     numbers = settings.overlap_demonstrations
     draws, questions = draws_of(run.sft_examples("train"), max(numbers), settings.demonstration_draws, settings.seed)
-    rows: dict[str, list] = {str(number): [] for number in numbers}
+    rows: dict[str, list] = {}
     for done, demonstrations in enumerate(draws, 1):
         for number in numbers:
-            rows[str(number)].append(_shift_behind(run, demonstrations[:number], questions, run.sae(), report))
+            found = _shift_behind(run, demonstrations[:number], questions, report)
+            for kind in ("sae", "raw"):
+                rows.setdefault(f"{kind}/{number}", []).append(found[f"{kind}/squared_difference_L"])
         report(done / len(draws))
-    return {number: torch.stack(own) for number, own in rows.items()}
+    return {name: torch.stack(own) for name, own in rows.items()}
 
 
 # --- zeroing latents ----------------------------------------------------------------------------------------------
+
+def _to_ablate(run: OpenRun, report) -> tuple[LanguageModel, object, torch.Tensor, torch.Tensor, float]:
+    """The model to zero latents in, the SAE, the latents' change and firing rates, and the norm that marks sinks."""
+    settings, stats = run.settings, of_kind(run.get("sft_shift"), "sae")
+    tuned = settings.ablation_model == "tuned"
+    lm = _tuned(run) if tuned else run.lm
+    rate_L = stats[f"{'icl' if tuned else 'base'}_fired_L"] / stats["tokens"]
+    prompts = solution_prompts(run)[:8]
+    limit = norm_threshold(Extractor(lm, settings.layer, settings.tokens_per_batch, report.work),
+                           [prompt.ids for prompt in prompts], [prompt.question for prompt in prompts],
+                           settings.outlier_norm)
+    return lm, run.sae(), stats["squared_difference_L"], rate_L, limit
+
 
 @stage("parquet", uses=(*MODEL, *SAE, *MASKS, "ablation_model", "ablation_examples", "ablation_latents",
                         "ablation_draws", "eval_batch", "seed"), needs=("sft_shift", "sft"),
@@ -156,17 +178,11 @@ def ablation(run: OpenRun, report) -> pandas.DataFrame:
     One row per set of latents and problem: kind (none, most_shifted, random, matched), latents (number zeroed), draw,
     rate (mean firing rate of the set on the questions of `sft_shift`), example_id, bits, accuracy where it has options.
     """
-    settings, stats = run.settings, run.get("sft_shift")
+    settings = run.settings
     examples = run.sft_examples("held_out")[:settings.ablation_examples]
-    lm, sae = (_tuned(run) if settings.ablation_model == "tuned" else run.lm), run.sae()
-    side = "icl" if settings.ablation_model == "tuned" else "base"
-    rate_L = stats[f"{side}_fired_L"] / stats["tokens"]
-    prompts = solution_prompts(run)[:settings.ablation_examples]
-    limit = norm_threshold(Extractor(lm, settings.layer, settings.tokens_per_batch, report.work),
-                           [prompt.ids for prompt in prompts], [prompt.question for prompt in prompts],
-                           settings.outlier_norm)
-    chosen, frames = sets_to_zero(stats["squared_difference_L"], rate_L, settings.ablation_latents,
-                                  settings.ablation_draws, settings.seed), []
+    lm, sae, change_L, rate_L, limit = _to_ablate(run, report)
+    chosen, frames = sets_to_zero(change_L, rate_L, settings.ablation_latents, settings.ablation_draws,
+                                  settings.seed), []
     for done, (kind, count, draw, latents) in enumerate(chosen, 1):
         with zeroed(lm, sae, settings.layer, latents, drop_first_positions=settings.drop_first_positions,
                     norm_limit=limit):
@@ -175,6 +191,24 @@ def ablation(run: OpenRun, report) -> pandas.DataFrame:
         frames.append(items.reset_index().assign(kind=kind, latents=count, draw=draw, rate=rate))
         report(done / len(chosen))
     return pandas.concat(frames, ignore_index=True)
+
+
+@stage("json", uses=(*MODEL, *SAE, *MASKS, "ablation_model", "top_n", "seed"), needs=("sft_shift", "sft"),
+       inputs=("model", "sae", "sft_held_out"))
+def ablated_answers(run: OpenRun, report) -> dict:
+    """The first held-out problem answered (greedily) with no latents zeroed, the most shifted, and as many matched."""
+    settings, example = run.settings, run.sft_examples("held_out")[0]
+    lm, sae, change_L, rate_L, limit = _to_ablate(run, report)
+    ids = torch.tensor([make_prompt(lm.tokenizer, question_text(example)).ids], device=lm.device)
+    answers = []
+    for kind, _, _, latents in sets_to_zero(change_L, rate_L, [settings.top_n], 1, settings.seed):
+        with torch.inference_mode(), zeroed(lm, sae, settings.layer, latents, norm_limit=limit,
+                                            drop_first_positions=settings.drop_first_positions):
+            text = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS,
+                                     do_sample=False, pad_token_id=lm.tokenizer.pad_token_id)
+        answers.append({"zeroed": kind, "latents": len(latents),
+                        "answer": lm.tokenizer.decode(text[0, ids.shape[1]:], skip_special_tokens=True)})
+    return {"question": example.question, "answer": example.answer, "answers": answers}
 
 
 def sets_to_zero(change_L: torch.Tensor, rate_L: torch.Tensor, counts: list[int], draws: int,

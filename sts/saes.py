@@ -124,6 +124,32 @@ def identity_sae(lm: LanguageModel) -> IdentitySAE:
     return IdentitySAE(int(lm.model.config.get_text_config().hidden_size), lm.device)
 
 
+@dataclass
+class SideBySide:
+    """Several SAEs of one site as one, their latents side by side, so that one pass through the model serves them all.
+
+    Attributes:
+        parts: name -> SAE; `split` undoes the concatenation of anything that ends in the latents' dimension.
+    """
+
+    parts: dict
+
+    def __post_init__(self) -> None:
+        first = next(iter(self.parts.values()))
+        self.device, self.dtype = first.device, first.dtype
+        self.cfg = SimpleNamespace(d_in=first.cfg.d_in, d_sae=sum(sae.cfg.d_sae for sae in self.parts.values()))
+
+    def encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
+        """Latents of all parts, T x sum of their widths."""
+        return torch.cat([sae.encode(residual_TD.to(sae.dtype)).to(self.dtype) for sae in self.parts.values()], dim=-1)
+
+    def split(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Statistics by part: part/name -> tensor; what has no dimension of latents goes to every part."""
+        widths = [sae.cfg.d_sae for sae in self.parts.values()]
+        return {f"{part}/{name}": (tensor.split(widths, dim=-1)[place] if name.endswith("L") else tensor).clone()
+                for name, tensor in tensors.items() for place, part in enumerate(self.parts)}
+
+
 def check_fits(sae, lm: LanguageModel, layer: int) -> None:
     """Raise `StsError` unless the layer exists and the SAE's input width is the model's width."""
     check_layer(lm.model, layer)
