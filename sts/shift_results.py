@@ -19,6 +19,11 @@ KINDS = ("sae", "raw")
 PAPER_FRACTION = 100 / 28_672
 
 
+def paper_number(width: int) -> int:
+    """How many of `width` latents are the paper's fraction, at least one."""
+    return max(1, round(PAPER_FRACTION * width))
+
+
 def equal_numbers(run: OpenRun) -> dict[str, int]:
     """How many latents are zeroed in on (top_n), and how many raw dimensions are the same fraction."""
     width = {kind: of_kind(run.get("sft_shift"), kind)["squared_difference_L"].shape[0] for kind in KINDS}
@@ -28,9 +33,7 @@ def equal_numbers(run: OpenRun) -> dict[str, int]:
 def concentration_of(run: OpenRun, kind: str, stage: str = "sft_shift") -> Concentration:
     """Concentration of the actual shift on SAE latents ("sae") or raw dimensions ("raw")."""
     change_FL = of_kind(run.get(stage), kind)["fold_squared_difference_FL"]
-    width = change_FL.shape[1]
-    numbers = equal_numbers(run)
-    return concentrations(change_FL, numbers[kind], numbers["sae"], same_fraction(1, round(1 / PAPER_FRACTION), width),
+    return concentrations(change_FL, *equal_numbers(run).values(), paper_number(change_FL.shape[1]),
                           resamples=run.settings.bootstrap, seed=run.settings.seed)
 
 

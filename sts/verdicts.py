@@ -5,6 +5,8 @@ A rule is fixed here, in words and in code side by side, before any number is kn
 
 from __future__ import annotations
 
+import html
+
 import pandas
 
 from sts import shift_results
@@ -15,9 +17,10 @@ from sts.stages import OpenRun
 #: The paper's share of the squared change in the top 100 latents (Figure 1a).
 PAPER_SHARE = 0.25
 
-FEW_RULE = ("*Few latents carry the change* counts as **held** if the N most shifted latents, chosen on other questions "
-            "than those they are measured on, carry a quarter of it (the paper's share) or more with the whole 95% "
-            "interval; as **not held** if the whole interval lies below a quarter; otherwise as **undecided**.")
+FEW_RULE = ("*Few latents carry the change* counts as **held** if the N most shifted latents, chosen on other "
+            "questions than those they are measured on, carry a quarter of it (the paper's share) or more with the "
+            "whole 95% interval; as **not held** if the whole interval lies below a quarter; otherwise as "
+            "**undecided**.")
 EVEN_RULE = ("*Raw dimensions share it more evenly* counts as **held** if the interval of the SAE's share lies above "
              "that of the same fraction of raw dimensions, as **reversed** if it lies below, otherwise as "
              "**not shown**.")
@@ -70,6 +73,12 @@ def better_verdict(by_draw: pandas.DataFrame) -> str:
     return "reversed" if (wide["sae"] < wide["raw"]).all() else "not shown"
 
 
+def figure_note(run: OpenRun, n: str, interval: str, *stages: str) -> str:
+    """The line under a figure: n, seed, what the interval is, run, and the stored results behind it."""
+    keys = ", ".join(f"`{name}-{run.key(name)}`" for name in stages)
+    return f"*{n}; seed {run.settings.seed}; {interval}; run `{run.settings.name}`; from* {keys}."
+
+
 # --- the sentences ------------------------------------------------------------------------------------------------
 
 def _percent(share: dict[str, float]) -> str:
@@ -88,6 +97,16 @@ def few_sentence(run: OpenRun) -> str:
             f"({tokens:,} question tokens in {found.folds} groups of questions; {share['share']:.0%} if chosen and "
             f"measured on the same questions). The paper reports {PAPER_SHARE:.0%} for 100 of 28,672. Few latents "
             f"carry the change: **{few_verdict(share)}**.")
+
+
+def fraction_sentence(run: OpenRun) -> str:
+    """The share at the paper's own fraction of latents, and how many latents change at all."""
+    found, change_L = shift_results.concentration_of(run, "sae"), shift_results.actual(run, "sae")
+    count, active = shift_results.paper_number(found.width), int((change_L > 0).sum())
+    return (f"The paper's 100 of 28,672 latents are {shift_results.PAPER_FRACTION:.2%}. The same fraction of "
+            f"{found.width:,} is {count}, and these carry {_percent(found.at(count))}. Many latents have no part in "
+            f"this: {active:,} of {found.width:,} change at all on these tokens, so the {run.settings.top_n} are "
+            f"{min(1, run.settings.top_n / active):.0%} of those that could have changed.")
 
 
 def even_sentence(run: OpenRun) -> str:
@@ -169,3 +188,49 @@ def sensitivity_sentence(run: OpenRun) -> str:
             f"{shift_results.ceiling(run, 'sae'):.0%}: no estimate can be expected to do better. Measured on the "
             f"worked solutions of held-out problems instead of the questions, the actual shift shares "
             f"{other['overlap']} of {other['n']} latents with the estimate.")
+
+
+def demonstrations_sentence(by_number: pandas.DataFrame) -> str:
+    """What more demonstrations do to the share foreseen; mean over draws."""
+    means = by_number[by_number["kind"] == "sae"].groupby("demonstrations")["share"].mean()
+    listed = ", ".join(f"{share:.0%} behind {number}" for number, share in means.items())
+    return f"Of the actual top N of latents, demonstrations foresee, by their number: {listed} (mean over draws)."
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+ZEROED = {"none": "nothing", "most_shifted": "most shifted", "random": "random", "matched": "random, like firing rates",
+          "most_shifted - random": "difference: most shifted less random",
+          "most_shifted - matched": "difference: most shifted less like firing rates"}
+
+
+def effects_table(effects: pandas.DataFrame) -> pandas.DataFrame:
+    """`shift_results.ablation_effects` for a page."""
+    return pandas.DataFrame([{
+        "latents zeroed": row.latents, "which": ZEROED[row.kind],
+        "change in bits per character": f"{row.mean:+.3f} ({row.low:+.3f} to {row.high:+.3f})", "problems": row.n,
+        "sets": "" if pandas.isna(row.draws) else int(row.draws),
+        "mean firing rate": "" if pandas.isna(row.rate) else f"{row.rate:.2%}"} for row in effects.itertuples()])
+
+
+def overlap_table(curves: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
+    """Overlaps at about eight numbers N of each kind, with chance and p."""
+    rows = []
+    for kind, label in (("sae", "SAE latents"), ("raw", "raw dimensions")):
+        own = curves[kind]
+        for row in own.iloc[sorted({round(place * (len(own) - 1) / 8) for place in range(1, 9)})].itertuples():
+            known = pandas.notna(row.active_p)
+            rows.append({"of": label, "N": row.n, "fraction": f"{row.fraction:.1%}", "in both lists": row.overlap,
+                         "by chance": f"{row.chance * row.n:.1f}", "p": p_value(row.p),
+                         "by chance, changing only": f"{row.active_chance * row.n:.1f}" if known else "",
+                         "p, changing only": p_value(row.active_p) if known else ""})
+    return pandas.DataFrame(rows)
+
+
+def answers_html(written: dict) -> str:
+    """Stage `ablated_answers` as HTML: the problem and each model's answer, escaped."""
+    blocks = "".join(f"<dt>Zeroed: {html.escape(ZEROED[one['zeroed']])} ({one['latents']} latents)</dt>"
+                     f"<dd><em>{html.escape(one['answer']) or 'nothing written'}</em></dd>"
+                     for one in written["answers"])
+    return (f"<p>{html.escape(written['question'])} (Right answer: {html.escape(written['answer'])})</p>"
+            f"<dl>{blocks}</dl>")
