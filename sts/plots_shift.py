@@ -111,17 +111,19 @@ def overlap_by_set(frame: pandas.DataFrame) -> Figure:
     """Share foreseen behind each single set of demonstrations, latents and raw dimensions."""
     _theme()
     figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
-    _draw_shares(axis, frame, "draw")
+    _draw_shares(axis, frame, "draw", joined=False)
     axis.set(xlabel="set of demonstrations", ylabel="share of the top N foreseen", ylim=(0, 1.02))
     return _finished(figure)
 
 
-def _draw_shares(axis, frame: pandas.DataFrame, column: str) -> None:
+def _draw_shares(axis, frame: pandas.DataFrame, column: str, *, joined: bool = True) -> None:
     for kind, (label, colour, style, marker) in KIND_STYLE.items():
         own = frame[frame["kind"] == kind]
-        axis.plot(own[column], own["share"], marker, color=colour, markersize=6, markerfacecolor="none")
-        means = own.groupby(column)["share"].mean()
-        axis.plot(means.index, means, color=colour, linestyle=style, marker=marker, markersize=3, label=label)
+        axis.plot(own[column], own["share"], marker, color=colour, markersize=6, markerfacecolor="none",
+                  label=None if joined else label)
+        if joined:
+            means = own.groupby(column)["share"].mean()
+            axis.plot(means.index, means, color=colour, linestyle=style, marker=marker, markersize=3, label=label)
     axis.axhline(frame["chance"].iloc[0], color=GREY, linestyle=":", label="chance")
     axis.set_xticks(sorted(frame[column].unique()))
     axis.legend()

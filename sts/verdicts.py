@@ -89,6 +89,11 @@ def _tuned_on(run: OpenRun) -> str:
     return f"On `{run.settings.model}`, fine-tuned on `{run.settings.sft_data}`:"
 
 
+def counted(count: int, what: str) -> str:
+    """"1 set", "2 sets"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def few_sentence(run: OpenRun) -> str:
     """Whether few latents carry the change that fine-tuning causes (Figure 1a)."""
     found, count = shift_results.concentration_of(run, "sae"), run.settings.top_n
@@ -124,13 +129,13 @@ def zero_sentence(run: OpenRun) -> str:
 
     def cost(kind: str) -> str:
         row = own.loc[kind]
-        return f"{row['mean']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+        return f"{row['mean']:+.2g} ({row['low']:+.2g} to {row['high']:+.2g})"
 
     return (f"zeroing the {count} most shifted latents in the {run.settings.ablation_model} model changes the bits per "
             f"character of {int(own['n'].iloc[0])} held-out solutions by {cost('most_shifted')}, zeroing as many "
             f"random latents by {cost('random')}, as many of like firing rates by {cost('matched')} "
-            f"({int(own.loc['random', 'draws'])} draws each; 95% intervals over problems). Zeroing the most shifted "
-            f"hurts more: **{zero_verdict(effects, count)}**.")
+            f"({counted(int(own.loc['random', 'draws']), 'set')} of each kind; 95% intervals over problems). "
+            f"Zeroing the most shifted hurts more: **{zero_verdict(effects, count)}**.")
 
 
 def shift_summary(run: OpenRun) -> str:
@@ -168,8 +173,8 @@ def better_sentence(run: OpenRun) -> str:
     spread = {kind: f"{own.min():.0%} to {own.max():.0%}" for kind, own in shares}
     return (f"of raw dimensions, at the same fraction, {raw['overlap']} of {raw['n']} are foreseen (p "
             f"{_p(raw['p'])}). Behind single sets of demonstrations the share foreseen is {spread['sae']} for "
-            f"latents and {spread['raw']} for raw dimensions ({by_draw['draw'].nunique()} sets). Better than raw "
-            f"dimensions: **{better_verdict(by_draw)}**.")
+            f"latents and {spread['raw']} for raw dimensions ({counted(by_draw['draw'].nunique(), 'set')}). "
+            f"Better than raw dimensions: **{better_verdict(by_draw)}**.")
 
 
 def foreseen_summary(run: OpenRun) -> str:
@@ -185,7 +190,7 @@ def sensitivity_sentence(run: OpenRun) -> str:
                f"{run.settings.top_n} latents. " if pairs else "")
     other = shift_results.overlap_at(run, "sae", "sft_shift_solutions")
     return (f"{between}The actual shift of one half of the questions agrees with that of the other half on "
-            f"{shift_results.ceiling(run, 'sae'):.0%}: no estimate can be expected to do better. Measured on the "
+            f"{shift_results.ceiling(run, 'sae'):.0%}, which says how steady the actual list is. Measured on the "
             f"worked solutions of held-out problems instead of the questions, the actual shift shares "
             f"{other['overlap']} of {other['n']} latents with the estimate.")
 
@@ -208,17 +213,22 @@ def effects_table(effects: pandas.DataFrame) -> pandas.DataFrame:
     """`shift_results.ablation_effects` for a page."""
     return pandas.DataFrame([{
         "latents zeroed": row.latents, "which": ZEROED[row.kind],
-        "change in bits per character": f"{row.mean:+.3f} ({row.low:+.3f} to {row.high:+.3f})", "problems": row.n,
+        "change in bits per character": f"{row.mean:+.2g} ({row.low:+.2g} to {row.high:+.2g})", "problems": row.n,
         "sets": "" if pandas.isna(row.draws) else int(row.draws),
         "mean firing rate": "" if pandas.isna(row.rate) else f"{row.rate:.2%}"} for row in effects.itertuples()])
 
 
+#: Fractions of the dimensions at which the table reads the overlap off.
+FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+
 def overlap_table(curves: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
-    """Overlaps at about eight numbers N of each kind, with chance and p."""
+    """Overlaps near some fractions of the latents and of the raw dimensions, with chance and p."""
     rows = []
     for kind, label in (("sae", "SAE latents"), ("raw", "raw dimensions")):
         own = curves[kind]
-        for row in own.iloc[sorted({round(place * (len(own) - 1) / 8) for place in range(1, 9)})].itertuples():
+        places = dict.fromkeys((own["fraction"] - fraction).abs().argmin() for fraction in FRACTIONS)
+        for row in own.iloc[list(places)].itertuples():
             known = pandas.notna(row.active_p)
             rows.append({"of": label, "N": row.n, "fraction": f"{row.fraction:.1%}", "in both lists": row.overlap,
                          "by chance": f"{row.chance * row.n:.1f}", "p": p_value(row.p),
