@@ -7,6 +7,7 @@ import pandas
 from sts import paper
 from sts.pages import correlation_verdict, p_value
 from sts.pipeline_shift import EXTREMES
+from sts.score import VARIANTS
 from sts.stages import OpenRun
 from sts.stats import spearman
 
@@ -58,8 +59,8 @@ def correlations_beside(run: OpenRun, statistic: str) -> pandas.DataFrame:
                 row["n"] = result.get("n", row.get("n", ""))
             rows.append(row)
     published = paper.published_correlations()
-    for model, own in published.groupby("model", sort=False):
-        by_metric = own.set_index("metric")
+    for model in paper.MODELS:
+        by_metric = published[published["model"] == model].set_index("metric")
         rows.append({"source": f"paper, {paper.MODELS[model]}", "domains": "8 extremes", "n": 8} | {
             label: f"{by_metric.loc[metric, statistic]:.2f} ± {by_metric.loc[metric, f'{statistic}_std']:.2f}"
             for metric, label in paper.METRICS.items()})
@@ -87,14 +88,22 @@ def extremes_sentence(run: OpenRun, measure: str) -> str:
     for score, label in SCORES.items():
         every, kept = (_find(run.get(stage), measure, score) for stage in ("correlations", "extreme_correlations"))
         if "undefined" in every or "undefined" in kept:
-            reason = every.get("undefined") or kept["undefined"]
-            parts.append(f"{label}: undefined ({reason})")
+            parts.append(f"{label}: undefined ({(every.get('undefined') or kept['undefined']).rstrip('.')})")
             continue
         parts.append(f"{label}: r = {every['pearson']:.2f} on all {every['n']} domains ({correlation_verdict(every)}), "
                      f"{kept['pearson']:.2f} on the {kept['n']} extremes ({correlation_verdict(kept)}, exact p "
                      f"{_p(kept['p'])}), where the absolute change has {kept['spread_ratio']:.2f} times the "
                      f"standard deviation; undoing that by Thorndike's formula gives {kept['all_domains']:.2f}")
     return f"Change in {NAMES[measure]}. " + ". ".join(parts) + "."
+
+
+def claim_sentence(run: OpenRun, measure: str) -> str:
+    """Whether the paper's claim of Figure 3 held on all domains of this run, for either score in either variant."""
+    rows = run.get("correlations")
+    verdicts = [f"{label} ({variant}) **{correlation_verdict(_find(rows, measure, score, variant))}**"
+                for variant in VARIANTS for score, label in SCORES.items()]
+    return (f"The paper's claim, a positive correlation with the absolute change, here in {NAMES[measure]} on all "
+            f"domains: {', '.join(verdicts)}.")
 
 
 def _p(p: float) -> str:

@@ -150,7 +150,8 @@ def correlations_compared(everything: list[dict], extremes: list[dict], measure:
         axis.plot([], [], marker, color=colour, label=name + (f" (n = {count})" if count else ": undefined"))
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(labels)), labels)
-    axis.set(xlabel=f"Pearson's r with the absolute change in\n{MEASURES[measure]}", xlim=(-1.02, 1.02))
+    axis.set(xlabel=f"Pearson's r with the absolute change in\n{MEASURES[measure]}", xlim=(-1.02, 1.02),
+             ylim=(-0.5, len(labels) - 0.5))
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return _finished(figure)
 

@@ -89,6 +89,11 @@ def _tuned_on(run: OpenRun) -> str:
     return f"On `{run.settings.model}`, fine-tuned on `{run.settings.sft_data}`:"
 
 
+def _listed(*sentences: str) -> str:
+    """Sentences as a Markdown list, each with a capital letter."""
+    return "\n".join(f"- {sentence[0].upper()}{sentence[1:]}" for sentence in sentences)
+
+
 def counted(count: int, what: str) -> str:
     """"1 set", "2 sets"."""
     return f"{count} {what}{'' if count == 1 else 's'}"
@@ -140,8 +145,9 @@ def zero_sentence(run: OpenRun) -> str:
 
 def shift_summary(run: OpenRun) -> str:
     """First paragraph of the chapter on what fine-tuning shifts."""
-    return (f"**The answer of this run.** {_tuned_on(run)}\n\n- {few_sentence(run)}\n- {even_sentence(run)}\n"
-            f"- {zero_sentence(run)}\n\n{FEW_RULE} {EVEN_RULE} {ZERO_RULE} Seed {run.settings.seed}, one training run.")
+    return (f"**The answer of this run.** {_tuned_on(run)}\n\n"
+            f"{_listed(few_sentence(run), even_sentence(run), zero_sentence(run))}\n\n"
+            f"{FEW_RULE} {EVEN_RULE} {ZERO_RULE} Seed {run.settings.seed}, one training run.")
 
 
 def foreseen_sentence(run: OpenRun) -> str:
@@ -179,7 +185,8 @@ def better_sentence(run: OpenRun) -> str:
 
 def foreseen_summary(run: OpenRun) -> str:
     """First paragraph of the chapter on what demonstrations foresee."""
-    return (f"**The answer of this run.** {_tuned_on(run)}\n\n- {foreseen_sentence(run)}\n- {better_sentence(run)}\n\n"
+    return (f"**The answer of this run.** {_tuned_on(run)}\n\n"
+            f"{_listed(foreseen_sentence(run), better_sentence(run))}\n\n"
             f"{FORESEEN_RULE} {BETTER_RULE} Seed {run.settings.seed}, one training run.")
 
 
