@@ -6,6 +6,7 @@ A rule is fixed here, in words and in code side by side, before any number is kn
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 
 import pandas
 
@@ -73,10 +74,11 @@ def better_verdict(by_draw: pandas.DataFrame) -> str:
     return "reversed" if (wide["sae"] < wide["raw"]).all() else "not shown"
 
 
-def figure_note(run: OpenRun, n: str, interval: str, *stages: str) -> str:
-    """The line under a figure: n, seed, what the interval is, run, and the stored results behind it."""
+def figure_note(run: OpenRun, n: str, interval: str, *stages: str, seeds: Sequence[int] = ()) -> str:
+    """The line under a figure: n, seed (and further `seeds`), what the interval is, run, and results behind it."""
     keys = ", ".join(f"`{name}-{run.key(name)}`" for name in stages)
-    return f"*{n}; seed {run.settings.seed}; {interval}; run `{run.settings.name}`; from* {keys}."
+    listed = f"seed{'s' if seeds else ''} {', '.join(map(str, (run.settings.seed, *seeds)))}"
+    return f"*{n}; {listed}; {interval}; run `{run.settings.name}`; from* {keys}."
 
 
 # --- the sentences ------------------------------------------------------------------------------------------------
