@@ -123,7 +123,7 @@ def seeds_table(run: OpenRun) -> pandas.DataFrame:
 
 def seeds_sentence(run: OpenRun) -> str:
     """How far the correlations agree over seeds; says so if the run has one alone."""
-    seeds = [run.settings.seed, *run.settings.seeds]
+    seeds = [run.settings.seed, *run.other_seeds]
     if len(seeds) == 1:
         return (f"This run has one seed, {seeds[0]}, so it says nothing about how much of this is luck of the draw. "
                 "`seeds` in a profile adds others: demonstrations, fine-tuning and evaluation are then done again for "

@@ -135,9 +135,8 @@ class Run(BaseModel):
             numbers = getattr(self, key)
             if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
                 raise ValueError(f"{key}: {numbers} must be different numbers of at least 1")
-        if min(self.seeds, default=0) < 0 or len({*self.seeds, self.seed}) < len(self.seeds) + 1:
-            raise ValueError(f"seeds: {self.seeds} must be different numbers of at least 0, without the run's own seed "
-                             f"{self.seed}")
+        if min(self.seeds, default=0) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {self.seeds} must be different numbers of at least 0")
         if self.sae == "train" and not self.sae_text:
             raise ValueError("sae: 'train' needs sae_text, the text to train on")
         for k, width in (("sae_k", "sae_latents"), ("small_sae_k", "small_sae_latents")):

@@ -36,23 +36,41 @@ def model_paired_stats(lm: LanguageModel, tuned: LanguageModel, sae, layer: int,
     Raises:
         StsError: NaN activations, or masks that leave no token.
     """
+    return model_paired_folds(lm, tuned, sae, layer, prompts, masks, 1, tokens_per_batch=tokens_per_batch,
+                              report=report, work=work)[0]
+
+
+def model_paired_folds(lm: LanguageModel, tuned: LanguageModel, sae, layer: int, prompts: list[Prompt], masks: Masks,
+                       folds: int, *, tokens_per_batch: int = 4096,
+                       report: Callable[[float], None] = lambda fraction: None,
+                       work: Work | None = None) -> list[PairedStats]:
+    """`model_paired_stats` of every `folds`-th prompt, from the first, the second and so on, in one pass.
+
+    Raises:
+        StsError: as there; a fold without a token counts as masks that leave none.
+    """
     work = Work() if work is None else work
     here, there = (Extractor(one, layer, tokens_per_batch, work) for one in (lm, tuned))
-    encoder, stats = Encoder(sae, work), PairedStats.empty(sae.cfg.d_sae, sae.device)
+    encoder, stats = Encoder(sae, work), [PairedStats.empty(sae.cfg.d_sae, sae.device) for _ in range(folds)]
     spans = [(max(masks.drop_first_positions, prompt.question[0] if masks.question_tokens_only else 0),
               prompt.question[1] if masks.question_tokens_only else len(prompt.ids)) for prompt in prompts]
-    chosen = [(prompt.ids, span) for prompt, span in zip(prompts, spans, strict=True) if span[0] < span[1]]
-    threshold = norm_threshold(here, [ids for ids, _ in chosen], [span for _, span in chosen], masks.outlier_norm)
+    chosen = [(prompt.ids, span, place % folds) for place, (prompt, span) in enumerate(zip(prompts, spans, strict=True))
+              if span[0] < span[1]]
+    threshold = norm_threshold(here, [ids for ids, *_ in chosen], [span for _, span, _ in chosen], masks.outlier_norm)
     done = 0
-    for batch in here.batches([span[1] for _, span in chosen]):
-        ids, own = zip(*(chosen[index] for index in batch), strict=True)
+    for batch in here.batches([span[1] for _, span, _ in chosen]):
+        ids, own, fold_of = zip(*(chosen[index] for index in batch), strict=True)
         base_TD, tuned_TD = here.tokens(ids, own), there.tokens(ids, own)
         kept_T = ((base_TD.float().norm(dim=-1) <= threshold) & (tuned_TD.float().norm(dim=-1) <= threshold))
-        for base, after in encoder.chunks(base_TD[kept_T], tuned_TD[kept_T]):
-            stats.add(base, after)
+        fold_T = torch.tensor([fold for fold, (first, last) in zip(fold_of, own, strict=True)
+                               for _ in range(first, last)], device=kept_T.device)
+        for fold in set(fold_of):
+            rows_T = kept_T & (fold_T == fold)
+            for base, after in encoder.chunks(base_TD[rows_T], tuned_TD[rows_T]):
+                stats[fold].add(base, after)
         done += len(batch)
         report(done / len(chosen))
-    if not stats.tokens:
+    if not all(part.tokens for part in stats):
         raise StsError("No token is left after masking; switch off question_tokens_only, drop_first_positions or "
                        "outlier_norm.")
     return stats

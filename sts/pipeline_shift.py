@@ -13,7 +13,7 @@ from sts.data import Example
 from sts.errors import StsError
 from sts.evaluate import MEASURES, evaluate, item_measures
 from sts.finetune import load_tuned
-from sts.model_shift import folded, model_paired_stats
+from sts.model_shift import folded, model_paired_folds
 from sts.models import LanguageModel
 from sts.paper import extremes, spread_ratio, with_selection
 from sts.pipeline import MASKS, MODEL, SAE, SHIFT, shift_groups
@@ -31,7 +31,7 @@ FOLDS = 8
 #: Domains at either end that the paper's Figure 3 keeps.
 EXTREMES = 4
 #: Length of the answers that are written with latents zeroed.
-ANSWER_TOKENS = 96
+ANSWER_TOKENS = 72
 RAW_SHIFT = tuple(name for name in (*SHIFT, *MASKS) if name not in SAE)
 
 
@@ -62,13 +62,10 @@ def of_kind(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tens
 
 
 def _model_shift(run: OpenRun, prompts: list[Prompt], report) -> dict[str, torch.Tensor]:
-    tuned, sae, parts = _tuned(run), both(run), []
-    count = min(FOLDS, len(prompts))
-    for fold in range(count):
-        parts.append(model_paired_stats(
-            run.lm, tuned, sae, run.settings.layer, prompts[fold::count], masks(run),
-            tokens_per_batch=run.settings.tokens_per_batch, work=report.work,
-            report=lambda fraction, fold=fold: report((fold + fraction) / count)))
+    sae = both(run)
+    parts = model_paired_folds(run.lm, _tuned(run), sae, run.settings.layer, prompts, masks(run),
+                               min(FOLDS, len(prompts)), tokens_per_batch=run.settings.tokens_per_batch,
+                               report=report, work=report.work)
     return sae.split(folded(parts))
 
 
@@ -264,13 +261,13 @@ def extreme_correlations(run: OpenRun, report) -> list[dict]:
 
 @stage("json", uses=("seeds", "seed"), needs=("correlations", "extreme_correlations"), inputs=("seeds",))
 def correlations_by_seed(run: OpenRun, report) -> list[dict]:
-    """Correlations of this seed and of every other in `seeds`, over all domains and over the extremes."""
+    """Correlations of this seed and of the others in `seeds`, over all domains and over the extremes."""
     rows = []
-    for done, seed in enumerate((run.settings.seed, *run.settings.seeds), 1):
+    for done, seed in enumerate((run.settings.seed, *run.other_seeds), 1):
         own = run.with_seed(seed)
         for which, name in (("all", "correlations"), ("extremes", "extreme_correlations")):
             rows += [{"seed": seed, "domains": which, **{key: result.get(key) for key in (
                 "measure", "variant", "score", "n", "pearson", "p", "r_squared", "undefined")}}
                 for result in own.get(name)]
-        report(done / (1 + len(run.settings.seeds)))
+        report(done / (1 + len(run.other_seeds)))
     return rows

@@ -129,6 +129,41 @@ def _draw_shares(axis, frame: pandas.DataFrame, column: str, *, joined: bool = T
     axis.legend()
 
 
+def figure3(scores: pandas.DataFrame, shifts: pandas.DataFrame, everything: list[dict], extremes: list[dict],
+            measure: str) -> Figure:
+    """Figure 3 for both scores (columns) in both variants (rows): absolute change against score.
+
+    Filled: the domains of largest and smallest change, with their line (solid); hollow: the others; dashed: the line
+    through all domains.
+    """
+    _theme()
+    figure, axes = plt.subplots(len(VARIANT_LABELS), len(SCORE_LABELS), figsize=(7, 6), sharey=True,
+                                layout="constrained")
+    actual = shifts[shifts["measure"] == measure].set_index("domain")["shift"].abs()
+    for row, variant in zip(axes, VARIANT_LABELS, strict=True):
+        own = scores[scores["variant"] == variant].set_index("domain").loc[actual.index]
+        for axis, score in zip(row, SCORE_LABELS, strict=True):
+            every, kept = (next(result for result in rows if (result["measure"], result["variant"], result["score"])
+                                == (measure, variant, score)) for rows in (everything, extremes))
+            chosen = [domain for domain in actual.index if domain in kept.get("domains", ())]
+            others = [domain for domain in actual.index if domain not in chosen]
+            axis.plot(own.loc[others, score], actual[others], "o", color=BLUE, markerfacecolor="none")
+            axis.plot(own.loc[chosen, score], actual[chosen], "s", color=ORANGE)
+            for result, domains, style, colour in ((every, list(actual.index), "--", BLUE),
+                                                   (kept, chosen, "-", ORANGE)):
+                if "undefined" not in result:
+                    ends = numpy.array([own.loc[domains, score].min(), own.loc[domains, score].max()])
+                    axis.plot(ends, result["line"]["intercept"] + result["line"]["slope"] * ends, style, color=colour)
+            said = ["undefined" if "undefined" in result else f"{result['pearson']:.2f}" for result in (every, kept)]
+            axis.set_title(f"r = {said[0]} (all), {said[1]} (extremes)")
+            axis.set(xlabel=f"{SCORE_LABELS[score]} ({VARIANT_LABELS[variant]})")
+        row[0].set(ylabel=f"absolute change in\n{MEASURES[measure]}")
+    axes[0, 0].plot([], [], "s-", color=ORANGE, label="four largest and four smallest changes")
+    axes[0, 0].plot([], [], "o--", color=BLUE, markerfacecolor="none", label="the other domains; line: all")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return _finished(figure)
+
+
 def correlations_compared(everything: list[dict], extremes: list[dict], measure: str) -> Figure:
     """Pearson's r of each variant and score with its interval: all domains, and the eight most extreme."""
     _theme()

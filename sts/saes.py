@@ -136,12 +136,12 @@ class SideBySide:
 
     def __post_init__(self) -> None:
         first = next(iter(self.parts.values()))
-        self.device, self.dtype = first.device, first.dtype
+        self.device, self.dtype = first.device, torch.float32
         self.cfg = SimpleNamespace(d_in=first.cfg.d_in, d_sae=sum(sae.cfg.d_sae for sae in self.parts.values()))
 
     def encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
         """Latents of all parts, T x sum of their widths."""
-        return torch.cat([sae.encode(residual_TD.to(sae.dtype)).to(self.dtype) for sae in self.parts.values()], dim=-1)
+        return torch.cat([sae.encode(residual_TD.to(sae.dtype)).float() for sae in self.parts.values()], dim=-1)
 
     def split(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Statistics by part: part/name -> tensor; what has no dimension of latents goes to every part."""

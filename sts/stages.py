@@ -204,7 +204,7 @@ class OpenRun:
         if what == "text_data":
             return digest(self.text_examples())
         if what == "seeds":
-            keys = [self.with_seed(seed).key(name) for seed in settings.seeds
+            keys = [self.with_seed(seed).key(name) for seed in self.other_seeds
                     for name in ("correlations", "extreme_correlations")]
             return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
         if what == "sae_text":
@@ -219,6 +219,11 @@ class OpenRun:
         if name not in memory:
             memory[name] = compute()
         return memory[name]
+
+    @property
+    def other_seeds(self) -> tuple[int, ...]:
+        """The seeds of setting `seeds` that are not this run's own."""
+        return tuple(seed for seed in self.settings.seeds if seed != self.settings.seed)
 
     def with_seed(self, seed: int) -> OpenRun:
         """The same run with another seed, sharing the store and the models in memory; the SAE stays the same one."""

@@ -7,7 +7,7 @@ from test_activations import DEMONSTRATIONS, QUESTIONS, naive_latents
 
 from sts.activations import Masks, paired_stats
 from sts.errors import StsError
-from sts.model_shift import folded, model_paired_stats
+from sts.model_shift import folded, model_paired_folds, model_paired_stats
 from sts.models import load_model
 from sts.prompts import make_group, make_prompt, paired_positions, question_text, solution_prompt
 from sts.saes import check_fits, identity_sae
@@ -71,6 +71,12 @@ def test_folds_add_up_to_the_whole(two_models, prompts):
     sae, masks = topk_sae(64), Masks(outlier_norm=0)
     whole = model_paired_stats(*two_models, sae, 0, prompts, masks).to_tensors()
     parts = [model_paired_stats(*two_models, sae, 0, prompts[fold::2], masks) for fold in range(2)]
+    found = model_paired_folds(*two_models, sae, 0, prompts, masks, 2)
+    for part, own in zip(parts, found, strict=True):
+        for name, expected in part.to_tensors().items():
+            torch.testing.assert_close(own.to_tensors()[name], expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(StsError, match="No token is left"):
+        model_paired_folds(*two_models, sae, 0, prompts, masks, len(prompts) + 1)
     together = folded(parts)
     for name, expected in whole.items():
         torch.testing.assert_close(together[name], expected, rtol=1e-6, atol=1e-9)

@@ -146,6 +146,11 @@ def test_another_seed_repeats_the_experiment_and_shares_the_models(run):
             assert row.pearson == pytest.approx(result.get("pearson", np.nan), nan_ok=True)
 
 
+def test_the_runs_own_seed_is_not_another_one(run):
+    assert run.other_seeds == (1,)
+    assert sts.open_run("smoke", results=run.results, seed=1).other_seeds == ()
+
+
 def test_asking_for_a_key_trains_nothing(tmp_path):
     sts.open_run("smoke", results=tmp_path).key("correlations_by_seed")
     assert not (tmp_path / "smoke").exists()
@@ -168,7 +173,7 @@ def test_keys_of_the_shift_stages_follow_what_they_read(run):
 
 
 @pytest.mark.parametrize(("setting", "value"), [("overlap_demonstrations", []), ("overlap_demonstrations", [2, 2]),
-                                                ("ablation_latents", [0, 3]), ("seeds", [0]), ("seeds", [3, 3])])
+                                                ("ablation_latents", [0, 3]), ("seeds", [-1]), ("seeds", [3, 3])])
 def test_lists_that_make_no_sense_are_refused(setting, value, tmp_path):
     with pytest.raises(StsError, match=f"{setting}: .* must be different numbers"):
         sts.open_run("smoke", results=tmp_path, **{setting: value})

@@ -123,6 +123,25 @@ def test_correlations_are_drawn_for_both_selections_and_skipped_where_undefined(
     assert list(drawn.get_ydata()) == [0.2, -0.4]
 
 
+def test_figure_3_marks_the_extremes_and_fits_both_lines():
+    domains = list("abcdefghi")
+    scores = pandas.DataFrame([{"variant": variant, "domain": domain, "sts_act": float(place), "sts_icl": 2.0 * place}
+                               for variant in ("paper", "official_code") for place, domain in enumerate(domains)])
+    shifts = pandas.DataFrame([{"domain": domain, "measure": "bits", "shift": -float(place)}
+                               for place, domain in enumerate(domains)])
+    kinds = [(variant, score) for variant in ("paper", "official_code") for score in ("sts_act", "sts_icl")]
+    every, kept = ([row(variant=variant, score=score, line={"slope": slope, "intercept": 0.5}, **more)
+                    for variant, score in kinds] for slope, more in ((1.0, {}), (2.0, {"domains": list("abcdfghi")})))
+    for place, axis in enumerate(plots_shift.figure3(scores, shifts, every, kept, "bits").axes):
+        width = 2.0 if place % 2 else 1.0
+        circles, squares, dashed, solid = axis.lines[:4]
+        assert (list(circles.get_xdata()), list(circles.get_ydata())) == ([4 * width], [4.0])
+        assert list(squares.get_ydata()) == [0, 1, 2, 3, 5, 6, 7, 8]
+        assert list(dashed.get_ydata()) == [0.5, 0.5 + 8 * width] and dashed.get_linestyle() == "--"
+        assert list(solid.get_ydata()) == [0.5, 0.5 + 16 * width] and solid.get_linestyle() == "-"
+        assert axis.get_title() == "r = 0.50 (all), 0.50 (extremes)"
+
+
 def test_every_figure_fits_a_phone_and_is_closed():
     shares = pandas.DataFrame([{"draw": draw, "kind": kind, "share": 0.3, "chance": 0.1}
                                for draw in (1, 2) for kind in ("sae", "raw")])
