@@ -86,6 +86,18 @@ class Run(BaseModel):
     official_rows: int = Field(10_000, ge=1, description="rows compared in the official_code variant, at most")
     tokens_per_batch: int = Field(8192, ge=64, description="padded tokens in one forward pass, at most")
 
+    # The actual shift, and how it compares with the forecast
+    overlap_draws: int = Field(4, ge=1, description="sets of demonstrations behind which the shift is estimated one by "
+                                                    "one, to see how much depends on them")
+    overlap_tokens: int = Field(2_000, ge=1, description="question tokens behind each of those sets, at most")
+    overlap_demonstrations: list[int] = Field(default_factory=lambda: [1, 2, 4, 8],
+                                              description="numbers of demonstrations to compare")
+    ablation_model: Literal["tuned", "base"] = Field("tuned", description="model whose latents are zeroed")
+    ablation_examples: int = Field(16, ge=1, description="held-out training-domain problems scored with latents zeroed")
+    ablation_latents: list[int] = Field(default_factory=lambda: [10, 50, 100, 500],
+                                        description="numbers of latents to zero")
+    ablation_draws: int = Field(2, ge=1, description="random sets of latents of each kind and number")
+
     # Fine-tuning
     sft_examples: int = Field(300, ge=1, description="training examples")
     sft_held_out: int = Field(40, ge=1, description="held-out examples of the training domain")
@@ -109,6 +121,8 @@ class Run(BaseModel):
     eval_max_tokens: int = Field(1024, ge=1, description="tokens of a generated answer, at most")
     eval_backend: Literal["hf", "vllm"] = Field("hf", description="what generates answers: transformers, or vLLM")
     eval_tensor_parallel: int = Field(1, ge=1, description="GPUs that vLLM splits one copy of the model over")
+    seeds: list[int] = Field(default_factory=list, description="seeds of further runs to compare with: demonstrations, "
+                                                               "fine-tuning and evaluation are done again for each")
     bootstrap: int = Field(5000, ge=100, description="bootstrap resamples")
     permutations: int = Field(100_000, ge=100, description="Monte Carlo permutations where exact ones are too many")
 
@@ -128,6 +142,12 @@ class Run(BaseModel):
                 raise ValueError(f"sae_text: {name!r} is no corpus ({', '.join(CORPORA)}), question set or text file")
             if tokens < 1:
                 raise ValueError(f"sae_text: {name!r} asks for {tokens} tokens")
+        for key in ("overlap_demonstrations", "ablation_latents"):
+            numbers = getattr(self, key)
+            if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
+                raise ValueError(f"{key}: {numbers} must be different numbers of at least 1")
+        if min(self.seeds, default=0) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {self.seeds} must be different numbers of at least 0")
         if self.sae == "train" and not self.sae_text:
             raise ValueError("sae: 'train' needs sae_text, the text to train on")
         for k, width in (("sae_k", "sae_latents"), ("small_sae_k", "small_sae_latents")):

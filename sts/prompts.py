@@ -102,6 +102,30 @@ def make_prompt(tokenizer: PreTrainedTokenizerBase, question: str, demonstration
     return Prompt(ids, (own[0], own[-1] + 1))
 
 
+def solution_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, *, context_length: int = 0) -> Prompt:
+    """A question with its worked solution; the `question` range holds the solution's tokens.
+
+    Args:
+        context_length: the model's context in tokens; 0 for no check.
+
+    Raises:
+        StsError: the conversation does not fit the context, or the template changes the solution.
+    """
+    solution = solution_text(example)
+    text = render(tokenizer, question_text(example), answer=solution)
+    start = text.rfind(solution)
+    if not solution or start < 0:
+        raise StsError(f"The solution of {example.example_id} has no tokens of its own in the chat: {solution[:60]!r}")
+    encoded = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True)
+    ids = tuple(encoded["input_ids"])
+    own = [index for index, (left, right) in enumerate(encoded["offset_mapping"])
+           if left < right and right > start and left < start + len(solution)]
+    if context_length and len(ids) > context_length:
+        raise StsError(f"Item {example.example_id} has {len(ids)} tokens with its solution; the model's context is "
+                       f"{context_length}.")
+    return Prompt(ids, (own[0], own[-1] + 1))
+
+
 def paired_positions(base: Prompt, icl: Prompt, *, question_tokens_only: bool = True,
                      drop_first_positions: int = 0) -> tuple[list[int], list[int]]:
     """Positions of the tokens that both prompts share at their end, in step.

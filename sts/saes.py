@@ -8,7 +8,9 @@ Latents of an SAE with unequal decoder norms are not comparable, so norms are fo
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -87,6 +89,65 @@ def fold_decoder_norms(sae) -> None:
     except NotImplementedError as error:
         raise StsError(f"This SAE's decoder norms cannot be folded ({first_line(error)}); "
                        "set fold_norms to false to use its latents as they are.") from error
+
+
+@dataclass
+class IdentitySAE:
+    """The residual stream's own dimensions as "latents", so that raw dimensions go through the code of an SAE.
+
+    Every value is its own latent: `encode` and `decode` give back their input. Unlike an SAE's latents, raw dimensions
+    are dense and have both signs. In `LatentStats` of raw dimensions `fired` therefore counts the tokens with a
+    positive value, and `max` is the largest value but at least 0; sums and squared changes mean what they always do,
+    and raw dimensions are ranked by squared change like latents.
+
+    Attributes:
+        cfg: d_in and d_sae, both the width; the rest of an SAE's configuration is absent.
+    """
+
+    width: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self.cfg = SimpleNamespace(d_in=self.width, d_sae=self.width, metadata=SimpleNamespace(hook_name=None),
+                                   architecture=lambda: "identity")
+
+    def encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
+        """The input itself."""
+        return residual_TD
+
+    decode = __call__ = encode
+
+
+def identity_sae(lm: LanguageModel) -> IdentitySAE:
+    """The "SAE" whose latents are the raw dimensions of a model's residual stream, in float32 on its device."""
+    return IdentitySAE(int(lm.model.config.get_text_config().hidden_size), lm.device)
+
+
+@dataclass
+class SideBySide:
+    """Several SAEs of one site as one, their latents side by side, so that one pass through the model serves them all.
+
+    Attributes:
+        parts: name -> SAE; `split` undoes the concatenation of anything that ends in the latents' dimension.
+    """
+
+    parts: dict
+
+    def __post_init__(self) -> None:
+        first = next(iter(self.parts.values()))
+        self.device, self.dtype = first.device, torch.float32
+        self.cfg = SimpleNamespace(d_in=first.cfg.d_in, d_sae=sum(sae.cfg.d_sae for sae in self.parts.values()))
+
+    def encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
+        """Latents of all parts, T x sum of their widths."""
+        return torch.cat([sae.encode(residual_TD.to(sae.dtype)).float() for sae in self.parts.values()], dim=-1)
+
+    def split(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Statistics by part: part/name -> tensor; what has no dimension of latents goes to every part."""
+        widths = [sae.cfg.d_sae for sae in self.parts.values()]
+        return {f"{part}/{name}": (tensor.split(widths, dim=-1)[place] if name.endswith("L") else tensor).clone()
+                for name, tensor in tensors.items() for place, part in enumerate(self.parts)}
 
 
 def check_fits(sae, lm: LanguageModel, layer: int) -> None:

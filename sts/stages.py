@@ -90,12 +90,18 @@ class OpenRun:
         self.folder = self.results / settings.name
         self.store = Store(self.folder / "stages", (ROOT / "data" / "recorded" / settings.name,))
         self._memory: dict[str, Any] = {}
+        #: What runs that differ in their seed alone have in common: the models in memory and the weights' digest.
+        self._shared: dict[str, Any] = {}
+        #: Whose SAE it is, if the run trains one: of several seeds, the first one's.
+        self._first = self
         self._used: list[str] = []
 
     # --- stages
 
     def key(self, name: str) -> str:
         """The stage's key under the present settings: twelve hexadecimal digits."""
+        if name == "sae" and self._first is not self:
+            return self._first.key(name)
         spec = self._spec(name)
         content = {
             "stage": name, "version": spec.version, "kind": spec.kind,
@@ -107,6 +113,8 @@ class OpenRun:
 
     def get(self, name: str) -> Any:
         """The stage's result: from memory, from the store, or computed now and stored."""
+        if name == "sae" and self._first is not self:
+            return self._first.get(name)
         spec, key = self._spec(name), self.key(name)
         if name not in self._used:
             self._used.append(name)
@@ -148,7 +156,7 @@ class OpenRun:
         return tuple(ordered)
 
     def _spec(self, name: str) -> Stage:
-        from sts import pipeline, pipeline_generation  # noqa: F401  # they register the stages
+        from sts import pipeline, pipeline_generation, pipeline_shift  # noqa: F401  # they register the stages
 
         if name not in STAGES:
             raise one_of("Stage", name, STAGES)
@@ -195,6 +203,10 @@ class OpenRun:
             return digest([example for group in self.demonstration_pool().values() for example in group])
         if what == "text_data":
             return digest(self.text_examples())
+        if what == "seeds":
+            keys = [self.with_seed(seed).key(name) for seed in self.other_seeds
+                    for name in ("correlations", "extreme_correlations")]
+            return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
         if what == "sae_text":
             from sts.pipeline import sae_documents
 
@@ -205,12 +217,29 @@ class OpenRun:
             return digest([example for _, *parts in generation_questions(self).values() for part in parts
                            for example in part])
         raise one_of("Input", what, ("model", "sae", "sft_train", "sft_held_out", "domain_data", "demonstrations",
-                                     "text_data", "sae_text", "generation_data"))
+                                     "text_data", "sae_text", "generation_data", "seeds"))
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
-        if name not in self._memory:
-            self._memory[name] = compute()
-        return self._memory[name]
+        memory = self._shared if name in ("lm", "loaded_sae", "identity:model") else self._memory
+        if name not in memory:
+            memory[name] = compute()
+        return memory[name]
+
+    @property
+    def other_seeds(self) -> tuple[int, ...]:
+        """The seeds of setting `seeds` that are not this run's own."""
+        return tuple(seed for seed in self.settings.seeds if seed != self.settings.seed)
+
+    def with_seed(self, seed: int) -> OpenRun:
+        """The same run with another seed, sharing the store and the models in memory; the SAE stays the same one."""
+        if seed == self.settings.seed:
+            return self
+        if f"seed:{seed}" not in self._memory:
+            settings = self.settings.model_copy(update={"seed": seed, "seeds": []})
+            other = OpenRun(settings, results=self.results, changed=self.changed)
+            other._shared, other._first = self._shared, self._first
+            self._memory[f"seed:{seed}"] = other
+        return self._memory[f"seed:{seed}"]
 
     @cached_property
     def device(self) -> str:

@@ -1,0 +1,136 @@
+"""The run's numbers beside the paper's: Tables 2 to 4, 6 and 9, the choice of eight domains, and other seeds."""
+
+from __future__ import annotations
+
+import pandas
+
+from sts import paper
+from sts.pages import correlation_verdict, p_value
+from sts.pipeline_shift import EXTREMES
+from sts.score import VARIANTS
+from sts.stages import OpenRun
+from sts.stats import spearman
+
+#: measure -> how the tables call it
+NAMES = {"accuracy": "accuracy", "p_right": "p(right option)", "bits": "bits per character"}
+SCORES = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
+
+
+def _find(rows: list[dict], measure: str, score: str, variant: str = "paper") -> dict:
+    return next(row for row in rows if (row["measure"], row["variant"], row["score"]) == (measure, variant, score))
+
+
+def shifts_beside(run: OpenRun) -> pandas.DataFrame:
+    """Tables 2 to 4 beside the run: signed change by domain, accuracy in percentage points, the run's also in bits.
+
+    Domains in the order of the paper's mean absolute change; blank where one side does not have the domain.
+    """
+    published = paper.accuracy_shifts()
+    wide = published.pivot(index="domain", columns="model", values="shift_pct").rename(columns=paper.MODELS)
+    wide = wide[[name for name in paper.MODELS.values() if name in wide.columns]]
+    own = run.get("domain_shift").pivot(index="domain", columns="measure", values="shift")
+    frame = pandas.DataFrame(index=wide.index.union(own.index))
+    for measure, digits, label in (("accuracy", 1, "this run, accuracy"), ("bits", 3, "this run, bits")):
+        values = own[measure].reindex(frame.index) if measure in own.columns else pandas.Series(index=frame.index)
+        frame[label] = [_signed(value, digits) for value in values]
+    for name in wide.columns:
+        frame[f"paper, {name}"] = [_signed(value, 2) for value in wide[name].reindex(frame.index)]
+    order = published.groupby("domain")["abs_shift_pct"].mean().reindex(frame.index).sort_values(ascending=False)
+    return frame.loc[order.index].rename_axis("domain").reset_index()
+
+
+def _signed(value: float, digits: int) -> str:
+    return "" if pandas.isna(value) else f"{value:+.{digits}f}"
+
+
+def correlations_beside(run: OpenRun, statistic: str) -> pandas.DataFrame:
+    """Table 6 ("pearson") or 9 ("r_squared") beside the run: on all its domains and on its eight extremes.
+
+    The run's by the paper's formulas (variant `paper`), in every measure; the paper's with its spread over repetitions.
+    """
+    rows = []
+    for measure, name in NAMES.items():
+        for which, stage in (("all domains", "correlations"),
+                             (f"{2 * EXTREMES} extremes", "extreme_correlations")):
+            row = {"source": f"this run, {name}", "domains": which}
+            for score, label in SCORES.items():
+                result = _find(run.get(stage), measure, score)
+                row[label] = "undefined" if "undefined" in result else f"{result[statistic]:.2f}"
+                row["n"] = result.get("n", row.get("n", ""))
+            rows.append(row)
+    published = paper.published_correlations()
+    for model in paper.MODELS:
+        by_metric = published[published["model"] == model].set_index("metric")
+        rows.append({"source": f"paper, {paper.MODELS[model]}", "domains": "8 extremes", "n": 8} | {
+            label: f"{by_metric.loc[metric, statistic]:.2f} ± {by_metric.loc[metric, f'{statistic}_std']:.2f}"
+            for metric, label in paper.METRICS.items()})
+    return pandas.DataFrame(rows)[["source", "domains", "n", *SCORES.values()]]
+
+
+def shifts_sentence(run: OpenRun) -> str:
+    """How the run's changes of accuracy compare with the paper's: how many are losses, and which domains move."""
+    published, own = paper.accuracy_shifts(), run.get("domain_shift")
+    own = own[own["measure"] == "accuracy"].set_index("domain")["shift"]
+    losses = ", ".join(f"{(part['shift_pct'] < 0).sum()} of {len(part)} with {paper.MODELS[model]}"
+                       for model, part in published.groupby("model", sort=False))
+    mean = published.groupby("domain")["abs_shift_pct"].mean()
+    shared = own.index.intersection(mean.index)
+    sentence = f"Domains that lost accuracy: {(own < 0).sum()} of {len(own)} here; in the paper {losses}."
+    if len(shared) > 2 and own.loc[shared].abs().nunique() > 1:
+        sentence += (f" The rank correlation of the absolute changes here with the paper's mean over its models is "
+                     f"{spearman(own.loc[shared].abs(), mean.loc[shared]):.2f} (n = {len(shared)}).")
+    return sentence
+
+
+def extremes_sentence(run: OpenRun, measure: str) -> str:
+    """What keeping only the extremes does to the correlation in this run, and what is expected of it."""
+    parts = []
+    for score, label in SCORES.items():
+        every, kept = (_find(run.get(stage), measure, score) for stage in ("correlations", "extreme_correlations"))
+        if "undefined" in every or "undefined" in kept:
+            parts.append(f"{label}: undefined ({(every.get('undefined') or kept['undefined']).rstrip('.')})")
+            continue
+        parts.append(f"{label}: r = {every['pearson']:.2f} on all {every['n']} domains ({correlation_verdict(every)}), "
+                     f"{kept['pearson']:.2f} on the {kept['n']} extremes ({correlation_verdict(kept)}, exact p "
+                     f"{_p(kept['p'])}), where the absolute change has {kept['spread_ratio']:.2f} times the "
+                     f"standard deviation; undoing that by Thorndike's formula gives {kept['all_domains']:.2f}")
+    return f"Change in {NAMES[measure]}. " + ". ".join(parts) + "."
+
+
+def claim_sentence(run: OpenRun, measure: str) -> str:
+    """Whether the paper's claim of Figure 3 held on all domains of this run, for either score in either variant."""
+    rows = run.get("correlations")
+    verdicts = [f"{label} ({variant}) **{correlation_verdict(_find(rows, measure, score, variant))}**"
+                for variant in VARIANTS for score, label in SCORES.items()]
+    return (f"The paper's claim, a positive correlation with the absolute change, here in {NAMES[measure]} on all "
+            f"domains: {', '.join(verdicts)}.")
+
+
+def _p(p: float) -> str:
+    text = p_value(p)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def seeds_table(run: OpenRun) -> pandas.DataFrame:
+    """Pearson's r of every seed, one row a measure, variant and score; all domains and the extremes."""
+    frame = pandas.DataFrame(run.get("correlations_by_seed"))
+    frame["r"] = [f"{value:.2f}" if pandas.notna(value) else "undefined" for value in frame["pearson"]]
+    frame["column"] = [f"seed {row.seed}, {'all' if row.domains == 'all' else 'extremes'}"
+                       for row in frame.itertuples()]
+    wide = frame.pivot(index=["measure", "variant", "score"], columns="column", values="r")
+    return wide[list(dict.fromkeys(frame["column"]))].rename_axis(columns=None).reset_index()
+
+
+def seeds_sentence(run: OpenRun) -> str:
+    """How far the correlations agree over seeds; says so if the run has one alone."""
+    seeds = [run.settings.seed, *run.other_seeds]
+    if len(seeds) == 1:
+        return (f"This run has one seed, {seeds[0]}, so it says nothing about how much of this is luck of the draw. "
+                "`seeds` in a profile adds others: demonstrations, fine-tuning and evaluation are then done again for "
+                "each.")
+    frame = pandas.DataFrame(run.get("correlations_by_seed"))
+    own = frame[(frame["variant"] == "paper") & (frame["domains"] == "all") & frame["pearson"].notna()]
+    parts = [f"{SCORES[score]} with the change in {NAMES[measure]} {part['pearson'].min():.2f} to "
+             f"{part['pearson'].max():.2f} ({(part['p'] < 0.05).sum()} of {len(part)} with p below 0.05)"
+             for (measure, score), part in own.groupby(["measure", "score"])]
+    return f"Over {len(seeds)} seeds ({', '.join(map(str, seeds))}), r on all domains is: {'; '.join(parts)}."

@@ -1,0 +1,273 @@
+"""Stages of the chapters on what fine-tuning shifts, what demonstrations foresee of it, and what zeroing does."""
+
+from __future__ import annotations
+
+import random
+
+import pandas
+import torch
+
+from sts.ablation import zeroed
+from sts.activations import Masks, norm_threshold, paired_stats
+from sts.data import Example
+from sts.errors import StsError
+from sts.evaluate import MEASURES, evaluate, item_measures
+from sts.finetune import load_tuned
+from sts.model_shift import folded, model_paired_folds
+from sts.models import LanguageModel
+from sts.paper import extremes, spread_ratio, with_selection
+from sts.pipeline import MASKS, MODEL, SAE, SHIFT, shift_groups
+from sts.prompts import Prompt, make_group, make_prompt, question_text, solution_prompt
+from sts.residuals import Extractor
+from sts.saes import SideBySide, identity_sae
+from sts.score import VARIANTS
+from sts.shift import shifted_dimensions
+from sts.shift_stats import matched_latents, random_latents
+from sts.stages import OpenRun, stage
+from sts.stats import correlate
+
+#: Groups of questions; latents are chosen on some of them and measured on the others.
+FOLDS = 8
+#: Domains at either end that the paper's Figure 3 keeps.
+EXTREMES = 4
+#: Length of the answers that are written with latents zeroed.
+ANSWER_TOKENS = 72
+RAW_SHIFT = tuple(name for name in (*SHIFT, *MASKS) if name not in SAE)
+
+
+def masks(run: OpenRun) -> Masks:
+    """Which tokens count, by the run's settings."""
+    return Masks(**{name: getattr(run.settings, name) for name in MASKS})
+
+
+# --- what fine-tuning shifts --------------------------------------------------------------------------------------
+
+def shift_questions(run: OpenRun) -> list[Prompt]:
+    """The questions that stage `shift` reads behind demonstrations, without them."""
+    return [prompt for group in shift_groups(run) for prompt in group.base]
+
+
+def _tuned(run: OpenRun) -> LanguageModel:
+    return load_tuned(run.load_model(), run.get("sft"))
+
+
+def both(run: OpenRun) -> SideBySide:
+    """The run's SAE and the raw dimensions, for one pass through the model."""
+    return SideBySide({"sae": run.sae(), "raw": identity_sae(run.lm)})
+
+
+def of_kind(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """One kind's part, "sae" or "raw", of a stage's tensors."""
+    return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}/")}
+
+
+def _model_shift(run: OpenRun, prompts: list[Prompt], report) -> dict[str, torch.Tensor]:
+    sae = both(run)
+    parts = model_paired_folds(run.lm, _tuned(run), sae, run.settings.layer, prompts, masks(run),
+                               min(FOLDS, len(prompts)), tokens_per_batch=run.settings.tokens_per_batch,
+                               report=report, work=report.work)
+    return sae.split(folded(parts))
+
+
+@stage("tensors", uses=(*SHIFT, *MASKS), needs=("sft",), inputs=("model", "sae", "sft_train"))
+def sft_shift(run: OpenRun, report) -> dict[str, torch.Tensor]:
+    """Actual shift: stage `shift`'s questions in the untuned and the tuned model, in folds; SAE and raw dimensions."""
+    return _model_shift(run, shift_questions(run), report)
+
+
+@stage("tensors", uses=(*MODEL, *SAE, *MASKS), needs=("sft",), inputs=("model", "sae", "sft_held_out"))
+def sft_shift_solutions(run: OpenRun, report) -> dict[str, torch.Tensor]:
+    """The same on the worked solutions of held-out problems."""
+    return _model_shift(run, solution_prompts(run), report)
+
+
+def solution_prompts(run: OpenRun) -> list[Prompt]:
+    """Held-out training-domain questions with their worked solutions, whose tokens count."""
+    return [solution_prompt(run.lm.tokenizer, example, context_length=run.lm.context_length)
+            for example in run.sft_examples("held_out")]
+
+
+# --- what demonstrations foresee ----------------------------------------------------------------------------------
+
+@stage("tensors", uses=RAW_SHIFT, inputs=("model", "sft_train"))
+def raw_shift(run: OpenRun, report) -> dict[str, torch.Tensor]:
+    """Stage `shift` on the residual stream's own dimensions."""
+    return paired_stats(run.lm, identity_sae(run.lm), run.settings.layer, shift_groups(run), masks(run),
+                        tokens_per_batch=run.settings.tokens_per_batch, report=report, work=report.work).to_tensors()
+
+
+def draws_of(examples: list[Example], count: int, draws: int, seed: int) -> tuple[list[list[Example]], list[Example]]:
+    """`draws` disjoint sets of `count` demonstrations, and the questions, which stand in none of them.
+
+    Raises:
+        StsError: no question is left.
+    """
+    if len(examples) <= count * draws:
+        raise StsError(f"{draws} sets of {count} demonstrations were asked of {len(examples)} training examples, which "
+                       "leaves no question. Use fewer overlap_draws or overlap_demonstrations, or more sft_examples.")
+    shuffled = random.Random(seed).sample(examples, len(examples))
+    return [shuffled[draw * count:(draw + 1) * count] for draw in range(draws)], shuffled[count * draws:]
+
+
+def _shift_behind(run: OpenRun, demonstrations: list[Example], questions: list[Example],
+                  report) -> dict[str, torch.Tensor]:
+    group, sae = make_group(run.lm.tokenizer, questions, tuple(demonstrations), context_length=run.lm.context_length,
+                            tokens=run.settings.overlap_tokens), both(run)
+    stats = paired_stats(run.lm, sae, run.settings.layer, [group], masks(run), work=report.work,
+                         tokens_per_batch=run.settings.tokens_per_batch)
+    return sae.split({"squared_difference_L": stats.squared_difference_L.cpu()})
+
+
+OVERLAP = (*MODEL, *SAE, *MASKS, "overlap_tokens", "seed")
+
+
+@stage("tensors", uses=(*OVERLAP, "overlap_draws", "shift_demonstrations"), inputs=("model", "sae", "sft_train"))
+def shift_by_draw(run: OpenRun, report) -> dict[str, torch.Tensor]:
+    """Squared change behind single sets of demonstrations, the same questions behind each; SAE and raw, draws x L."""
+    settings = run.settings
+    draws, questions = draws_of(run.sft_examples("train"), settings.shift_demonstrations, settings.overlap_draws,
+                                settings.seed)
+    rows = []
+    for done, demonstrations in enumerate(draws, 1):
+        rows.append(_shift_behind(run, demonstrations, questions, report))
+        report(done / len(draws))
+    return {kind: torch.stack([row[f"{kind}/squared_difference_L"] for row in rows]) for kind in ("sae", "raw")}
+
+
+@stage("tensors", uses=(*OVERLAP, "overlap_demonstrations", "demonstration_draws"),
+       inputs=("model", "sae", "sft_train"))
+def shift_by_demonstrations(run: OpenRun, report) -> dict[str, torch.Tensor]:
+    """Squared change behind 1, 2, ... demonstrations, each set holding the smaller ones; kind/number -> draws x L."""
+    settings = run.settings
+    numbers = settings.overlap_demonstrations
+    draws, questions = draws_of(run.sft_examples("train"), max(numbers), settings.demonstration_draws, settings.seed)
+    rows: dict[str, list] = {}
+    for done, demonstrations in enumerate(draws, 1):
+        for number in numbers:
+            found = _shift_behind(run, demonstrations[:number], questions, report)
+            for kind in ("sae", "raw"):
+                rows.setdefault(f"{kind}/{number}", []).append(found[f"{kind}/squared_difference_L"])
+        report(done / len(draws))
+    return {name: torch.stack(own) for name, own in rows.items()}
+
+
+# --- zeroing latents ----------------------------------------------------------------------------------------------
+
+def _to_ablate(run: OpenRun, report) -> tuple[LanguageModel, object, torch.Tensor, torch.Tensor, float]:
+    """The model to zero latents in, the SAE, the latents' change and firing rates, and the norm that marks sinks."""
+    settings, stats = run.settings, of_kind(run.get("sft_shift"), "sae")
+    tuned = settings.ablation_model == "tuned"
+    lm = _tuned(run) if tuned else run.lm
+    rate_L = stats[f"{'icl' if tuned else 'base'}_fired_L"] / stats["tokens"]
+    prompts = solution_prompts(run)[:8]
+    limit = norm_threshold(Extractor(lm, settings.layer, settings.tokens_per_batch, report.work),
+                           [prompt.ids for prompt in prompts], [prompt.question for prompt in prompts],
+                           settings.outlier_norm)
+    return lm, run.sae(), stats["squared_difference_L"], rate_L, limit
+
+
+@stage("parquet", uses=(*MODEL, *SAE, *MASKS, "ablation_model", "ablation_examples", "ablation_latents",
+                        "ablation_draws", "eval_batch", "seed"), needs=("sft_shift", "sft"),
+       inputs=("model", "sae", "sft_held_out"))
+def ablation(run: OpenRun, report) -> pandas.DataFrame:
+    """Bits per character of held-out training-domain solutions with latents zeroed: most shifted, random, matched.
+
+    One row per set of latents and problem: kind (none, most_shifted, random, matched), latents (number zeroed), draw,
+    rate (mean firing rate of the set on the questions of `sft_shift`), example_id, bits, accuracy where it has options.
+    """
+    settings = run.settings
+    examples = run.sft_examples("held_out")[:settings.ablation_examples]
+    lm, sae, change_L, rate_L, limit = _to_ablate(run, report)
+    chosen, frames = sets_to_zero(change_L, rate_L, settings.ablation_latents, settings.ablation_draws,
+                                  settings.seed), []
+    for done, (kind, count, draw, latents) in enumerate(chosen, 1):
+        with zeroed(lm, sae, settings.layer, latents, drop_first_positions=settings.drop_first_positions,
+                    norm_limit=limit):
+            items = item_measures(evaluate(lm, examples, batch=settings.eval_batch, work=report.work))
+        rate = rate_L[latents].mean().item() if len(latents) else 0.0
+        frames.append(items.reset_index().assign(kind=kind, latents=count, draw=draw, rate=rate))
+        report(done / len(chosen))
+    return pandas.concat(frames, ignore_index=True)
+
+
+@stage("json", uses=(*MODEL, *SAE, *MASKS, "ablation_model", "top_n", "seed"), needs=("sft_shift", "sft"),
+       inputs=("model", "sae", "sft_held_out"))
+def ablated_answers(run: OpenRun, report) -> dict:
+    """The first held-out problem answered (greedily) with no latents zeroed, the most shifted, and as many matched."""
+    settings, example = run.settings, run.sft_examples("held_out")[0]
+    lm, sae, change_L, rate_L, limit = _to_ablate(run, report)
+    ids = torch.tensor([make_prompt(lm.tokenizer, question_text(example)).ids], device=lm.device)
+    answers = []
+    for kind, _, _, latents in sets_to_zero(change_L, rate_L, [settings.top_n], 1, settings.seed):
+        with torch.inference_mode(), zeroed(lm, sae, settings.layer, latents, norm_limit=limit,
+                                            drop_first_positions=settings.drop_first_positions):
+            text = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS,
+                                     do_sample=False, pad_token_id=lm.tokenizer.pad_token_id)
+        answers.append({"zeroed": kind, "latents": len(latents),
+                        "answer": lm.tokenizer.decode(text[0, ids.shape[1]:], skip_special_tokens=True)})
+    return {"question": example.question, "answer": example.answer, "answers": answers}
+
+
+def sets_to_zero(change_L: torch.Tensor, rate_L: torch.Tensor, counts: list[int], draws: int,
+                 seed: int) -> list[tuple[str, int, int, torch.Tensor]]:
+    """(kind, number, draw, latents) of every set that is zeroed; first the empty one.
+
+    Args:
+        change_L: squared change by fine-tuning; `most_shifted` are its largest, the others hold none of them.
+        rate_L: firing rates, which `matched` sets imitate.
+    """
+    sets = [("none", 0, 0, torch.tensor([], dtype=torch.long))]
+    for count in counts:
+        most = shifted_dimensions(change_L, count)
+        sets.append(("most_shifted", count, 0, most))
+        for draw in range(draws):
+            own = 1000 * seed + draw
+            sets.append(("random", count, draw, random_latents(len(change_L), most, count, own)))
+            sets.append(("matched", count, draw, matched_latents(rate_L, most, own)))
+    return sets
+
+
+# --- the paper's selection of domains, and other seeds ------------------------------------------------------------
+
+@stage("json", uses=("bootstrap", "permutations", "seed"), needs=("scores", "domain_shift"))
+def extreme_correlations(run: OpenRun, report) -> list[dict]:
+    """Stage `correlations` on the four domains of largest and the four of smallest absolute shift, as in Figure 3.
+
+    Each row also has `domains`, `spread_ratio` (of the absolute shift, extremes over all) and `all_domains`, what
+    Thorndike's formula makes of the correlation without the selection.
+    """
+    settings, rows = run.settings, []
+    scored, shifts = run.get("scores"), run.get("domain_shift")
+    for measure in MEASURES:
+        own = shifts[shifts["measure"] == measure]
+        own = own.assign(abs_shift_pct=own["shift"].abs())
+        for variant in VARIANTS:
+            by_domain = scored[scored["variant"] == variant].set_index("domain")
+            for score in ("sts_act", "sts_icl"):
+                base = {"measure": measure, "variant": variant, "score": score}
+                try:
+                    kept = extremes(own, EXTREMES).set_index("domain")["abs_shift_pct"]
+                    result = correlate(by_domain.loc[kept.index, score], kept, list(kept.index), seed=settings.seed,
+                                       permutations=settings.permutations, resamples=settings.bootstrap)
+                except StsError as error:
+                    rows.append(base | {"undefined": str(error)})
+                    continue
+                ratio = spread_ratio(own["abs_shift_pct"], EXTREMES)
+                rows.append(base | result.to_dict() | {
+                    "domains": list(kept.index), "spread_ratio": ratio,
+                    "all_domains": with_selection(result.pearson, 1 / ratio)})
+    return rows
+
+
+@stage("json", uses=("seeds", "seed"), needs=("correlations", "extreme_correlations"), inputs=("seeds",))
+def correlations_by_seed(run: OpenRun, report) -> list[dict]:
+    """Correlations of this seed and of the others in `seeds`, over all domains and over the extremes."""
+    rows = []
+    for done, seed in enumerate((run.settings.seed, *run.other_seeds), 1):
+        own = run.with_seed(seed)
+        for which, name in (("all", "correlations"), ("extremes", "extreme_correlations")):
+            rows += [{"seed": seed, "domains": which, **{key: result.get(key) for key in (
+                "measure", "variant", "score", "n", "pearson", "p", "r_squared", "undefined")}}
+                for result in own.get(name)]
+        report(done / (1 + len(run.other_seeds)))
+    return rows

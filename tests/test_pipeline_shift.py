@@ -1,0 +1,237 @@
+"""Stages of the shift chapters on the smoke run: each result recomputed from its inputs by other means."""
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+import sts
+from sts import beside_paper, shift_results
+from sts.errors import StsError
+from sts.evaluate import evaluate
+from sts.finetune import load_tuned
+from sts.models import decoder_layers
+from sts.pipeline_shift import draws_of, of_kind, sets_to_zero, shift_questions
+from sts.stats import pearson
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return sts.open_run("smoke", results=tmp_path_factory.mktemp("pipeline-shift"))
+
+
+@pytest.fixture(scope="module")
+def tuned(run):
+    return load_tuned(run.load_model(), run.get("sft"))
+
+
+def test_the_actual_shift_is_between_the_tuned_and_the_untuned_model(run, tuned):
+    stats, raw = (of_kind(run.get("sft_shift"), kind) for kind in ("sae", "raw"))
+    sae, total, raw_total, tokens = run.sae(), 0, 0, 0
+    for prompt in shift_questions(run):
+        with torch.no_grad():
+            base, after = (one.model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states[1][0][
+                slice(*prompt.question)] for one in (run.lm, tuned))
+            total = total + (sae.encode(after) - sae.encode(base)).double().square().sum(0)
+            raw_total = raw_total + (after - base).double().square().sum(0)
+            tokens += len(base)
+    # No token of the random model has an outlier norm, so all of them count.
+    assert stats["tokens"].item() == raw["tokens"].item() == tokens
+    torch.testing.assert_close(stats["squared_difference_L"], total, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(raw["squared_difference_L"], raw_total, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(stats["fold_squared_difference_FL"].sum(0), stats["squared_difference_L"])
+    assert len(stats["squared_difference_L"]) == 128 and len(raw["squared_difference_L"]) == 64
+
+
+def test_estimate_and_actual_shift_count_the_same_tokens(run):
+    tokens = of_kind(run.get("sft_shift"), "sae")["tokens"]
+    assert tokens == run.get("shift")["tokens"] == run.get("raw_shift")["tokens"]
+
+
+def test_a_pass_for_both_kinds_gives_what_each_alone_gives(run):
+    from sts.activations import paired_stats
+    from sts.pipeline_shift import masks
+    from sts.prompts import make_group
+
+    settings = run.settings
+    draws, questions = draws_of(run.sft_examples("train"), settings.shift_demonstrations, settings.overlap_draws,
+                                settings.seed)
+    group = make_group(run.lm.tokenizer, questions, tuple(draws[1]), tokens=settings.overlap_tokens)
+    alone = paired_stats(run.lm, run.sae(), settings.layer, [group], masks(run))
+    torch.testing.assert_close(run.get("shift_by_draw")["sae"][1], alone.squared_difference_L, rtol=1e-5, atol=1e-9)
+    assert run.get("shift_by_draw")["raw"].shape == (2, 64)
+    assert run.get("shift_by_demonstrations")["sae/2"].shape == (1, 128)
+
+
+def test_sets_of_demonstrations_are_disjoint_and_not_asked(run):
+    examples = run.sft_examples("train")
+    draws, questions = draws_of(examples, 3, 4, seed=5)
+    ids = [example.example_id for draw in draws for example in draw] + [example.example_id for example in questions]
+    assert sorted(ids) == sorted(example.example_id for example in examples) and len(questions) == len(examples) - 12
+    assert draws_of(examples, 3, 4, seed=6)[0] != draws
+    with pytest.raises(StsError, match="4 sets of 4 demonstrations were asked of 16"):
+        draws_of(examples, 4, 4, seed=0)
+
+
+def test_ablation_scores_the_tuned_model_with_these_latents_taken_out(run, tuned):
+    rows, stats = run.get("ablation"), of_kind(run.get("sft_shift"), "sae")
+    assert set(zip(rows["kind"], rows["latents"], strict=True)) == {
+        ("none", 0), *((kind, count) for kind in ("most_shifted", "random", "matched") for count in (4, 16))}
+    examples = run.sft_examples("held_out")[:4]
+    most = np.argsort(-stats["squared_difference_L"].numpy(), kind="stable")[:16]
+    sae = run.sae()
+
+    def hook(module, args, output):
+        with torch.no_grad():
+            latents = sae.encode(output[:, 1:])
+            part = torch.zeros_like(latents)
+            part[..., most] = latents[..., most]
+            return torch.cat([output[:, :1], output[:, 1:] - part @ sae.W_dec], dim=1)
+
+    for kind, count in (("none", 0), ("most_shifted", 16)):
+        handle = decoder_layers(tuned.model)[0].register_forward_hook(hook) if count else None
+        found = evaluate(tuned, examples).set_index("example_id")
+        if handle:
+            handle.remove()
+        expected = -found["loglikelihood"] / np.log(2) / found["characters"]
+        own = rows[(rows["kind"] == kind) & (rows["latents"] == count)].set_index("example_id")["bits"]
+        assert own.to_dict() == pytest.approx(expected.to_dict(), abs=1e-5)
+    rate = (stats["icl_fired_L"] / stats["tokens"])[most.copy()].mean().item()
+    assert rows[(rows["kind"] == "most_shifted") & (rows["latents"] == 16)]["rate"].iloc[0] == pytest.approx(rate)
+
+
+def test_random_sets_hold_none_of_the_most_shifted():
+    generator = torch.Generator().manual_seed(0)
+    change_L, rate_L = torch.rand(200, generator=generator), torch.rand(200, generator=generator)
+    sets = sets_to_zero(change_L, rate_L, [5, 20], 3, seed=1)
+    assert len(sets) == 1 + 2 * (1 + 2 * 3)
+    for kind, count, _, latents in sets[1:]:
+        assert len(set(latents.tolist())) == count
+        most = set(change_L.topk(count).indices.tolist())
+        assert set(latents.tolist()) == most if kind == "most_shifted" else not set(latents.tolist()) & most
+
+
+def test_answers_are_written_by_the_changed_model(run):
+    written = run.get("ablated_answers")
+    assert [one["zeroed"] for one in written["answers"]] == ["none", "most_shifted", "random", "matched"]
+    assert [one["latents"] for one in written["answers"]] == [0, 16, 16, 16]
+
+
+def test_extremes_are_the_ends_of_the_absolute_shift(run):
+    shifts, scores = run.get("domain_shift"), run.get("scores")
+    row = next(row for row in run.get("extreme_correlations")
+               if (row["measure"], row["variant"], row["score"]) == ("bits", "paper", "sts_icl"))
+    change = shifts[shifts["measure"] == "bits"].set_index("domain")["shift"].abs().sort_values()
+    kept = [*change.index[:4], *change.index[-4:]]
+    assert set(row["domains"]) == set(kept) and row["n"] == 8 and row["exact"]
+    own = scores[scores["variant"] == "paper"].set_index("domain")["sts_icl"]
+    assert row["pearson"] == pytest.approx(pearson(own[kept], change[kept]))
+    assert row["spread_ratio"] == pytest.approx(change[kept].std() / change.std())
+
+
+def test_another_seed_repeats_the_experiment_and_shares_the_models(run):
+    other = run.with_seed(1)
+    assert other.lm is run.lm and other.key("sae") == run.key("sae") and run.with_seed(0) is run
+    for name in ("shift", "sft", "evaluation_after", "correlations"):
+        assert other.key(name) != run.key(name)
+    rows = pandas.DataFrame(run.get("correlations_by_seed"))
+    assert len(rows) == 2 * 2 * 12 and set(rows["seed"]) == {0, 1}
+    alone = sts.open_run("smoke", results=run.results, seed=1, seeds=[])
+    # The same experiment run by itself; only its SAE, trained within the run, has another seed.
+    assert alone.key("sft") == other.key("sft")
+    for seed, own in ((0, run), (1, other)):
+        for result in own.get("correlations"):
+            row, = rows[(rows["seed"] == seed) & (rows["domains"] == "all") & (rows["measure"] == result["measure"])
+                        & (rows["variant"] == result["variant"]) & (rows["score"] == result["score"])].itertuples()
+            assert row.pearson == pytest.approx(result.get("pearson", np.nan), nan_ok=True)
+
+
+def test_the_runs_own_seed_is_not_another_one(run):
+    assert run.other_seeds == (1,)
+    assert sts.open_run("smoke", results=run.results, seed=1).other_seeds == ()
+
+
+def test_asking_for_a_key_trains_nothing(tmp_path):
+    sts.open_run("smoke", results=tmp_path).key("correlations_by_seed")
+    assert not (tmp_path / "smoke").exists()
+
+
+def test_keys_of_the_shift_stages_follow_what_they_read(run):
+    def keys(**changed):
+        other = sts.open_run("smoke", results=run.results, **changed)
+        names = ("sft_shift", "sft_shift_solutions", "raw_shift", "shift_by_draw", "shift_by_demonstrations",
+                 "ablation", "ablated_answers", "extreme_correlations", "correlations_by_seed")
+        return {name for name in names if other.key(name) != run.key(name)}
+
+    assert keys(ablation_latents=[4]) == {"ablation"}
+    assert keys(overlap_draws=3) == {"shift_by_draw"}
+    assert keys(sft_lr=1e-3) == {"sft_shift", "sft_shift_solutions", "ablation", "ablated_answers",
+                                 "extreme_correlations", "correlations_by_seed"}
+    assert keys(seeds=[1, 2]) == {"correlations_by_seed"}
+    assert keys(ablation_model="base") == {"ablation", "ablated_answers"}
+    assert "raw_shift" in keys(shift_tokens=100) and "raw_shift" not in keys(sae_k=4)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("overlap_demonstrations", []), ("overlap_demonstrations", [2, 2]),
+                                                ("ablation_latents", [0, 3]), ("seeds", [-1]), ("seeds", [3, 3])])
+def test_lists_that_make_no_sense_are_refused(setting, value, tmp_path):
+    with pytest.raises(StsError, match=f"{setting}: .* must be different numbers"):
+        sts.open_run("smoke", results=tmp_path, **{setting: value})
+
+
+# --- what the pages make of it ------------------------------------------------------------------------------------
+
+def test_effects_are_paired_by_problem_and_average_draws_first():
+    def row(kind, latents, draw, item, bits):
+        return {"kind": kind, "latents": latents, "draw": draw, "rate": 0.5, "example_id": item, "bits": bits}
+
+    rows = [row("none", 0, 0, item, bits) for item, bits in (("a", 1.0), ("b", 2.0))]
+    rows += [row("most_shifted", 5, 0, item, bits) for item, bits in (("a", 1.4), ("b", 2.6))]
+    rows += [row("random", 5, draw, item, bits) for draw, item, bits in (
+        (0, "a", 1.0), (1, "a", 1.2), (0, "b", 2.0), (1, "b", 2.2))]
+    rows += [row("matched", 5, draw, item, bits) for draw in (0, 1) for item, bits in (("a", 1.5), ("b", 2.5))]
+    effects = shift_results.ablation_effects(pandas.DataFrame(rows), resamples=200).set_index("kind")
+    assert effects["mean"].to_dict() == pytest.approx({
+        "most_shifted": 0.5, "random": 0.1, "matched": 0.5, "most_shifted - random": 0.4,
+        "most_shifted - matched": 0.0})
+    # Two problems: every resample is one of them twice, or both.
+    assert (effects.loc["most_shifted", "low"], effects.loc["most_shifted", "high"]) == pytest.approx((0.4, 0.6))
+    assert effects.loc["random", "draws"] == 2 and effects.loc["random", "n"] == 2
+
+
+def test_overlap_at_n_is_the_sets_overlap(run):
+    n = run.settings.top_n
+    estimate, goal = (set(np.argsort(-change.numpy(), kind="stable")[:n]) for change in (
+        run.get("shift")["squared_difference_L"], of_kind(run.get("sft_shift"), "sae")["squared_difference_L"]))
+    assert shift_results.overlap_at(run, "sae")["overlap"] == len(estimate & goal)
+    assert shift_results.equal_numbers(run) == {"sae": 16, "raw": 8}
+    curve = shift_results.overlap_curve(run, "sae").set_index("n")
+    assert curve.loc[n, "overlap"] == len(estimate & goal) and curve.loc[128, "share"] == 1
+    by_draw = shift_results.overlap_by_draw(run)
+    first = set(np.argsort(-run.get("shift_by_draw")["sae"][0].numpy(), kind="stable")[:n])
+    assert by_draw[by_draw["kind"] == "sae"]["share"].iloc[0] == pytest.approx(len(first & goal) / n)
+
+
+def test_tables_beside_the_papers_hold_its_numbers(run):
+    shifts = beside_paper.shifts_beside(run).set_index("domain")
+    assert len(shifts) == 14 and shifts.index[0] == "engineering"
+    assert shifts.loc["engineering", "paper, Llama3-8B-Instruct"] == "-11.97"
+    own = run.get("domain_shift").set_index(["domain", "measure"])["shift"]
+    assert float(shifts.loc["law", "this run, bits"]) == pytest.approx(own["law", "bits"], abs=6e-4)
+    table = beside_paper.correlations_beside(run, "pearson").set_index(["source", "domains"])
+    assert table.loc[("paper, Qwen2.5-7B-Instruct", "8 extremes"), "STS_act"] == "0.90 ± 0.02"
+    squared = beside_paper.correlations_beside(run, "r_squared").set_index(["source", "domains"])
+    assert squared.loc[("paper, Gemma2-9B-Instruct", "8 extremes"), "STS_ICL"] == "0.60 ± 0.02"
+    result = next(row for row in run.get("correlations")
+                  if (row["measure"], row["variant"], row["score"]) == ("bits", "paper", "sts_act"))
+    ours = ("this run, bits per character", "all domains")
+    assert table.loc[ours, "STS_act"] == f"{result['pearson']:.2f}"
+    assert float(squared.loc[ours, "STS_act"]) == pytest.approx(result["pearson"] ** 2, abs=0.006)
+
+
+def test_seeds_are_told_or_their_absence_is(run):
+    assert "Over 2 seeds (0, 1)" in beside_paper.seeds_sentence(run)
+    assert "one seed, 0" in beside_paper.seeds_sentence(sts.open_run("smoke", results=run.results, seeds=[]))
+    table = beside_paper.seeds_table(run)
+    assert list(table.columns[3:]) == ["seed 0, all", "seed 0, extremes", "seed 1, all", "seed 1, extremes"]
+    assert len(table) == 12

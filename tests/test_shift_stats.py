@@ -1,0 +1,124 @@
+"""Concentration, overlap and random sets against naive computations and scipy."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from sts.errors import StsError
+from sts.shift_stats import concentrations, matched_latents, overlap_rows, random_latents, same_fraction
+
+CHANGE_FL = torch.tensor([[8.0, 1, 0, 1], [6, 2, 1, 1], [1, 9, 0, 0]])
+
+
+def test_shares_by_hand():
+    found = concentrations(CHANGE_FL, resamples=50)
+    assert found.counts_K.tolist() == [1, 2, 3, 4] and found.width == 4 and found.folds == 3
+    # In all 30: latents carry 15, 12, 1, 2.
+    assert found.share_K == pytest.approx([15 / 30, 27 / 30, 29 / 30, 1])
+    # Fold 1 by the order of the others' 7, 11, 1, 1: it has 1, 9, 9, 10. Fold 2 by 9, 10, 0, 1: 2, 8, 9, 10.
+    # Fold 3 by 14, 3, 1, 2: 1, 10, 10, 10.
+    assert found.held_out_K == pytest.approx([(1 + 2 + 1) / 30, (9 + 8 + 10) / 30, (9 + 9 + 10) / 30, 1])
+    assert found.at(2) == pytest.approx({"share": 0.9, "held_out": 0.9, "low": found.low_K[1],
+                                         "high": found.high_K[1]})
+
+
+def test_the_interval_is_that_of_folds_drawn_with_replacement():
+    generator = np.random.default_rng(3)
+    change_FL = torch.from_numpy(generator.exponential(size=(6, 40)) * generator.exponential(5, size=40))
+    found = concentrations(change_FL, 10, resamples=4000)
+    carried = []
+    for fold in range(6):
+        others = np.delete(change_FL.numpy(), fold, 0).sum(0)
+        carried.append(change_FL.numpy()[fold][np.argsort(-others)[:10]].sum())
+    drawn = [np.array(carried)[picked].sum() / change_FL.numpy()[picked].sum()
+             for picked in np.random.default_rng(9).integers(0, 6, (4000, 6))]
+    at = found.at(10)
+    assert [at["low"], at["high"]] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.01)
+    assert at["low"] < at["held_out"] < at["high"] <= 1
+    assert at["held_out"] < at["share"]  # chosen on the same questions, the chosen look better
+
+
+def test_random_orders_lie_about_the_diagonal():
+    change_FL = torch.rand(4, 300, generator=torch.Generator().manual_seed(0))
+    found = concentrations(change_FL)
+    assert (found.random_low_K <= found.counts_K / 300 + 1e-9).all()
+    assert (found.random_high_K >= found.counts_K / 300 - 1e-9).all()
+    # A mean of 150 of 300 uniform values: half the sum, give or take two standard errors without replacement.
+    spread = change_FL.sum(0).numpy().std() * np.sqrt(150 * 0.5) / change_FL.sum().item()
+    wide = concentrations(change_FL, 150, orders=2000)
+    place = wide.counts_K.tolist().index(150)
+    assert wide.random_high_K[place] - 0.5 == pytest.approx(1.96 * spread, rel=0.1)
+
+
+def test_changes_that_cannot_be_judged_are_said():
+    with pytest.raises(StsError, match="1 fold"):
+        concentrations(CHANGE_FL[:1])
+    with pytest.raises(StsError, match="No latent changed"):
+        concentrations(torch.zeros(2, 5))
+
+
+def test_overlap_with_chance_and_exact_p():
+    first = torch.tensor([9.0, 8, 7, 0, 0, 0, 0, 0, 0, 1])
+    second = torch.tensor([5.0, 0, 4, 3, 2, 1, 0, 0, 0, 0])  # five active latents
+    row, = overlap_rows(first, second, [3])
+    # {0, 1, 2} and {0, 2, 3}.
+    assert (row["n"], row["overlap"], row["share"], row["chance"]) == (3, 2, pytest.approx(2 / 3), 0.3)
+    # P(at least 2 of 3 marked among 10 when 3 are drawn) = (C(3,2) C(7,1) + C(3,3)) / C(10,3) = 22 / 120.
+    assert row["p"] == pytest.approx(22 / 120)
+    # Of the five active ones {0, 2} are in the first set and three in the second: P(both) = C(3,1) / C(5,3) = 3 / 10.
+    assert row["active"] == 5 and row["active_chance"] == pytest.approx(2 / 5)
+    assert row["active_p"] == pytest.approx(3 / 10)
+    beyond, = overlap_rows(first, second, [6])
+    assert beyond["active_p"] is None and beyond["active_chance"] is None
+
+
+def test_chance_and_p_by_simulation():
+    generator = np.random.default_rng(0)
+    first, second = torch.from_numpy(generator.random(80)), torch.from_numpy(generator.random(80))
+    row, = overlap_rows(first, second, [20])
+    drawn = np.array([len(set(generator.permutation(80)[:20]) & set(range(20))) for _ in range(20_000)])
+    assert row["chance"] * 20 == pytest.approx(drawn.mean(), abs=0.05)
+    assert row["p"] == pytest.approx((drawn >= row["overlap"]).mean(), abs=0.015)
+    assert (drawn / 20 < row["chance_low"]).mean() <= 0.025 and (drawn / 20 > row["chance_high"]).mean() <= 0.03
+    assert row["p"] == pytest.approx(scipy.stats.hypergeom(80, 20, 20).sf(row["overlap"] - 1))
+
+
+def test_random_sets_leave_the_chosen_out_and_are_even():
+    chosen = torch.tensor([0, 3, 9])
+    counts = np.zeros(10)
+    for seed in range(700):
+        found = random_latents(10, chosen, 3, seed)
+        assert len(set(found.tolist())) == 3
+        counts[found] += 1
+    assert counts[[0, 3, 9]].sum() == 0
+    assert scipy.stats.chisquare(np.delete(counts, [0, 3, 9])).pvalue > 0.001
+    with pytest.raises(StsError, match="8 random latents"):
+        random_latents(10, chosen, 8, 0)
+
+
+def test_matched_sets_have_the_chosen_ones_firing_rates():
+    generator = np.random.default_rng(1)
+    rate_L = torch.from_numpy(10 ** generator.uniform(-4, -0.5, 2000))
+    chosen = torch.argsort(rate_L, descending=True)[:400:4]  # 100 of the 400 busiest
+    found = matched_latents(rate_L, chosen, seed=0)
+    assert len(set(found.tolist())) == 100 and not set(found.tolist()) & set(chosen.tolist())
+    edges = 10 ** (np.arange(-8, 1) / 2)
+    assert np.histogram(rate_L[found], edges)[0].tolist() == np.histogram(rate_L[chosen], edges)[0].tolist()
+    evenly = random_latents(2000, chosen, 100, 0)
+    assert rate_L[evenly].mean() < 0.5 * rate_L[chosen].mean() < 0.75 * rate_L[found].mean()
+    assert matched_latents(rate_L, chosen, seed=1).tolist() != found.tolist()
+
+
+def test_where_no_partner_is_left_the_nearest_rate_is_taken():
+    rate_L = torch.tensor([0.9, 0.8, 0.09, 0.05, 0.001, 0.001, 0.0, 0.0])
+    assert matched_latents(rate_L, torch.tensor([0]), 0).tolist() == [1]
+    assert matched_latents(rate_L, torch.tensor([0, 1]), 0).tolist() == [2, 3]
+    assert set(matched_latents(rate_L, torch.tensor([6]), 0).tolist()) == {7}  # silent with silent
+    with pytest.raises(StsError, match="5 latents were chosen and 3 others"):
+        matched_latents(rate_L, torch.arange(5), 0)
+
+
+def test_equal_fractions_of_different_widths():
+    assert same_fraction(100, 4608, 576) == 12  # 12.5 to even
+    assert same_fraction(1, 4608, 576) == 1

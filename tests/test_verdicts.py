@@ -1,0 +1,154 @@
+"""Verdicts follow their rules; figures draw the numbers they are given."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from sts import plots_shift, verdicts
+from sts.shift_stats import concentrations, overlap_rows
+
+
+@pytest.mark.parametrize(("low", "high", "verdict"), [
+    (0.26, 0.5, "held"), (0.25, 0.3, "held"), (0.2, 0.3, "undecided"), (0.1, 0.24, "not held")])
+def test_few_latents_carry_the_change(low, high, verdict):
+    assert verdicts.few_verdict({"low": low, "high": high}) == verdict
+
+
+@pytest.mark.parametrize(("sae", "raw", "verdict"), [
+    ((0.4, 0.5), (0.2, 0.3), "held"), ((0.1, 0.15), (0.2, 0.3), "reversed"), ((0.25, 0.5), (0.2, 0.3), "not shown")])
+def test_raw_dimensions_share_it_more_evenly(sae, raw, verdict):
+    assert verdicts.even_verdict(*({"low": low, "high": high} for low, high in (sae, raw))) == verdict
+
+
+@pytest.mark.parametrize(("random", "matched", "verdict"), [
+    (0.1, 0.1, "held"), (0.1, -0.1, "held against random latents only"), (0.1, 0.0, "held against random latents only"),
+    (-0.1, 0.1, "not shown"), (0.0, 0.1, "not shown")])
+def test_zeroing_the_most_shifted_hurts_more(random, matched, verdict):
+    effects = pandas.DataFrame([
+        {"kind": f"most_shifted - {kind}", "latents": count, "low": low if count == 10 else -1.0}
+        for kind, low in (("random", random), ("matched", matched)) for count in (5, 10)])
+    assert verdicts.zero_verdict(effects, 10) == verdict
+    assert verdicts.zero_verdict(effects, 5) == "not shown"
+
+
+@pytest.mark.parametrize(("p", "verdict"), [(0.01, "held"), (0.05, "not shown"), (None, "not shown")])
+def test_demonstrations_foresee_the_shift(p, verdict):
+    # The test among active latents decides, not the easier one among all.
+    assert verdicts.foreseen_verdict({"p": 1e-9, "active_p": p}) == verdict
+
+
+@pytest.mark.parametrize(("sae", "raw", "verdict"), [
+    ((0.5, 0.6), (0.4, 0.5), "held"), ((0.5, 0.6), (0.4, 0.6), "not shown"), ((0.1, 0.2), (0.4, 0.6), "reversed")])
+def test_better_than_raw_dimensions(sae, raw, verdict):
+    frame = pandas.DataFrame([{"draw": draw, "kind": kind, "share": share}
+                              for kind, own in (("sae", sae), ("raw", raw)) for draw, share in enumerate(own)])
+    assert verdicts.better_verdict(frame) == verdict
+
+
+def test_the_papers_overlap_is_read_from_its_numbers():
+    assert verdicts._published_overlap() == 0.57
+
+
+def test_answers_are_escaped():
+    page = verdicts.answers_html({"question": "1 < 2?", "answer": "yes", "answers": [
+        {"zeroed": "matched", "latents": 3, "answer": "<script>"}, {"zeroed": "none", "latents": 0, "answer": ""}]})
+    assert "<script>" not in page and "1 &lt; 2?" in page and "like firing rates (3 latents)" in page
+    assert "nothing written" in page
+
+
+CHANGE_FL = torch.rand(4, 60, generator=torch.Generator().manual_seed(0)) ** 4
+
+
+def lines(axis):
+    return {line.get_label(): line for line in axis.lines}
+
+
+def test_concentration_figures_draw_the_shares():
+    found, raw = concentrations(CHANGE_FL, 7), concentrations(CHANGE_FL[:, :20])
+    axis = plots_shift.concentration_curve(found, 7).axes[0]
+    drawn = lines(axis)["most shifted on other questions"]
+    assert list(drawn.get_ydata()) == list(found.held_out_K) and list(drawn.get_xdata()) == list(found.counts_K)
+    assert list(lines(axis)["random order"].get_ydata()) == pytest.approx(found.counts_K / 60)
+    right = plots_shift.concentration_by_kind({"sae": found, "raw": raw}).axes[1]
+    assert list(lines(right)["raw dimensions (20)"].get_xdata()) == pytest.approx(raw.counts_K / 20)
+
+
+def test_zeroing_figure_draws_means_and_intervals():
+    effects = pandas.DataFrame([{"kind": kind, "latents": count, "mean": mean, "low": mean - 1, "high": mean + 2}
+                                for kind, mean in (("most_shifted", 5.0), ("random", 0.5), ("matched", 1.0))
+                                for count in (10, 100)])
+    axis = plots_shift.zeroing(effects).axes[0]
+    drawn = {container.get_label(): container for container in axis.containers}
+    assert list(drawn["most shifted"].lines[0].get_ydata()) == [5.0, 5.0]
+    assert [segment[:, 1].tolist() for segment in drawn["random"].lines[2][0].get_segments()] == [[-0.5, 2.5]] * 2
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["10", "100"]
+
+
+def test_overlap_figures_draw_the_shares():
+    first, second = CHANGE_FL[0], CHANGE_FL[1]
+    frame = pandas.DataFrame(overlap_rows(first, second, [1, 5, 20, 60]))
+    curves = {"sae": frame.assign(fraction=frame["n"] / 60), "raw": frame.assign(fraction=frame["n"] / 60)}
+    left, right = plots_shift.overlap_curves(curves, 5).axes
+    assert list(lines(left)["SAE latents"].get_ydata()) == list(frame["share"])
+    assert list(lines(left)["chance, all latents"].get_ydata()) == pytest.approx([1 / 60, 5 / 60, 20 / 60, 1])
+    assert list(lines(right)["raw dimensions"].get_xdata()) == list(frame["n"] / 60)
+    shares = pandas.DataFrame([{"demonstrations": number, "draw": draw, "kind": kind, "chance": 0.1,
+                                "share": 0.1 * number + 0.1 * draw}
+                               for number in (1, 2) for draw in (0, 1) for kind in ("sae", "raw")])
+    axis = plots_shift.overlap_by_number(shares).axes[0]
+    assert list(lines(axis)["SAE latents"].get_ydata()) == pytest.approx([0.15, 0.25])
+    points = [line for line in axis.lines if line.get_linestyle() == "None"]
+    assert sorted(points[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.2, 0.3])
+
+
+def row(measure="bits", variant="paper", score="sts_act", pearson=0.5, **more):
+    return {"measure": measure, "variant": variant, "score": score, "n": 14, "pearson": pearson,
+            "pearson_interval": {"low": pearson - 0.3, "high": pearson + 0.2}, **more}
+
+
+def test_correlations_are_drawn_for_both_selections_and_skipped_where_undefined():
+    kinds = [(variant, score) for variant in ("paper", "official_code") for score in ("sts_act", "sts_icl")]
+    every = [row(variant=variant, score=score, pearson=0.1 * place) for place, (variant, score) in enumerate(kinds)]
+    kept = [{"measure": "bits", "variant": variant, "score": score, "undefined": "too few"} for variant, score in kinds]
+    axis = plots_shift.correlations_compared(every, kept, "bits").axes[0]
+    assert [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata())] == (
+        pytest.approx([0.0, 0.1, 0.2, 0.3]))
+    assert not [line for line in axis.lines if line.get_marker() == "s" and len(line.get_xdata())]
+    assert "undefined" in str([line.get_label() for line in axis.lines])
+    rows = [{"seed": seed, "domains": "all", "measure": "bits", "variant": "paper", "score": "sts_act",
+             "pearson": value} for seed, value in ((0, 0.2), (1, -0.4), (2, None))]
+    drawn = plots_shift.correlations_of_seeds(rows, "bits").axes[0].lines[0]
+    assert list(drawn.get_ydata()) == [0.2, -0.4]
+
+
+def test_figure_3_marks_the_extremes_and_fits_both_lines():
+    domains = list("abcdefghi")
+    scores = pandas.DataFrame([{"variant": variant, "domain": domain, "sts_act": float(place), "sts_icl": 2.0 * place}
+                               for variant in ("paper", "official_code") for place, domain in enumerate(domains)])
+    shifts = pandas.DataFrame([{"domain": domain, "measure": "bits", "shift": -float(place)}
+                               for place, domain in enumerate(domains)])
+    kinds = [(variant, score) for variant in ("paper", "official_code") for score in ("sts_act", "sts_icl")]
+    every, kept = ([row(variant=variant, score=score, line={"slope": slope, "intercept": 0.5}, **more)
+                    for variant, score in kinds] for slope, more in ((1.0, {}), (2.0, {"domains": list("abcdfghi")})))
+    for place, axis in enumerate(plots_shift.figure3(scores, shifts, every, kept, "bits").axes):
+        width = 2.0 if place % 2 else 1.0
+        circles, squares, dashed, solid = axis.lines[:4]
+        assert (list(circles.get_xdata()), list(circles.get_ydata())) == ([4 * width], [4.0])
+        assert list(squares.get_ydata()) == [0, 1, 2, 3, 5, 6, 7, 8]
+        assert list(dashed.get_ydata()) == [0.5, 0.5 + 8 * width] and dashed.get_linestyle() == "--"
+        assert list(solid.get_ydata()) == [0.5, 0.5 + 16 * width] and solid.get_linestyle() == "-"
+        assert axis.get_title() == "r = 0.50 (all), 0.50 (extremes)"
+
+
+def test_every_figure_fits_a_phone_and_is_closed():
+    shares = pandas.DataFrame([{"draw": draw, "kind": kind, "share": 0.3, "chance": 0.1}
+                               for draw in (1, 2) for kind in ("sae", "raw")])
+    found = concentrations(CHANGE_FL)
+    for figure in (plots_shift.concentration_curve(found, 3), plots_shift.overlap_by_set(shares),
+                   plots_shift.concentration_by_kind({"sae": found, "raw": found})):
+        assert figure.get_figwidth() <= 7
+        assert all(text.get_fontsize() >= 9 for axis in figure.axes for text in axis.get_xticklabels())
+    assert plt.get_fignums() == []
+    assert np.isfinite(found.low_K).all()
