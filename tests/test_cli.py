@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -248,7 +249,9 @@ def test_papermill_sees_every_parameter_with_its_type_and_meaning(path):
 def test_a_parameter_named_like_a_setting_has_its_type(path):
     for name, (annotation, default) in declared(path).items():
         if name in Run.model_fields:
-            assert Run.model_fields[name].annotation is book.PYTHON_TYPES[annotation], name
+            setting = Run.model_fields[name].annotation
+            choices = {type(choice) for choice in typing.get_args(setting)}  # of a Literal; empty for a plain type
+            assert (choices or {setting}) == {book.PYTHON_TYPES[annotation]}, name
         # None stands for the profile's own value; a parameter that is no setting needs a value of its own.
         assert (default is None and name in Run.model_fields) or type(default) is book.PYTHON_TYPES[annotation], name
 
