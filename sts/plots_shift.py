@@ -157,7 +157,9 @@ def figure3(scores: pandas.DataFrame, shifts: pandas.DataFrame, everything: list
             said = ["undefined" if "undefined" in result else f"{result['pearson']:.2f}" for result in (every, kept)]
             axis.set_title(f"r = {said[0]} (all), {said[1]} (extremes)")
             axis.set(xlabel=f"{SCORE_LABELS[score]} ({VARIANT_LABELS[variant]})")
-        row[0].set(ylabel=f"absolute change in\n{MEASURES[measure]}")
+            axis.locator_params(axis="x", nbins=4)
+            axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
+    figure.supylabel(f"absolute change in {MEASURES[measure]}", fontsize=10)
     axes[0, 0].plot([], [], "s-", color=ORANGE, label="four largest and four smallest changes")
     axes[0, 0].plot([], [], "o--", color=BLUE, markerfacecolor="none", label="the other domains; line: all")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
