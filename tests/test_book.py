@@ -112,7 +112,8 @@ def browser():
 
 
 PAGES = ["book/introduction", "book/method", "notebooks/what_an_sae_sees", "notebooks/transferability_score",
-         "notebooks/the_papers_numbers", "book/glossary", "book/teachers_guide", "book/solutions", "book/references"]
+         "notebooks/what_a_forecast_costs", "notebooks/the_papers_numbers", "book/glossary", "book/teachers_guide",
+         "book/solutions", "book/references"]
 
 
 @pytest.mark.parametrize("width", [1280, 375], ids=["desktop", "phone"])
