@@ -14,10 +14,10 @@ from pathlib import Path
 from benchmarks.measure import Row
 from benchmarks.options import options_workload
 from benchmarks.routes import Setup
-from benchmarks.shapes import SHAPES, shape_workload
+from benchmarks.shapes import SHAPES, compile_layers, shape_workload
 from benchmarks.workloads import demonstrations_workload, memory_workload, precision_workload, text_workload
 from sts.errors import StsError
-from sts.models import DTYPES, compile_layers, resolve_model
+from sts.models import DTYPES, resolve_model
 from sts.stages import OpenRun, environment, open_run
 
 WORKLOADS = ("memory", "text", "demonstrations", "options", "precision", "shape")

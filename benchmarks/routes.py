@@ -1,7 +1,7 @@
 """The ways to per-latent sums that are compared. Each takes prompts and gives the sums; the work between differs.
 
-`ours` is the product's own code. The others are what one would write otherwise, on the same prompts in the same
-batches.
+`ours` is the engine itself (`latent_stats` is `paired_stats` with one side). The others are what one would write
+otherwise, on the same prompts in the same batches.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from sts.models import LanguageModel, decoder_layers
 from sts.prompts import Prompt, PromptGroup, paired_positions
 from sts.residuals import batches
 
-#: All tokens of a text but its first.
-EVERY_TOKEN = Masks(question_tokens_only=False, outlier_norm=0.0)
-QUESTION_TOKENS = Masks(outlier_norm=0.0)
+#: All tokens of a text but its first; the masks are the product's, sinks included (these texts have none to leave out).
+EVERY_TOKEN = Masks(question_tokens_only=False)
+QUESTION_TOKENS = Masks()
 
 
 @dataclass(frozen=True)
@@ -125,31 +125,28 @@ def naive_paired(setup: Setup, group: PromptGroup, *, full: bool) -> torch.Tenso
     Args:
         full: run all layers and the LM head; else leave at the layer, so that only the prompts differ from `ours`.
     """
-    decoder = truncated_decoder(setup.lm, setup.layer)
+    decoder = setup.lm.model if full else truncated_decoder(setup.lm, setup.layer)
     captured = []
     handle = decoder_layers(setup.lm.model)[setup.layer].register_forward_hook(
         lambda module, args, output: captured.append(output if isinstance(output, torch.Tensor) else output[0]))
     total_L = torch.zeros(setup.sae.cfg.d_sae, dtype=torch.float64, device=setup.lm.device)
-    pairs = list(zip(group.base, group.icl, strict=True))
+    positions = [paired_positions(base, icl, drop_first_positions=1)
+                 for base, icl in zip(group.base, group.icl, strict=True)]
+    base_TD: dict[int, torch.Tensor] = {}
     try:
         with torch.inference_mode():
-            # One budget for both sides; a batch holds at least one prompt.
-            for _, batch in setup.padded([icl for _, icl in pairs]):
-                sides = []
-                for side in (0, 1):
-                    prompts = [pairs[index][side] for index in batch]
-                    longest = max(len(prompt.ids) for prompt in prompts)
-                    ids_BP = torch.tensor([[*prompt.ids, *[0] * (longest - len(prompt.ids))] for prompt in prompts],
-                                          device=setup.lm.device)
-                    if full:
-                        setup.lm.model(input_ids=ids_BP, use_cache=False)
-                    else:
-                        decoder(input_ids=ids_BP, use_cache=False)
-                    places = [paired_positions(*pairs[index], drop_first_positions=1)[side] for index in batch]
+            # Each side in batches of its own lengths; what is kept between them is the questions' residual stream.
+            for side, prompts in enumerate((group.base, group.icl)):
+                for ids_BP, batch in setup.padded(list(prompts)):
+                    decoder(input_ids=ids_BP, use_cache=False)
                     residual_BPD = captured.pop()
-                    residual_TD = torch.cat([residual_BPD[row][at] for row, at in enumerate(places)])
-                    sides.append(setup.sae.encode(residual_TD.to(setup.sae.dtype)))
-                total_L += (sides[1] - sides[0]).double().square().sum(0)
+                    rows = {index: residual_BPD[row][positions[index][side]] for row, index in enumerate(batch)}
+                    if side == 0:
+                        base_TD |= rows
+                        continue
+                    before, after = (setup.sae.encode(torch.cat([one[index] for index in batch]).to(setup.sae.dtype))
+                                     for one in (base_TD, rows))
+                    total_L += (after - before).double().square().sum(0)
     finally:
         handle.remove()
     return total_L

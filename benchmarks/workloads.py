@@ -1,4 +1,7 @@
-"""What is measured: three workloads, each with its routes on the same tokens, and the ratios that must hold."""
+"""What is measured: workloads, each with its routes on the same tokens, and the ratios that must hold.
+
+The memory workload is the exception: matrices that grow are measured on fewer tokens, as the table says.
+"""
 
 from __future__ import annotations
 
@@ -104,8 +107,11 @@ def text_workload(setup: Setup, proxies: dict[str, object], tokens: int, repetit
         (row("ours", "this book: forward, SAE, statistics"), partial(routes.ours, setup, prompts)),
         (row("sae_lens_stop", "sae-lens proxy, stop_at_layer, same precision", "forward, SAE, sums"),
          partial(routes.sae_lens, setup, proxies["same"], prompts, stop=True)),
+        (row("sae_lens_same", "sae-lens proxy without stop_at_layer, same precision", "all layers; forward, SAE, sums"),
+         partial(routes.sae_lens, setup, proxies["same"], prompts, stop=False)),
         (row("full", "forward through all layers and the LM head"), partial(routes.full_forward, setup, prompts)),
-        (row("sae_lens", "sae-lens proxy, default settings", "all layers, float32; forward, SAE, sums"),
+        (row("sae_lens", "sae-lens proxy, default settings",
+             "all layers, in the precision of our checkpoint, float32; forward, SAE, sums"),
          partial(routes.sae_lens, setup, proxies["default"], prompts, stop=False)),
         (row("dense_append", "dense append (the official code's scheme)", "all layers; memory grows with the tokens"),
          partial(routes.dense_append, setup, prompts)),
@@ -138,7 +144,9 @@ def demonstrations_workload(setup: Setup, questions: int, repetitions: int, repo
     _repeat([(mine, partial(routes.ours_paired, setup, group))], repetitions, device, report)
     naive = row("naive", "whole prompts, leaving at the layer", "demonstrations run again for every question")
     naive_full = row("naive_full", "whole prompts, all layers and the LM head", "the same, and nothing left out")
+    warm = type(group)(group.base[:2], group.icl[:2])
     for one, full in ((naive, False), (naive_full, True)):
+        routes.naive_paired(setup, warm, full=full)
         _run(one, partial(routes.naive_paired, setup, group, full=full), device)
         report(one)
     return [mine, naive, naive_full], [

@@ -1,8 +1,8 @@
 """Extraction: run the model up to the SAE's layer, encode, keep per-latent sums and nothing else.
 
-Memory does not grow with the number of tokens: residual streams live for one batch, latents for one chunk. The
-demonstrations that a group of questions shares are run once (residuals.py), and a question is run once without
-demonstrations however many sets of them it is compared behind.
+Memory does not grow with the number of tokens: residual streams live for one batch, latents for one chunk, and one
+key-value cache for each set of demonstrations. The demonstrations that a group of questions shares are run once
+(residuals.py), and a question is run once without demonstrations however many sets of them it is compared behind.
 
 Shape suffixes: T tokens, D residual width, L latents.
 """
@@ -19,11 +19,13 @@ from sts.latent_stats import Chunk, LatentStats, PairedStats, SparseLatents
 from sts.models import LanguageModel
 from sts.prompts import Prompt, PromptGroup, paired_positions
 from sts.residuals import Extractor, is_out_of_memory
-from sts.shared_prefix import common_prefix
+from sts.shared_prefix import NO_PREFIX, Prefix, common_prefix
 from sts.work import Work
 
 #: Values in one chunk of latents (64 MB in float32): wide SAEs get fewer tokens at a time.
 CHUNK_VALUES = 16_000_000
+#: A GPU's chunks are this much larger: small ones would leave it waiting for the next.
+GPU_CHUNKS = 8
 #: Chunks with a smaller share of nonzero values are summed sparsely.
 SPARSE_SHARE = 0.25
 
@@ -43,7 +45,7 @@ def encode_chunks(sae, residual_TD: torch.Tensor) -> Iterator[tuple[slice, torch
     for start in range(0, len(residual_TD), step):
         rows = slice(start, min(start + step, len(residual_TD)))
         with torch.inference_mode():  # not around the yield: the caller would run in it too
-            latents_TL = sae.encode(residual_TD[rows].to(sae.dtype))
+            latents_TL = sae.encode(residual_TD[rows].to(sae.device, sae.dtype))
         yield rows, latents_TL
 
 
@@ -52,7 +54,8 @@ class Encoder:
 
     def __init__(self, sae, work: Work | None = None):
         self.sae, self.work = sae, work or Work()
-        self.step = max(1, CHUNK_VALUES // sae.cfg.d_sae)
+        on_gpu = torch.device(sae.device).type == "cuda"
+        self.step = max(1, CHUNK_VALUES * (GPU_CHUNKS if on_gpu else 1) // sae.cfg.d_sae)
 
     def chunks(self, *residuals_TD: torch.Tensor) -> Iterator[tuple[Chunk, ...]]:
         """Latents of residual streams with equally many rows, the same rows of each at a time.
@@ -67,11 +70,11 @@ class Encoder:
                     latents = [self._encode(residual_TD[start:start + self.step]) for residual_TD in residuals_TD]
                     sparse = sum(_nonzero(one) for one in latents) < SPARSE_SHARE * sum(one.numel() for one in latents)
                     chunks = tuple(SparseLatents.of(one) if sparse else one for one in latents)
-                    del latents
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.step == 1:
                     raise
                 chunks = ()
+            latents = None  # before the caller works with the chunks, or the next attempt begins
             if not chunks:  # outside the handler, whose traceback keeps the failed chunk's tensors alive
                 self.step = max(1, self.step // 2)
                 self.work.note(f"Memory ran out; going on with chunks of {self.step} tokens in the SAE.")
@@ -119,10 +122,11 @@ def latent_stats(lm: LanguageModel, sae, layer: int, prompts: list[Prompt], mask
     spans = [(max(masks.drop_first_positions, prompt.question[0] if masks.question_tokens_only else 0),
               prompt.question[1] if masks.question_tokens_only else len(prompt.ids)) for prompt in prompts]
     chosen = [(prompt, span) for prompt, span in zip(prompts, spans, strict=True) if span[0] < span[1]]
-    threshold = norm_threshold(extractor, [p.ids for p, _ in chosen], [span for _, span in chosen], masks.outlier_norm)
+    rows = _Rows(extractor, [prompt.ids for prompt, _ in chosen], [span for _, span in chosen])
+    threshold = rows.threshold(masks.outlier_norm)
     done = 0
     for batch in extractor.batches([span[1] for _, span in chosen]):
-        residual_TD = extractor.tokens([chosen[index][0].ids for index in batch], [chosen[index][1] for index in batch])
+        residual_TD = torch.cat(rows.take(batch))
         for (chunk,) in encoder.chunks(residual_TD[~_sinks(residual_TD, threshold)]):
             stats.add(chunk)
         done += len(batch)
@@ -138,9 +142,34 @@ def norm_threshold(extractor: Extractor, prompts: list[tuple[int, ...]], spans: 
 
     A fixed small sample, so that the threshold does not depend on how prompts are batched.
     """
-    if not multiple or not prompts:
-        return float("inf")
-    return multiple * extractor.tokens(prompts[:8], spans[:8]).float().norm(dim=-1).median().item()
+    return _Rows(extractor, prompts, spans).threshold(multiple)
+
+
+class _Rows:
+    """The counted tokens of prompts; those that the threshold was taken from are kept and not run again."""
+
+    def __init__(self, extractor: Extractor, prompts: list[tuple[int, ...]], spans: list[tuple[int, int]],
+                 prefix: Prefix = NO_PREFIX):
+        self.extractor, self.prompts, self.spans, self.prefix = extractor, prompts, spans, prefix
+        self.kept: dict[int, torch.Tensor] = {}
+
+    def threshold(self, multiple: float) -> float:
+        """See `norm_threshold`."""
+        if not multiple or not self.prompts:
+            return float("inf")
+        sample = list(range(min(8, len(self.prompts))))
+        self.kept = dict(zip(sample, self.take(sample), strict=True))
+        return multiple * torch.cat(list(self.kept.values())).float().norm(dim=-1).median().item()
+
+    def take(self, batch: list[int]) -> list[torch.Tensor]:
+        """One tensor a prompt of the batch, its counted tokens x D."""
+        new = [index for index in batch if index not in self.kept]
+        rows = dict(self.kept)
+        if new:
+            spans = [self.spans[index] for index in new]
+            residual_TD = self.extractor.tokens([self.prompts[index] for index in new], spans, self.prefix)
+            rows |= zip(new, residual_TD.split([last - first for first, last in spans]), strict=True)
+        return [rows[index] for index in batch]
 
 
 def _sinks(residual_TD: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -207,13 +236,12 @@ def paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], 
         fronts[number] = _share(extractor, [pair.icl.ids for pair in own], [pair.icl_span[0] for pair in own])
 
     spans = [(low, max(pair.base_span[1] for pair in pairs)) for low, (_, pairs) in zip(first, questions, strict=True)]
-    threshold = norm_threshold(extractor, [base.ids for base, _ in questions], spans, masks.outlier_norm)
+    base_rows = _Rows(extractor, [base.ids for base, _ in questions], spans, start)
+    threshold = base_rows.threshold(masks.outlier_norm)
     done = 0
     # Grouped by what is left to run of a question behind demonstrations, nearly the same as without them.
     for batch in extractor.batches([pairs[0].icl_span[1] - fronts[pairs[0].group].cached for _, pairs in questions]):
-        base_TD = extractor.tokens([questions[index][0].ids for index in batch], [spans[index] for index in batch],
-                                   start)
-        rows = base_TD.split([spans[index][1] - spans[index][0] for index in batch])
+        rows = base_rows.take(batch)
         for number, front in fronts.items():
             own = [(index, row_TD, pair) for index, row_TD in zip(batch, rows, strict=True)
                    for pair in questions[index][1] if pair.group == number]

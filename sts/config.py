@@ -37,8 +37,6 @@ class Run(BaseModel):
     model_revision: str = Field("", description="hub revision; empty for the default branch")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the model; auto: bfloat16 where the hardware computes in it, else float32")
-    compile: bool = Field(False, description="compile the model's layers (torch.compile): pays when extraction takes "
-                                             "many minutes; on a CPU it needs a C++ compiler")
     layer: int = Field(ge=0, description="zero-based decoder layer after which the residual stream is read")
     sae: str = Field(description="folder in sae-lens format, release/sae_id of its registry, or 'train'")
     sae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision in which the SAE encodes")

@@ -7,6 +7,7 @@ Shape suffixes: T tokens, L latents, N nonzero values.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -75,6 +76,16 @@ def sum_by_latent(chunk: Chunk, power: int = 1) -> torch.Tensor:
     return total_L
 
 
+def _changes(base: Chunk, icl: Chunk) -> Iterator[Chunk]:
+    """icl - base in float64; dense chunks a block at a time."""
+    if isinstance(icl, SparseLatents):
+        yield icl.minus(base)
+    else:
+        step = max(1, DENSE_VALUES // icl.shape[1])
+        for base_TL, icl_TL in zip(base.split(step), icl.split(step), strict=True):
+            yield icl_TL.double() - base_TL.double()
+
+
 @dataclass
 class LatentStats:
     """Per-latent sums over tokens, in float64: value, square, firing count and maximum (at least 0)."""
@@ -125,10 +136,9 @@ class PairedStats:
         """Add a chunk of pairs: row t of both is the same token. Both dense or both sparse."""
         self.base.add(base)
         self.icl.add(icl)
-        # Subtracted in float64 where sparse; dense values of one precision lose nothing that squares would show.
-        change = icl.minus(base) if isinstance(icl, SparseLatents) else icl - base
-        self.difference_L += sum_by_latent(change)
-        self.squared_difference_L += sum_by_latent(change, 2)
+        for change in _changes(base, icl):
+            self.difference_L += sum_by_latent(change)
+            self.squared_difference_L += sum_by_latent(change, 2)
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """A flat dict of float64 tensors on the CPU, for storage; `tokens` is a vector of length one."""

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +205,10 @@ def bf16_is_fast(device: str) -> bool:
     """Whether bf16 matrix products run on hardware here rather than emulated."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # oneDNN takes bf16 on any AVX-512 processor and emulates it on those without the instructions.
+        tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: False)() for name in tests)
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every build of torch
     return bool(supported and supported())
 
@@ -223,20 +228,6 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
             "families known to work: Llama, Qwen2, Gemma2."
         )
     return layers
-
-
-def compile_layers(model: torch.nn.Module) -> None:
-    """Compile the decoder layers in place, one graph for all lengths; hooks and early exit work as before.
-
-    Raises:
-        StsError: on a CPU without a C++ compiler.
-    """
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")):
-        raise StsError("Setting compile: torch.compile needs a C++ compiler on a CPU, and none was found. Install g++, "
-                       "or set compile to false.")
-    for layer in decoder_layers(model):
-        layer.compile(dynamic=True)
 
 
 def check_layer(model: torch.nn.Module, layer: int) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from sts import saes
 from sts.activations import Masks, paired_stats, row_paired_stats
+from sts.cost import prompt_tokens
 from sts.data import CORPORA, Example, load_examples, load_texts
 from sts.errors import StsError
 from sts.evaluate import MEASURES, domain_shifts, evaluate
@@ -274,6 +275,15 @@ def variant_overlap(run: OpenRun, report) -> dict:
     top_n = run.settings.top_n
     sets = [shifted_dimensions(run.get(name)["squared_difference_L"], top_n) for name in ("shift", "shift_rows")]
     return {"overlap": overlap(*sets), "top_n": top_n, "latents": len(run.get("shift")["squared_difference_L"])}
+
+
+@stage("json", uses=("model", "model_revision", "shift_tokens", "shift_demonstrations", "score_tokens",
+                     "demonstrations", "demonstration_draws", "seed"),
+       inputs=("model", "sft_train", "domain_data", "demonstrations"))
+def forecast_tokens(run: OpenRun, report) -> dict:
+    """Tokens of the forecast's prompts, each counted whole, beside which `shift` and `domain_stats` ran fewer."""
+    return {"shift": prompt_tokens(shift_groups(run)),
+            "domain_stats": prompt_tokens([group for own in domain_groups(run).values() for group in own])}
 
 
 # --- what really happens ------------------------------------------------------------------------------------------

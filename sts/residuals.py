@@ -50,8 +50,8 @@ def batches(lengths: Sequence[int], budget: Callable[[], int] | int, *, extra: f
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device's memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")))
 
 
 class Extractor:
@@ -74,11 +74,17 @@ class Extractor:
         reason = why_not_reusable(self.lm.model)
         if ids and reason:
             self.work.note(f"Model {self.lm.name!r}: its key-value cache cannot be reused, as {reason}; shared tokens "
-                           "are run again for every question (same numbers, more time).")
+                           "are run again for every question, which takes more time.")
         if not ids or reason:
             return Prefix(ids)
         cache = DynamicCache(config=self.lm.model.config)
-        self._forward(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        try:
+            self._forward(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise StsError(f"The {len(ids)} tokens that all prompts begin with do not fit in the memory of "
+                           f"{self.lm.device}. Use fewer or shorter demonstrations, or a smaller dtype.") from error
         self.work.add(len(ids), len(ids), self.layer + 1)
         return Prefix(ids, cache)
 
@@ -99,25 +105,26 @@ class Extractor:
         Raises:
             StsError: NaN or infinite values, or a single prompt that does not fit in memory.
         """
-        try:
-            return self._tokens(prompts, spans, prefix)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(prompts) == 1:
-                raise StsError(f"One prompt of {len(prompts[0])} tokens does not fit in the memory of "
-                               f"{self.lm.device}. Use fewer or shorter demonstrations, or a smaller dtype.") from error
-        # Outside the handler, whose traceback keeps the failed pass' tensors alive.
-        self._halve()
+        longest = max(last for _, last in spans) - prefix.cached
+        size = int(len(prompts) * (longest + prefix.cached * CACHED_SHARE))
+        if len(prompts) == 1 or size <= self.budget:
+            try:
+                return self._tokens(prompts, spans, prefix)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(prompts) == 1:
+                    raise StsError(f"One prompt of {len(prompts[0])} tokens does not fit in the memory of "
+                                   f"{self.lm.device}. Use fewer or shorter demonstrations, or a smaller "
+                                   "dtype.") from error
+            # Outside the handler, whose traceback keeps the failed pass' tensors alive.
+            self.budget = max(1, size // 2)
+            self.work.note(f"Memory ran out; going on with {self.budget} tokens a batch.")
+            if self.lm.device.type == "cuda":
+                torch.cuda.empty_cache()
         half = len(prompts) // 2
         return torch.cat([self.tokens(prompts[:half], spans[:half], prefix),
                           self.tokens(prompts[half:], spans[half:], prefix)])
-
-    def _halve(self) -> None:
-        self.budget = max(1, self.budget // 2)
-        self.work.note(f"Memory ran out; going on with {self.budget} tokens a batch.")
-        if self.lm.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _tokens(self, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]],
                 prefix: Prefix) -> torch.Tensor:

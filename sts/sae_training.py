@@ -74,7 +74,7 @@ def _content_positions(extractor: Extractor, pieces: list[list[int]],
     residual_TD = extractor.tokens([pieces[index] for index in batch], [(1, len(pieces[index])) for index in batch])
     norm_T = residual_TD.float().norm(dim=-1)
     keep_T = norm_T <= OUTLIER_NORM * norm_T.median()
-    # On a GPU these copies do not wait for the next batch's pass; `collect_activations` waits before it writes.
+    # To pinned memory, without waiting for the copy; `collect_activations` waits before it writes.
     activations_TD = residual_TD[keep_T].to(torch.bfloat16).to("cpu", non_blocking=True)
     keep_T = keep_T.cpu()
     piece_T = torch.tensor(batch).repeat_interleave(lengths_B)

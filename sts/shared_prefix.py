@@ -143,9 +143,10 @@ def prefix_attention(module: torch.nn.Module, query_BHQE: torch.Tensor, key_BGQE
                      shared_prefix: DynamicCache, **kwargs: Any) -> tuple[torch.Tensor, None]:
     """Causal attention to a shared prefix and to a row's own tokens, as two products under one softmax.
 
-    All rows' queries meet the prefix's keys in one matrix product, where a fused kernel would stream a copy of the
-    keys for every row (the idea of cascade or "hydragen" attention: Juravsky et al., 2024). Scores are rounded to bf16
-    and the softmax is taken in float32, as in transformers' eager attention.
+    The prefix's keys are never copied, and a head group's queries meet them in large matrix products, block by block,
+    where a fused kernel streams a copy of the keys for every row (the idea of "hydragen" attention: Juravsky et al.,
+    2024, arXiv 2402.05099). Scores are rounded to bf16 and the softmax is taken in float32, as in transformers' eager
+    attention.
     """
     layer = shared_prefix.layers[module.layer_idx]
     prefix_key_GPE, prefix_value_GPE = layer.keys[0], layer.values[0]

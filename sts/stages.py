@@ -28,7 +28,7 @@ import torch
 from sts.config import ROOT, Run, load_run
 from sts.data import Example, by_domain, digest, load_examples
 from sts.errors import StsError, one_of
-from sts.models import LanguageModel, bf16_is_fast, check_layer, compile_layers, load_model, resolve_model
+from sts.models import LanguageModel, bf16_is_fast, check_layer, load_model, resolve_model
 from sts.progress import Reporter
 from sts.saes import check_fits, load_sae, sae_identity
 from sts.store import Store, read
@@ -261,13 +261,7 @@ class OpenRun:
     @property
     def lm(self) -> LanguageModel:
         """The run's model, loaded once and never changed."""
-        def load() -> LanguageModel:
-            lm = self.load_model()
-            if self.settings.compile:
-                compile_layers(lm.model)
-            return lm
-
-        return self._once("lm", load)
+        return self._once("lm", self.load_model)
 
     @property
     def sae_folder(self) -> Path | None:

@@ -9,7 +9,7 @@ from sts.activations import Encoder, Masks, latent_stats, paired_stats, row_pair
 from sts.data import Example
 from sts.errors import StsError
 from sts.latent_stats import SparseLatents
-from sts.prompts import make_group, make_prompt, paired_positions, question_text
+from sts.prompts import Prompt, PromptGroup, make_group, make_prompt, paired_positions, question_text
 from sts.residuals import Extractor
 from sts.work import Work
 
@@ -105,14 +105,12 @@ def test_tokens_with_an_outlier_norm_in_either_pass_are_left_out(lm_of, monkeypa
     lm, sae = lm_of("llama"), topk_sae(64)
     groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])]
     plain = paired_stats(lm, sae, 0, groups, Masks()).tokens
-    ordinary, calls = Extractor.tokens, []
+    ordinary = Extractor.tokens
 
     def with_a_sink(self, prompts, spans, *prefix):
         residual_TD = ordinary(self, prompts, spans, *prefix).clone()
-        # The first call measures the threshold; then each batch runs without and behind demonstrations.
-        calls.append(len(prompts))
-        behind = prompts[0] in [prompt.ids for prompt in groups[0].icl]
-        if len(calls) > 1 and behind == behind_demonstrations:
+        # One token in each prompt hardly moves the median that the threshold is taken from.
+        if (prompts[0] in [prompt.ids for prompt in groups[0].icl]) == behind_demonstrations:
             first = torch.tensor([0, *(last - first for first, last in spans)]).cumsum(0)[:-1]
             residual_TD[first + 1] *= 1e4  # one question token of each prompt
         return residual_TD
@@ -121,13 +119,14 @@ def test_tokens_with_an_outlier_norm_in_either_pass_are_left_out(lm_of, monkeypa
     assert paired_stats(lm, sae, 0, groups, Masks()).tokens == plain - len(QUESTIONS)
 
 
-def test_nan_activations_are_one_clear_error(lm_of):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_one_clear_error(lm_of, value):
     lm, sae = lm_of("llama"), topk_sae(64)
     groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])]
     weight = lm.model.model.layers[0].mlp.down_proj.weight
     kept = weight.detach().clone()
     try:
-        weight.data.fill_(float("nan"))
+        weight.data.fill_(value)
         with pytest.raises(StsError, match="NaN.*float32"):
             paired_stats(lm, sae, 0, groups, Masks())
     finally:
@@ -253,3 +252,35 @@ def test_equal_seeds_give_equal_bits(lm_of):
     groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:3])]
     first, second = (paired_stats(lm, sae, 0, groups, Masks()).to_tensors() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_one_pass_leaves_out_tokens_with_an_outlier_norm(lm_of):
+    lm, sae = lm_of("llama"), topk_sae(64)
+    prompts = [make_prompt(lm.tokenizer, question_text(question)) for question in QUESTIONS]
+    every = latent_stats(lm, sae, 0, prompts, Masks(outlier_norm=0)).tokens
+    assert 0.2 * every < latent_stats(lm, sae, 0, prompts, Masks(outlier_norm=1.0)).tokens < 0.8 * every
+
+
+def test_the_sample_that_sets_the_threshold_is_not_run_again(lm_of):
+    lm, sae = lm_of("llama"), topk_sae(64)
+    groups, work = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])], [Work(), Work()]
+    for masks, one in zip((Masks(outlier_norm=0), Masks()), work, strict=True):
+        paired_stats(lm, sae, 0, groups, masks, work=one)
+    assert work[0].tokens == work[1].tokens
+
+
+def test_a_question_may_pair_over_other_spans_behind_other_demonstrations(lm_of):
+    # Without masks the pairing begins where the prompts begin to agree, which depends on the group.
+    lm, sae = lm_of("llama"), topk_sae(64)
+    rows = Masks(question_tokens_only=False, outlier_norm=0, drop_first_positions=0)
+    base = Prompt((7, 8, 9, 20, 21, 22, 23), (3, 7))
+    groups = [PromptGroup((base,), (Prompt((50, 51, 8, 9, 20, 21, 22, 23), (4, 8)),)),
+              PromptGroup((base,), (Prompt((60, 61, 62, 63, 20, 21, 22, 23), (4, 8)),))]
+    together = paired_stats(lm, sae, 0, groups, rows)
+    apart = [paired_stats(lm, sae, 0, [group], rows) for group in groups]
+    assert [stats.tokens for stats in apart] == [6, 4] and together.tokens == 10
+    torch.testing.assert_close(together.squared_difference_L, sum(stats.squared_difference_L for stats in apart),
+                               rtol=1e-6, atol=1e-9)
+    naive = [naive_latents(lm, sae, 0, prompt).double() for prompt in (base, groups[1].icl[0])]
+    torch.testing.assert_close(apart[1].squared_difference_L, (naive[1][4:] - naive[0][3:]).square().sum(0), rtol=1e-4,
+                               atol=1e-5)

@@ -62,3 +62,10 @@ def test_tensors_for_storage_hold_every_sum():
     assert {tensor.dtype for tensor in flat.values()} == {torch.float64}
     with pytest.raises(AttributeError):
         stats.base.max_T  # noqa: B018  # a misspelt sum is no silent zero
+
+
+def test_dense_differences_in_bfloat16_are_taken_in_float64():
+    base_TL, icl_TL = torch.full((1000, 1), 0.30078125).bfloat16(), torch.full((1000, 1), 100.0).bfloat16()
+    stats = PairedStats.empty(1)
+    stats.add(base_TL, icl_TL)
+    assert stats.squared_difference_L.item() == pytest.approx(1000 * (100 - 0.30078125) ** 2, rel=1e-9)

@@ -1,7 +1,5 @@
 """The engine: early exit, shared prefixes, batches, and memory that runs out, against transformers' own passes."""
 
-import shutil
-
 import pytest
 import torch
 from hypothesis import given
@@ -10,8 +8,9 @@ from hypothesis import strategies as st
 from sts import residuals, shared_prefix
 from sts.data import load_examples
 from sts.errors import StsError
-from sts.models import LanguageModel, compile_layers, load_model, resid_post
+from sts.models import LanguageModel, bf16_is_fast, load_model, resid_post
 from sts.prompts import make_prompt, question_text
+from sts.random_models import save_random_model
 from sts.residuals import PADDING, Extractor, batches
 from sts.shared_prefix import Prefix, common_prefix, joins_prefix, prefix_attention, why_not_reusable
 from sts.work import Work
@@ -48,6 +47,29 @@ def test_a_shared_prefix_changes_nothing_but_the_work(lm_of, family):
     assert extractor.work.tokens == len(PREFIX) + 2 * sum(last - first for first, last in SPANS)
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Family -> a random model of five layers, so that several layers run behind a prefix and one is never run."""
+    folder, sliding = tmp_path_factory.mktemp("deep"), {"gemma2": {"sliding_window": 32}}
+    return {family: load_model(str(save_random_model(family, folder / family, num_hidden_layers=5,
+                                                     **sliding.get(family, {}))), dtype="float32")
+            for family in ("llama", "qwen2", "gemma2")}
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["own attention", "prefix attention"])
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_every_layer_sees_its_own_part_of_the_prefix(deep, family, layer, joined, monkeypatch):
+    if family == "gemma2" and not joined:
+        pytest.skip("sliding windows keep the model's own attention, which the test below asserts")
+    monkeypatch.setattr(residuals, "joins_prefix", lambda model: joined)
+    extractor = Extractor(deep[family], layer, 10_000)
+    found_TD = extractor.tokens(PROMPTS, SPANS, extractor.share(PREFIX))
+    wanted_TD = torch.cat([hidden_states(deep[family], layer, ids)[slice(*span)]
+                           for ids, span in zip(PROMPTS, SPANS, strict=True)])
+    torch.testing.assert_close(found_TD, wanted_TD, rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_differs_behind_a_prefix_by_its_own_noise_alone(tiny_models):
     lm, exact = (load_model(str(tiny_models["llama"]), dtype=dtype) for dtype in ("bfloat16", "float32"))
     extractor = Extractor(lm, 0, 10_000)
@@ -70,25 +92,6 @@ def test_later_layers_are_not_run(lm_of):
     finally:
         handle.remove()
     assert not ran and dict(lm.model.model.layers[0]._forward_hooks) == hooks
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_layers_change_nothing(tiny_models, lm_of):
-    lm = load_model(str(tiny_models["llama"]), dtype="float32")
-    compile_layers(lm.model)
-    compiled, plain = Extractor(lm, 0, 10_000), Extractor(lm_of("llama"), 0, 10_000)
-    for count in (5, 3):  # shapes differ, behind a prefix and without one
-        whole = [extractor.tokens(PROMPTS[:count], SPANS[:count]) for extractor in (compiled, plain)]
-        behind = [extractor.tokens(PROMPTS[:count], SPANS[:count], extractor.share(PREFIX))
-                  for extractor in (compiled, plain)]
-        torch.testing.assert_close(*whole, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(*behind, rtol=1e-4, atol=1e-5)
-
-
-def test_compiling_without_a_compiler_is_one_clear_error(lm_of, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(StsError, match="C\\+\\+ compiler.*set compile to false"):
-        compile_layers(lm_of("llama").model)
 
 
 def test_what_follows_the_span_is_not_run(lm_of):
@@ -189,8 +192,17 @@ def test_models_run_through_that_attention_and_get_their_own_back(lm_of, family,
     assert calls == ["sts_shared_prefix"] and lm.model.config._attn_implementation == before
 
 
-def test_sliding_windows_and_full_precision_keep_the_models_own_attention(lm_of):
+def test_sliding_windows_and_full_precision_keep_the_models_own_attention(lm_of, tiny_models):
     assert all(joins_prefix(lm_of(family).model) for family in ("llama", "gemma2"))  # float32
+    in_bf16 = {family: load_model(str(tiny_models[family]), dtype="bfloat16").model for family in ("llama", "gemma2")}
+    assert joins_prefix(in_bf16["gemma2"])
+    assert joins_prefix(in_bf16["llama"]) == (not bf16_is_fast("cpu"))
+
+
+def test_recurrent_models_are_recognised(lm_of, monkeypatch):
+    model = lm_of("llama").model
+    monkeypatch.setattr(type(model), "_is_stateful", True)
+    assert "recurrent" in why_not_reusable(model)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
@@ -250,6 +262,39 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(lm_of, monkeypatch,
     assert any("Memory ran out" in note for note in extractor.work.notes)
     # From here on batches are small enough.
     assert all(len(batch) <= 3 for batch in extractor.batches([len(ids) for ids in PROMPTS]))
+
+
+def test_the_budget_settles_at_what_fits(lm_of, monkeypatch):
+    extractor, tried = Extractor(lm_of("llama"), 0, 6_400), []
+    forward = Extractor._forward
+
+    def small_only(self, ids_BP, **inputs):
+        tried.append(ids_BP.numel())
+        if ids_BP.numel() > 250:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, ids_BP, **inputs)
+
+    monkeypatch.setattr(Extractor, "_forward", small_only)
+    prompts = [[*range(5, 105)]] * 64
+    assert len(extractor.tokens(prompts, [(0, 100)] * 64)) == 6_400
+    assert extractor.budget == 200  # 6,400, 3,200, ... halved until it fits, and no further
+    assert sum(size > 250 for size in tried) == 5
+
+
+def test_a_prefix_that_does_not_fit_is_one_clear_error(lm_of, monkeypatch):
+    def never(self, ids_BP, **inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Extractor, "_forward", never)
+    with pytest.raises(StsError, match="80 tokens that all prompts begin with do not fit"):
+        Extractor(lm_of("llama"), 0, 1000).share(PREFIX)
+
+
+def test_a_cached_prefix_counts_against_the_budget(lm_of):
+    extractor = Extractor(lm_of("llama"), 0, 400)
+    prefix = extractor.share(PREFIX)
+    lengths = [len(PREFIX) + 20] * 40
+    assert [len(batch) for batch in extractor.batches(lengths, prefix)][0] == 13  # 13 x (20 + 80 / 8) <= 400
 
 
 def test_a_single_prompt_that_does_not_fit_is_one_clear_error(lm_of, monkeypatch):
