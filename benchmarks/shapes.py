@@ -96,8 +96,8 @@ def shape_workload(name: str, device: str, *, tokens: int, length: int, tokens_p
     """Statistics of random texts of equal length through a random model and SAE.
 
     Returns:
-        (rows, {"shape", "flops_per_token", "tflops", "share_of_peak", "sae_dtype"}): achieved TFLOP/s over the whole job
-        with the SAE in the faster precision, which is named; the share is None where the peak is not known.
+        (rows, {"shape", "flops_per_token", "tflops", "share_of_peak", "sae_dtype"}): achieved TFLOP/s over the whole
+        job with the SAE in the faster precision, which is named; the share is None where the peak is not known.
     """
     shape = SHAPES[name]
     dtype = torch.bfloat16

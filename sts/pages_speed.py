@@ -22,6 +22,8 @@ WORKLOADS = {"text": "Every token of a text", "demonstrations": "Questions behin
              "shape": "A published shape, random weights"}
 #: Run once and without warming up, for memory or rounding alone: their times say nothing and are not shown.
 UNTIMED = ("memory", "precision")
+#: Workloads whose routes run once and without warming up, for memory or rounding alone.
+UNTIMED = ("memory", "precision")
 
 
 class Machine(BaseModel):
@@ -132,8 +134,10 @@ def _throughput(one: Shape) -> str:
 def speed_tables(recorded: Benchmark) -> dict[str, pandas.DataFrame]:
     """For each workload, by heading, one row per route: tokens, latents, seconds, tokens a second, memory, note."""
     return {WORKLOADS.get(workload, workload): pandas.DataFrame([{
-        "route": row.label, "tokens": f"{row.tokens:,}", "latents": f"{row.latents:,}", "seconds": _seconds(row),
-        "tokens a second": f"{row.tokens_per_second:,.0f}",
+        "route": row.label, "tokens": f"{row.tokens:,}", "latents": f"{row.latents:,}",
+        # Routes that run once, for memory or rounding: their times say nothing.
+        "seconds": "" if workload in UNTIMED else _seconds(row),
+        "tokens a second": "" if workload in UNTIMED else f"{row.tokens_per_second:,.0f}",
         "peak memory (MB)": "" if row.peak_memory_mb is None else f"{row.peak_memory_mb:,.0f}",
         "note": row.note} for row in rows]) for workload, rows in recorded.workloads().items()}
 
