@@ -163,12 +163,12 @@ class _Rows:
 
     def take(self, batch: list[int]) -> list[torch.Tensor]:
         """One tensor a prompt of the batch, its counted tokens x D."""
-        new = [index for index in batch if index not in self.kept]
-        rows = dict(self.kept)
-        if new:
-            spans = [self.spans[index] for index in new]
-            residual_TD = self.extractor.tokens([self.prompts[index] for index in new], spans, self.prefix)
-            rows |= zip(new, residual_TD.split([last - first for first, last in spans]), strict=True)
+        new, rows = [index for index in batch if index not in self.kept], dict(self.kept)
+        for part in self.extractor.batches([self.spans[index][1] for index in new], self.prefix):
+            own = [new[place] for place in part]
+            spans = [self.spans[index] for index in own]
+            residual_TD = self.extractor.tokens([self.prompts[index] for index in own], spans, self.prefix)
+            rows |= zip(own, residual_TD.split([last - first for first, last in spans]), strict=True)
         return [rows[index] for index in batch]
 
 

@@ -6,7 +6,7 @@ from helpers import topk_sae
 
 from sts import activations
 from sts.activations import Encoder, Masks, latent_stats, paired_stats, row_paired_stats
-from sts.data import Example
+from sts.data import Example, load_examples
 from sts.errors import StsError
 from sts.latent_stats import SparseLatents
 from sts.prompts import Prompt, PromptGroup, make_group, make_prompt, paired_positions, question_text
@@ -284,3 +284,11 @@ def test_a_question_may_pair_over_other_spans_behind_other_demonstrations(lm_of)
     naive = [naive_latents(lm, sae, 0, prompt).double() for prompt in (base, groups[1].icl[0])]
     torch.testing.assert_close(apart[1].squared_difference_L, (naive[1][4:] - naive[0][3:]).square().sum(0), rtol=1e-4,
                                atol=1e-5)
+
+
+def test_paired_passes_over_real_questions_are_padded_by_at_most_a_tenth(lm_of):
+    lm, sae, work = lm_of("llama"), topk_sae(64), Work()
+    examples = load_examples("mmlu_exemplars")[:90]
+    groups = [make_group(lm.tokenizer, examples[start:], tuple(examples[:2])) for start in (2, 30)]
+    paired_stats(lm, sae, 0, groups, Masks(), work=work, tokens_per_batch=4096)
+    assert 0 < work.padded_tokens - work.tokens <= 0.1 * work.padded_tokens
