@@ -12,7 +12,9 @@ from sts.stages import OpenRun
 from sts.stats import spearman
 
 #: measure -> how the tables call it
-NAMES = {"accuracy": "accuracy", "p_right": "p(right option)", "bits": "bits per character"}
+NAMES = {"accuracy": "accuracy", "accuracy_norm": "accuracy by option text",
+         "accuracy_generated": "accuracy of generated answers",
+         "p_right": "p(right option)", "bits": "bits per character"}
 SCORES = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
 
 
@@ -49,7 +51,10 @@ def correlations_beside(run: OpenRun, statistic: str) -> pandas.DataFrame:
     The run's by the paper's formulas (variant `paper`), in every measure; the paper's with its spread over repetitions.
     """
     rows = []
+    measured = {row["measure"] for row in run.get("correlations")}
     for measure, name in NAMES.items():
+        if measure not in measured:
+            continue
         for which, stage in (("all domains", "correlations"),
                              (f"{2 * EXTREMES} extremes", "extreme_correlations")):
             row = {"source": f"this run, {name}", "domains": which}

@@ -229,7 +229,7 @@ def sets_to_zero(change_L: torch.Tensor, rate_L: torch.Tensor, counts: list[int]
 
 # --- the paper's selection of domains, and other seeds ------------------------------------------------------------
 
-@stage("json", uses=("bootstrap", "permutations", "seed"), needs=("scores", "domain_shift"))
+@stage("json", version=2, uses=("bootstrap", "permutations", "seed"), needs=("scores", "domain_shift"))
 def extreme_correlations(run: OpenRun, report) -> list[dict]:
     """Stage `correlations` on the four domains of largest and the four of smallest absolute shift, as in Figure 3.
 
@@ -240,6 +240,8 @@ def extreme_correlations(run: OpenRun, report) -> list[dict]:
     scored, shifts = run.get("scores"), run.get("domain_shift")
     for measure in MEASURES:
         own = shifts[shifts["measure"] == measure]
+        if own.empty:  # not evaluated
+            continue
         own = own.assign(abs_shift_pct=own["shift"].abs())
         for variant in VARIANTS:
             by_domain = scored[scored["variant"] == variant].set_index("domain")
