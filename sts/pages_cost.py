@@ -106,8 +106,7 @@ def cost_notes(run: OpenRun, costs: pandas.DataFrame) -> str:
     notes = " ".join(dict.fromkeys(filter(None, costs["notes"])))
     lines = [f"Seconds are those of the machine that computed the stages ({run.provenance('shift')['device']}). They "
              "include loading a model or an SAE in the stage that loads it first, and leave out what a killed stage "
-             "had done before it went on. Passes include padding, except in fine-tuning. Tokens include it in the "
-             "evaluation alone, where the harness does not say what is padding."]
+             "had done before it went on. Passes include padding, except in fine-tuning; tokens do not."]
     if missing:
         lines.append(f"**Not recorded:** the work of {missing}. It was stored by a version of this book that did not "
                      "count; delete those files among the run's stages and run the chapter again.")
