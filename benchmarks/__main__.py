@@ -23,22 +23,30 @@ from sts.stages import OpenRun, environment, open_run
 WORKLOADS = ("memory", "text", "demonstrations", "options", "precision", "shape")
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--run", default="laptop", help="run profile whose model, SAE and layer are measured")
     parser.add_argument("--out", help="file to write; by default results/benchmarks/cpu.json or gpu.json")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="default: all; shape on a GPU only")
-    parser.add_argument("--tokens", type=int, default=8_000, help="tokens of the text workload")
-    parser.add_argument("--questions", type=int, default=48, help="questions behind long demonstrations")
-    parser.add_argument("--demonstration-tokens", type=int, default=1_000, help="tokens of each of the two of them")
-    parser.add_argument("--option-questions", type=int, default=8, help="questions with ten options")
-    parser.add_argument("--memory-tokens", type=int, nargs="+", default=[40_000, 400_000])
-    parser.add_argument("--memory-latents", type=int, default=65_536)
-    parser.add_argument("--other-tokens", type=int, default=4_000, help="tokens of the other routes' memory")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--tokens-per-batch", type=int, default=4_096)
+    parser.add_argument("--tokens", type=_positive, default=8_000, help="tokens of the text workload")
+    parser.add_argument("--questions", type=_positive, default=48, help="questions behind long demonstrations")
+    parser.add_argument("--demonstration-tokens", type=_positive, default=1_000,
+                        help="tokens of each of the two demonstrations before them")
+    parser.add_argument("--option-questions", type=_positive, default=8, help="questions with ten options")
+    parser.add_argument("--memory-tokens", type=_positive, nargs="+", default=[40_000, 400_000])
+    parser.add_argument("--memory-latents", type=_positive, default=65_536)
+    parser.add_argument("--other-tokens", type=_positive, default=4_000, help="tokens of the other routes' memory")
+    parser.add_argument("--repetitions", type=_positive, default=3)
+    parser.add_argument("--tokens-per-batch", type=_positive, default=4_096)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-8b")
-    parser.add_argument("--shape-tokens", type=int, default=131_072)
+    parser.add_argument("--shape-tokens", type=_positive, default=131_072)
     parser.add_argument("--compiled", action="store_true", help="measure compiled layers as well")
     options = parser.parse_args(arguments)
     try:
@@ -53,6 +61,15 @@ def _measure(options: argparse.Namespace) -> int:
     on_gpu = run.device.startswith("cuda")
     chosen = options.workloads or [name for name in WORKLOADS if on_gpu or name != "shape"]
     out = Path(options.out) if options.out else run.results / "benchmarks" / ("gpu.json" if on_gpu else "cpu.json")
+    try:  # now, rather than after half an hour
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise StsError(f"--out {str(out)!r} cannot be written ({error.strerror}); name a file in a folder of "
+                       "yours.") from error
+    if "shape" in chosen and not on_gpu and options.shape != "tiny":
+        raise StsError(f"--workloads shape: the shape {options.shape!r} needs a GPU. On a CPU use --shape tiny.")
     setup = Setup(run.lm, run.sae(), run.settings.layer, options.tokens_per_batch)
     proxies = _proxies(run) if {"memory", "text"} & set(chosen) else {}
     rows, ratios, shapes = [], [], []
@@ -97,7 +114,6 @@ def _measure(options: argparse.Namespace) -> int:
         "latents": setup.sae.cfg.d_sae, "seed": 0, "rows": [row.to_dict() for row in rows],
         "ratios": [ratio.to_dict() for ratio in ratios], "shapes": shapes,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for ratio in result["ratios"]:
         print(f"{'held  ' if ratio['held'] else 'MISSED'} {ratio['what']}: {ratio['value']:.2f} "

@@ -106,7 +106,9 @@ def cost_notes(run: OpenRun, costs: pandas.DataFrame) -> str:
     notes = " ".join(dict.fromkeys(filter(None, costs["notes"])))
     lines = [f"Seconds are those of the machine that computed the stages ({run.provenance('shift')['device']}). They "
              "include loading a model or an SAE in the stage that loads it first, and leave out what a killed stage "
-             "had done before it went on. Passes include padding, except in fine-tuning; tokens do not."]
+             "had done before it went on. Passes include padding, except in fine-tuning; tokens do not. "
+             "Fine-tuning also scores the held-out examples before and after; these tokens count once, trained "
+             "ones more."]
     if missing:
         lines.append(f"**Not recorded:** the work of {missing}. It was stored by a version of this book that did not "
                      "count; delete those files among the run's stages and run the chapter again.")
@@ -135,8 +137,8 @@ def cost_summary(run: OpenRun, costs: pandas.DataFrame, varied: pandas.DataFrame
         f"Training the SAE is not included. {_paid_off(costs, sae_passes(run))}\n\n"
         "**On paper**, for the paper's three models with the paper's settings, finding out costs about "
         f"{range_text(whole, 'ratio', 'ratio', 'to')} times as many token-forward-passes as the forecast, the SAE "
-        "again not included. That rests on numbers that the paper does not give; were any of them off by up to a "
-        f"factor of {factor:g}, the result would lie between {range_text(whole, 'low', 'high', 'and')}.")
+        "again not included. That rests on numbers that the paper does not give; were all of them off at once, by up to "
+        f"a factor of {factor:g}, the result would lie between {range_text(whole, 'low', 'high', 'and')}.")
 
 
 def sae_passes(run: OpenRun) -> float:

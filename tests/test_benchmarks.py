@@ -124,3 +124,19 @@ def test_the_whole_benchmark_writes_what_the_book_reads(tmp_path, capsys):
 def test_an_unknown_run_is_one_line(capsys):
     assert main(["--run", "nope"]) == 1
     assert "Run profile 'nope' is not known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["--out", "/proc/nope/x.json"], "cannot be written"),
+    (["--workloads", "shape", "--shape", "llama-3-8b", "--out", "OUT"], "needs a GPU")])
+def test_what_cannot_work_is_said_before_anything_is_measured(tmp_path, capsys, arguments, named):
+    arguments = [str(tmp_path / "x.json") if one == "OUT" else one for one in arguments]
+    assert main(["--run", "smoke", *arguments]) == 1
+    assert named in capsys.readouterr().err
+
+
+def test_numbers_below_one_are_refused(capsys):
+    for name in ("--tokens", "--repetitions", "--questions", "--memory-latents"):
+        with pytest.raises(SystemExit):
+            main(["--run", "smoke", name, "0"])
+        assert "at least 1" in capsys.readouterr().err
