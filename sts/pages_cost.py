@@ -137,8 +137,8 @@ def cost_summary(run: OpenRun, costs: pandas.DataFrame, varied: pandas.DataFrame
         f"Training the SAE is not included. {_paid_off(costs, sae_passes(run))}\n\n"
         "**On paper**, for the paper's three models with the paper's settings, finding out costs about "
         f"{range_text(whole, 'ratio', 'ratio', 'to')} times as many token-forward-passes as the forecast, the SAE "
-        "again not included. That rests on numbers that the paper does not give; were all of them off at once, by up to "
-        f"a factor of {factor:g}, the result would lie between {range_text(whole, 'low', 'high', 'and')}.")
+        "again not included. That rests on numbers that the paper does not give; were all of them off at once, by "
+        f"up to a factor of {factor:g}, the result would lie between {range_text(whole, 'low', 'high', 'and')}.")
 
 
 def sae_passes(run: OpenRun) -> float:
