@@ -83,8 +83,11 @@ def test_parameters_declared_by_notebooks_default_to_the_runs_own():
 
     for chapter in [name for name in CHAPTERS if name != "the_papers_numbers"]:
         for name, item in papermill.inspect_notebook(str(chapter_source(chapter))).items():
-            assert item["default"] == ('"laptop"' if name == "run" else "None")
-            assert name == "run" or name in type(load_run("laptop")).model_fields
+            setting = name in type(load_run("laptop")).model_fields
+            # The chapter on costs has assumptions of its own, which no run has.
+            assert name == "run" or setting or chapter == "what_a_forecast_costs"
+            assert not setting or item["default"] == "None"
+            assert name != "run" or item["default"] == '"laptop"'
 
 
 def test_importing_sts_is_quick_because_heavy_libraries_wait():
