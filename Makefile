@@ -10,7 +10,7 @@ STAMP := .venv/.installed
 help:
 	@echo "make book           install, execute every chapter, render the book (RUN=laptop, smoke, ...)"
 	@echo "make test           install, run every test"
-	@echo "make bench          install, measure the engine's speed and memory (about 27 minutes on two cores)"
+	@echo "make bench          install, measure the engine's speed and memory (about half an hour on two cores)"
 	@echo "make clean          remove generated results and the rendered book (the installation stays)"
 
 book: $(STAMP)

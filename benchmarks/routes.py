@@ -17,7 +17,7 @@ from sts.models import LanguageModel, decoder_layers
 from sts.prompts import Prompt, PromptGroup, paired_positions
 from sts.residuals import batches
 
-#: All tokens of a text but its first; the masks are the product's, sinks included (these texts have none to leave out).
+#: All tokens of a text but its first, and those with an outlier norm, which the product leaves out and others keep.
 EVERY_TOKEN = Masks(question_tokens_only=False)
 QUESTION_TOKENS = Masks()
 

@@ -174,7 +174,7 @@ def latent_examples(run: OpenRun, report) -> list[dict]:
 
 # --- the forecast -------------------------------------------------------------------------------------------------
 
-def _masks(run: OpenRun) -> Masks:
+def masks(run: OpenRun) -> Masks:
     return Masks(**{name: getattr(run.settings, name) for name in MASKS})
 
 
@@ -213,7 +213,7 @@ DOMAIN = (*MODEL, *SAE, "score_tokens", "demonstrations", "demonstration_draws",
 @stage("tensors", version=2, uses=(*SHIFT, *MASKS), inputs=("model", "sae", "sft_train"))
 def shift(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """Paired statistics of the training domain's questions without and behind demonstrations."""
-    return paired_stats(run.lm, run.sae(), run.settings.layer, shift_groups(run), _masks(run),
+    return paired_stats(run.lm, run.sae(), run.settings.layer, shift_groups(run), masks(run),
                         tokens_per_batch=run.settings.tokens_per_batch, report=report, work=report.work).to_tensors()
 
 
@@ -230,7 +230,7 @@ def domain_stats(run: OpenRun, report) -> dict[str, torch.Tensor]:
     groups = domain_groups(run)
     flat = {}
     for index, (domain, own) in enumerate(groups.items()):
-        stats = paired_stats(run.lm, run.sae(), run.settings.layer, own, _masks(run),
+        stats = paired_stats(run.lm, run.sae(), run.settings.layer, own, masks(run),
                              tokens_per_batch=run.settings.tokens_per_batch, work=report.work,
                              report=lambda f, index=index: report((index + f) / len(groups)))
         flat |= {f"{domain}/{name}": tensor for name, tensor in stats.to_tensors().items()}

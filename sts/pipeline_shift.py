@@ -8,7 +8,7 @@ import pandas
 import torch
 
 from sts.ablation import zeroed
-from sts.activations import Masks, norm_threshold, paired_stats
+from sts.activations import norm_threshold, paired_stats
 from sts.data import Example
 from sts.errors import StsError
 from sts.evaluate import MEASURES, evaluate, item_measures
@@ -16,7 +16,7 @@ from sts.finetune import load_tuned
 from sts.model_shift import folded, model_paired_folds
 from sts.models import LanguageModel
 from sts.paper import extremes, spread_ratio, with_selection
-from sts.pipeline import MASKS, MODEL, SAE, SHIFT, shift_groups
+from sts.pipeline import MASKS, MODEL, SAE, SHIFT, masks, shift_groups
 from sts.prompts import Prompt, make_group, make_prompt, question_text, solution_prompt
 from sts.residuals import Extractor
 from sts.saes import SideBySide, identity_sae
@@ -33,11 +33,6 @@ EXTREMES = 4
 #: Length of the answers that are written with latents zeroed.
 ANSWER_TOKENS = 72
 RAW_SHIFT = tuple(name for name in (*SHIFT, *MASKS) if name not in SAE)
-
-
-def masks(run: OpenRun) -> Masks:
-    """Which tokens count, by the run's settings."""
-    return Masks(**{name: getattr(run.settings, name) for name in MASKS})
 
 
 # --- what fine-tuning shifts --------------------------------------------------------------------------------------
