@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas
 
 from sts import paper
-from sts.pages import correlation_verdict, p_value
+from sts.pages import correlation_verdict, p_phrase
 from sts.pipeline_shift import EXTREMES
 from sts.score import VARIANTS
 from sts.stages import OpenRun
@@ -97,7 +97,7 @@ def extremes_sentence(run: OpenRun, measure: str) -> str:
             continue
         parts.append(f"{label}: r = {every['pearson']:.2f} on all {every['n']} domains ({correlation_verdict(every)}), "
                      f"{kept['pearson']:.2f} on the {kept['n']} extremes ({correlation_verdict(kept)}, exact p "
-                     f"{_p(kept['p'])}), where the absolute change has {kept['spread_ratio']:.2f} times the "
+                     f"{p_phrase(kept['p'])}), where the absolute change has {kept['spread_ratio']:.2f} times the "
                      f"standard deviation; undoing that by Thorndike's formula gives {kept['all_domains']:.2f}")
     return f"Change in {NAMES[measure]}. " + ". ".join(parts) + "."
 
@@ -109,11 +109,6 @@ def claim_sentence(run: OpenRun, measure: str) -> str:
                 for variant in VARIANTS for score, label in SCORES.items()]
     return (f"The paper's claim, a positive correlation with the absolute change, here in {NAMES[measure]} on all "
             f"domains: {', '.join(verdicts)}.")
-
-
-def _p(p: float) -> str:
-    text = p_value(p)
-    return text if text.startswith("<") else f"= {text}"
 
 
 def seeds_table(run: OpenRun) -> pandas.DataFrame:

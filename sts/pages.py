@@ -118,6 +118,12 @@ def p_value(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def p_phrase(p: float) -> str:
+    """What follows "p" in a sentence: "<0.001" or "= 0.012"."""
+    text = p_value(p)
+    return text if text.startswith("<") else f"= {text}"
+
+
 def quality_table(qualities: dict[str, dict]) -> pandas.DataFrame:
     """SAE quality as a table: one row per measure, one column per SAE (label -> quality)."""
     columns = {}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pandas
 
 from sts import shift_results
-from sts.pages import p_value
+from sts.pages import p_phrase, p_value
 from sts.paper import published_numbers
 from sts.stages import OpenRun
 
@@ -157,16 +157,11 @@ def foreseen_sentence(run: OpenRun) -> str:
     row, published = shift_results.overlap_at(run, "sae"), _published_overlap()
     active = ("more than change at all, so that no test is possible" if row["active_p"] is None else
               f"by chance {row['active_chance'] * row['n']:.1f} among the {row['active']:,} that change at all, "
-              f"p {_p(row['active_p'])}")
+              f"p {p_phrase(row['active_p'])}")
     return (f"{row['overlap']} of the {row['n']} latents that demonstrations move most are among the {row['n']} that "
             f"fine-tuning moves most ({active}; by chance {row['chance'] * row['n']:.1f} among all "
-            f"{round(row['n'] / row['chance']):,}, p {_p(row['p'])}). The paper reports {published:.0%} for N = 100. "
-            f"Demonstrations foresee the shift: **{foreseen_verdict(row)}**.")
-
-
-def _p(p: float) -> str:
-    text = p_value(p)
-    return text if text.startswith("<") else f"= {text}"
+            f"{round(row['n'] / row['chance']):,}, p {p_phrase(row['p'])}). The paper reports {published:.0%} for "
+            f"N = 100. Demonstrations foresee the shift: **{foreseen_verdict(row)}**.")
 
 
 def _published_overlap() -> float:
@@ -180,7 +175,7 @@ def better_sentence(run: OpenRun) -> str:
     shares = by_draw.groupby("kind")["share"]
     spread = {kind: f"{own.min():.0%} to {own.max():.0%}" for kind, own in shares}
     return (f"of raw dimensions, at the same fraction, {raw['overlap']} of {raw['n']} are foreseen (p "
-            f"{_p(raw['p'])}). Behind single sets of demonstrations the share foreseen is {spread['sae']} for "
+            f"{p_phrase(raw['p'])}). Behind single sets of demonstrations the share foreseen is {spread['sae']} for "
             f"latents and {spread['raw']} for raw dimensions ({counted(by_draw['draw'].nunique(), 'set')}). "
             f"Better than raw dimensions: **{better_verdict(by_draw)}**.")
 
