@@ -60,11 +60,12 @@ class Run(BaseModel):
     splice_tokens: int = Field(12_000, ge=100, description="tokens on which the spliced-in loss is measured")
 
     # Data
-    sft_data: str = Field(description="question set to fine-tune on, and whose shift is estimated")
+    sft_data: str = Field(description="question set to fine-tune on, and whose shift is estimated; several in equal "
+                                      "parts: gsm8k+math")
     domain_data: str = Field(description="question set whose domains are scored and evaluated")
     domain_split: str = Field("", description="its split; empty for the first")
     domains: list[str] = Field(default_factory=list, description="domains to keep; empty for all")
-    domain_limit: int = Field(0, ge=0, description="questions a domain at most; 0 for all")
+    domain_limit: int = Field(0, ge=0, description="questions a domain at most, drawn once for all seeds; 0 for all")
 
     # Which tokens count
     question_tokens_only: bool = Field(True, description="leave out chat template and special tokens")
@@ -101,6 +102,9 @@ class Run(BaseModel):
     sft_held_out: int = Field(40, ge=1, description="held-out examples of the training domain")
     sft_epochs: int = Field(1, ge=1, description="passes over them")
     sft_lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    sft_lr_tried: list[float] = Field(default_factory=list, description="learning rates that stage sft_trials compares "
+                                                                        "on held-out training-domain problems")
+    sft_trial_examples: int = Field(150, ge=1, description="training examples of each of these trials")
     sft_batch: int = Field(8, ge=1, description="examples a step")
     sft_micro_batch: int = Field(4, ge=1, description="examples in memory at once; gradients are added up to sft_batch")
     sft_max_length: int = Field(1024, ge=16, description="tokens an example at most")
@@ -127,10 +131,12 @@ class Run(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Run:
         questions = {*SOURCES, *GENERATED}
-        for key in ("sft_data", "domain_data"):
-            if getattr(self, key) not in questions:
-                raise ValueError(f"{key}: data set {getattr(self, key)!r} is not known; "
-                                 f"valid: {', '.join(sorted(questions))}")
+        for key, names in (("sft_data", self.sft_data.split("+")), ("domain_data", [self.domain_data])):
+            for name in names:
+                if name not in questions:
+                    raise ValueError(f"{key}: data set {name!r} is not known; valid: {', '.join(sorted(questions))}")
+            if len(set(names)) < len(names):
+                raise ValueError(f"{key}: {getattr(self, key)!r} names a data set twice")
         for name in self.text_data:
             if name not in questions:
                 raise ValueError(f"text_data: data set {name!r} is not known; valid: {', '.join(sorted(questions))}")

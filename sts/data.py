@@ -181,6 +181,25 @@ def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) 
     return examples
 
 
+def load_mixture(names: str, count: int, *, seed: int = 0) -> list[Example]:
+    """`count` examples of the first split of a question set, or of several in equal parts, mixed.
+
+    Args:
+        names: a question set, or several joined by "+", such as "gsm8k+math".
+        seed: for drawing and mixing.
+
+    Raises:
+        StsError: as `load_examples`.
+    """
+    parts = names.split("+")
+    if len(parts) == 1:
+        return load_examples(names, limit=count, seed=seed)
+    shares = [count // len(parts) + (place < count % len(parts)) for place in range(len(parts))]
+    examples = [example for name, share in zip(parts, shares, strict=True)
+                for example in load_examples(name, limit=share, seed=seed)]
+    return random.Random(seed).sample(examples, len(examples))
+
+
 def load_rows(name: str, split: str = "") -> list[dict]:
     """The rows of one of `SOURCES` as published, for what `Example` leaves out. Raises as `load_examples`."""
     if name not in SOURCES:

@@ -96,7 +96,9 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         max_length=settings.max_length, completion_only_loss=True, seed=settings.seed, data_seed=settings.seed,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), weight_decay=0.01, max_grad_norm=1.0,
         adam_beta2=0.95, logging_steps=1, save_strategy="steps", save_steps=max(1, steps // 4), save_total_limit=1,
-        report_to=[], disable_tqdm=True, use_cpu=on_cpu, fp16=False, train_sampling_strategy="group_by_length",
+        # Batches of like length would save padding, but their order is drawn from the global generator, so that a run
+        # that goes on from a checkpoint would see other batches than one that was never killed.
+        report_to=[], disable_tqdm=True, use_cpu=on_cpu, fp16=False, train_sampling_strategy="random",
         bf16=not on_cpu and lm.model.dtype == torch.bfloat16, gradient_checkpointing=False,
         dataloader_pin_memory=not on_cpu)
     trainer = SFTTrainer(

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import resource
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from sts.config import ROOT, Run, load_run
-from sts.data import Example, by_domain, digest, load_examples
+from sts.data import Example, by_domain, digest, load_examples, load_mixture
 from sts.errors import StsError, one_of
 from sts.models import LanguageModel, bf16_is_fast, check_layer, load_model, resolve_model
 from sts.progress import Reporter
@@ -156,7 +157,12 @@ class OpenRun:
         return tuple(ordered)
 
     def _spec(self, name: str) -> Stage:
-        from sts import pipeline, pipeline_generation, pipeline_shift  # noqa: F401  # they register the stages
+        from sts import (  # noqa: F401  # they register the stages
+            pipeline,
+            pipeline_choices,
+            pipeline_generation,
+            pipeline_shift,
+        )
 
         if name not in STAGES:
             raise one_of("Stage", name, STAGES)
@@ -290,7 +296,7 @@ class OpenRun:
         """The fine-tuning set: `train`, or `held_out` of the same data set, never trained on."""
         settings = self.settings
         count = settings.sft_examples + settings.sft_held_out
-        examples = self._once("data:sft", lambda: load_examples(settings.sft_data, limit=count, seed=settings.seed))
+        examples = self._once("data:sft", lambda: load_mixture(settings.sft_data, count, seed=settings.seed))
         cut = max(1, len(examples) - settings.sft_held_out)
         return examples[:cut] if part == "train" else examples[cut:]
 
@@ -302,9 +308,8 @@ class OpenRun:
             groups = by_domain(load_examples(settings.domain_data, split=settings.domain_split),
                                tuple(settings.domains))
             if settings.domain_limit:
-                import random
-
-                groups = {domain: random.Random(settings.seed).sample(group, min(len(group), settings.domain_limit))
+                # Not by the run's seed: runs that differ in it answer the same questions, and are compared by item.
+                groups = {domain: random.Random(0).sample(group, min(len(group), settings.domain_limit))
                           for domain, group in groups.items()}
             return groups
 
