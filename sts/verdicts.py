@@ -299,7 +299,7 @@ LISTS = {"sae": "SAE latents, demonstrations", "rate": "SAE latents, by firing r
          "energy": "SAE latents, by energy", "random": "random code, demonstrations",
          "raw": "raw dimensions, demonstrations"}
 #: Fractions of the dimensions at which the table reads the overlap off.
-FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+FRACTIONS = (0.005, 0.02, 0.05, 0.2)
 
 
 def overlap_table(curves: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
