@@ -7,6 +7,7 @@ Latents of an SAE with unequal decoder norms are not comparable, so norms are fo
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
+from sts.config import ROOT
 from sts.errors import StsError
 from sts.models import LanguageModel, check_layer, first_line, sha256_of_file
 
@@ -37,6 +39,25 @@ def sae_identity(name: str) -> str:
                        "'release/sae_id' from sae-lens' registry, such as "
                        "'llama-3-8b-it-res-jh/blocks.25.hook_resid_post'.")
     return f"registry:{name}"
+
+
+def sae_folder(name: str) -> Path | None:
+    """The folder that a run's setting `sae` names; None if it names none."""
+    # Paths in a profile are relative to the repository, so that any folder can run it.
+    for folder in (ROOT / name, Path(name).expanduser()):
+        if (folder / "cfg.json").is_file():
+            return folder
+    return None
+
+
+def known_width(name: str) -> int | None:
+    """How many latents an SAE has, if its folder says so; None for one of the registry, which would be fetched."""
+    folder = sae_folder(name)
+    try:
+        width = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))["d_sae"] if folder else None
+    except (ValueError, KeyError, TypeError):  # loading it will say what is wrong
+        return None
+    return width if isinstance(width, int) else None
 
 
 def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_norms: bool = True):
