@@ -159,7 +159,9 @@ class OpenRun:
     def _spec(self, name: str) -> Stage:
         from sts import (  # noqa: F401  # they register the stages
             pipeline,
+            pipeline_baselines,
             pipeline_choices,
+            pipeline_comparison,
             pipeline_generation,
             pipeline_shift,
         )
