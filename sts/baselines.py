@@ -48,7 +48,7 @@ PREDICTORS = {
     "all_act": Predictor("STS_act, all latents", _LATENTS),
     "all_icl": Predictor("STS_ICL, all latents", _LATENTS),
     "raw_act": Predictor("STS_act, raw dimensions", _RAW),
-    "raw_square": Predictor("the same, squared values", _RAW),
+    "raw_square": Predictor("mean square, raw dimensions", _RAW),
     "raw_icl": Predictor("STS_ICL, raw dimensions", _RAW),
     "cosine_raw": Predictor("cosine, mean residual", _TRAINING),
     "cosine_raw_centred": Predictor("cosine, mean residual, centred", _TRAINING),
@@ -65,8 +65,7 @@ PREDICTORS = {
     "change_sae": Predictor("change of all latents, squared", _AFTER, forecast=False),
 }
 #: What random sets of latents are matched to D_N in.
-RANDOM = {"uniform": "random latents", "rate": "random latents, like firing rates",
-          "energy": "random latents, like energy"}
+RANDOM = {"uniform": "random latents", "rate": "random, like firing rates", "energy": "random, like energy"}
 SCORES = {"act": "sts_act", "icl": "sts_icl"}
 
 

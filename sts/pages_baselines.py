@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pandas
 
 from sts import paper
@@ -127,11 +129,11 @@ def baseline_table(run: OpenRun, measure: str) -> pandas.DataFrame:
         text = {"group": line["group"], "forecast from": line["label"], "r": "undefined", "95% interval": "", "p": "",
                 "r by seed": "", "Spearman": ""} | {f"{name} less this": "" for name in SCORE_NAMES.values()}
         if line["r"] is not None:
-            text["r"] = f"{line['r']:.2f}" + (" (mean of sets)" if line["kind"] == "random" else "")
+            text["r"] = f"{_two(line['r'])}" + (" (mean of sets)" if line["kind"] == "random" else "")
             text["95% interval"] = _range(line) if line["kind"] != "probe" else _range(row["pearson_interval"])
             text["p"] = "" if line["p"] is None else p_value(line["p"])
         if row.get("by_seed"):
-            text["r by seed"] = ", ".join(f"{value:.2f}" for value in row["by_seed"])
+            text["r by seed"] = ", ".join(f"{_two(value)}" for value in row["by_seed"])
             text["Spearman"] = f"{row['spearman']:.2f}"
             text |= {f"{SCORE_NAMES[score]} less this": f"{less['mean']:+.2f} ({_range(less['interval'])})"
                      for score, less in row.get("less", {}).items()}
@@ -139,9 +141,14 @@ def baseline_table(run: OpenRun, measure: str) -> pandas.DataFrame:
     return pandas.DataFrame(lines)
 
 
+def _two(value: float) -> str:
+    """Two decimals, and never "-0.00"."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
 def _range(interval: dict | None) -> str:
     return "no interval" if not interval or interval.get("low") is None else (
-        f"{interval['low']:.2f} to {interval['high']:.2f}")
+        f"{_two(interval['low'])} to {_two(interval['high'])}")
 
 
 def confound_table(run: OpenRun) -> pandas.DataFrame:
@@ -157,10 +164,10 @@ def confound_table(run: OpenRun) -> pandas.DataFrame:
                 defined = row.get("pearson") is not None
                 lines.append({
                     "change in": NAMES[measure], "score": name, "given": controls,
-                    "r": f"{row['pearson']:.2f}" if defined else "undefined",
+                    "r": f"{_two(row['pearson'])}" if defined else "undefined",
                     "95% interval": _range(row["pearson_interval"]) if defined else "",
                     "p": p_value(row["p"]) if defined else "",
-                    "r by seed": ", ".join(f"{value:.2f}" for value in row["by_seed"]) if defined else ""})
+                    "r by seed": ", ".join(f"{_two(value)}" for value in row["by_seed"]) if defined else ""})
     return pandas.DataFrame(lines)
 
 
@@ -183,7 +190,7 @@ def beside_paper_table(run: OpenRun) -> pandas.DataFrame:
         line = {"baseline of the paper": label, "paper": f"{value:.2f}", "here": PREDICTORS[predictor].label}
         for measure in measures(run):
             r = correlations_of(run, measure)[predictor].get("pearson")
-            line[f"this run, {NAMES[measure]}"] = "undefined" if r is None else f"{r:.2f}"
+            line[f"this run, {NAMES[measure]}"] = "undefined" if r is None else _two(r)
         lines.append(line)
     return pandas.DataFrame(lines)
 
@@ -193,7 +200,7 @@ def beside_paper_table(run: OpenRun) -> pandas.DataFrame:
 def _said(row: dict) -> str:
     if row.get("pearson") is None:
         return f"undefined ({row['undefined'].rstrip('.')})"
-    return (f"r = {row['pearson']:.2f} (95% interval {_range(row['pearson_interval'])}, p {p_phrase(row['p'])}): "
+    return (f"r = {_two(row['pearson'])} (95% interval {_range(row['pearson_interval'])}, p {p_phrase(row['p'])}): "
             f"**{_verdict(row)}**")
 
 
@@ -204,7 +211,7 @@ def _seeds(run: OpenRun) -> str:
 def score_sentence(run: OpenRun, measure: str) -> str:
     """The score's own correlation, mean over seeds."""
     found = correlations_of(run, measure)
-    return (f"change in {NAMES[measure]}, n = {found['sts_act']['n']} domains, {_seeds(run)}: " + "; ".join(
+    return (f"Change in {NAMES[measure]}, n = {found['sts_act']['n']} domains, {_seeds(run)}: " + "; ".join(
         f"{name} {_said(found[score])}" for score, name in SCORE_NAMES.items()) + ".")
 
 
@@ -223,8 +230,8 @@ def comparison_sentence(run: OpenRun, measure: str) -> str:
         return f"In {NAMES[measure]} no comparison is defined."
     best = max(rivals, key=lambda name: rivals[name]["pearson"])
     row = rivals[best]
-    return (f"against the {len(rivals)} other forecasts that need no probe and no tuned model: {'; '.join(parts)}. The "
-            f"largest correlation among them has *{PREDICTORS[best].label}*, r = {row['pearson']:.2f} (95% interval "
+    return (f"Against the {len(rivals)} other forecasts that need no probe and no tuned model: {'; '.join(parts)}. The "
+            f"largest correlation among them has *{PREDICTORS[best].label}*, r = {_two(row['pearson'])} (95% interval "
             f"{_range(row['pearson_interval'])}), the best of {len(rivals)} and for that reason too high.")
 
 
@@ -237,10 +244,10 @@ def choice_sentence(run: OpenRun, measure: str) -> str:
         if choice_verdict(nulls) == "undefined":
             parts.append(f"{label}: undefined")
             continue
-        parts.append(f"{label} has r = {own['rate']['observed']:.2f}; sets of like firing rates have "
-                     f"{own['rate']['mean']:.2f} on average ({own['rate']['p']:.0%} of them reach it), sets of like "
-                     f"energy {own['energy']['mean']:.2f} ({own['energy']['p']:.0%}): **{choice_verdict(nulls)}**")
-    return f"the choice of latents matters. {'. '.join(parts)}."
+        parts.append(f"{label} has r = {_two(own['rate']['observed'])}; sets of like firing rates have "
+                     f"{_two(own['rate']['mean'])} on average ({own['rate']['p']:.0%} of them reach it), sets of like "
+                     f"energy {_two(own['energy']['mean'])} ({own['energy']['p']:.0%}): **{choice_verdict(nulls)}**")
+    return ". ".join(parts) + "."
 
 
 def match_sentence(run: OpenRun) -> str:
@@ -260,13 +267,13 @@ def probe_sentence(run: OpenRun, measure: str) -> str:
     for features, label in (("raw", "raw activations"), ("sae", "SAE activations")):
         own = _nulls(run, measure, f"probe_{features}")
         if not own or "p" not in own[0]:
-            parts.append(f"probe on {label}: undefined")
+            parts.append(f"On {label}: undefined")
             continue
         null = own[0]
-        parts.append(f"probe on {label}: r = {null['observed']:.2f}; with shuffled targets {null['mean']:.2f} on "
+        parts.append(f"On {label}: r = {_two(null['observed'])}; with shuffled targets {_two(null['mean'])} on "
                      f"average (95% of them {_range(null)}), p {p_phrase(null['p'])}; out-of-sample R² "
-                     f"{null['r_squared']:.2f}: **{probe_verdict(null)}**")
-    return f"a probe forecasts the change. {'. '.join(parts)}."
+                     f"{_two(null['r_squared'])}: **{probe_verdict(null)}**")
+    return ". ".join(parts) + "."
 
 
 def confound_sentence(run: OpenRun, measure: str) -> str:
@@ -277,10 +284,10 @@ def confound_sentence(run: OpenRun, measure: str) -> str:
     for score, label in SCORE_NAMES.items():
         row = own[score]
         said = "undefined" if "undefined" in row else (
-            f"partial r = {row['pearson']:.2f} (95% interval {_range(row['pearson_interval'])}, p "
+            f"partial r = {_two(row['pearson'])} (95% interval {_range(row['pearson_interval'])}, p "
             f"{p_phrase(row['p'])}): **{confound_verdict(row)}**")
         parts.append(f"{label} {said}")
-    return f"the score says more than hardness and length. {'; '.join(parts)}."
+    return "; ".join(parts) + "."
 
 
 def power_sentence(run: OpenRun, measure: str) -> str:
@@ -301,12 +308,19 @@ def power_sentence(run: OpenRun, measure: str) -> str:
                        f"{row['detectable'] / ceiling:.2f} to be found.")
 
 
+def by_measure(run: OpenRun, sentence: Callable[[OpenRun, str], str]) -> str:
+    """One of the sentences above for every measure, as a Markdown list."""
+    return "\n".join(f"- Change in {NAMES[measure]}. {sentence(run, measure)}" for measure in measures(run))
+
+
 def summary(run: OpenRun) -> str:
     """First paragraph of the chapter: what the score adds to simpler forecasts in this run."""
     first = measures(run)[0]
-    sentences = [score_sentence(run, first), comparison_sentence(run, first), choice_sentence(run, first),
-                 probe_sentence(run, first), confound_sentence(run, first)]
-    listed = "\n".join(f"- {sentence[0].upper()}{sentence[1:]}" for sentence in sentences)
+    listed = "\n".join([
+        f"- {score_sentence(run, first)}", f"- {comparison_sentence(run, first)}",
+        f"- Does the choice of latents matter? {choice_sentence(run, first)}",
+        f"- Does a probe forecast the change? {probe_sentence(run, first)}",
+        f"- Does the score say more than hardness and length? {confound_sentence(run, first)}"])
     settings = run.settings
     return (f"**The answer of this run.** On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on "
             f"`{settings.domain_data}`:\n\n{listed}\n\n{CORRELATION_RULE} Here r is the mean over seeds, and "

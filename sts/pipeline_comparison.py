@@ -73,6 +73,13 @@ class _Experiment:
             return np.array([row.get("predicted", [np.nan] * len(self.domains)) for row in rows])
         return np.stack([own.loc[self.domains, name].to_numpy(float) for own in self.values])
 
+    def why_undefined(self, name: str) -> str:
+        """The reason that a probe's own stage gives; "" if it gives none."""
+        if not name.startswith("probe_"):
+            return ""
+        rows = (probe_row(own, self.measure, name.removeprefix("probe_")) for own in self.runs)
+        return next((row["undefined"] for row in rows if "undefined" in row), "")
+
 
 def probe_row(run: OpenRun, measure: str, features: str) -> dict:
     """The row of stage `probe_predictions` for a measure and kind of features."""
@@ -107,7 +114,7 @@ def baseline_correlations(run: OpenRun, report) -> list[dict]:
             try:
                 defined[name] = [pearson(x_N, y_N) for x_N, y_N in zip(x_SN, one.change_SN, strict=True)]
             except StsError as error:
-                reasons[name] = str(error)
+                reasons[name] = one.why_undefined(name) or str(error)
         drawn = {name: one.resamples.correlations(x[name]) for name in defined}
         tests = dict(zip(defined, permutation_p_over_seeds(
             np.stack([x[name] for name in defined]), one.change_SN, resamples=run.settings.permutations,
@@ -197,8 +204,9 @@ def baseline_confounds(run: OpenRun, report) -> list[dict]:
             found_PS = correlation_rows(x_PSN, one.change_SN, controls_SNK) if np.isfinite(
                 controls_SNK).all() else np.full(x_PSN.shape[:2], np.nan)
             if len(one.domains) < len(controls) + 3 or not np.isfinite(found_PS).all():
-                rows += [{"measure": one.measure, "score": score, "controls": list(controls), "undefined":
-                          "too few domains, or nothing is left to correlate"} for score in SCORES]
+                reason = "too few domains, bits that were not evaluated, or nothing left to correlate"
+                rows += [{"measure": one.measure, "score": score, "controls": list(controls), "undefined": reason}
+                         for score in SCORES]
                 continue
             tests = permutation_p_over_seeds(x_PSN, one.change_SN, controls_SNK,
                                              resamples=run.settings.permutations, seed=run.settings.seed)
