@@ -299,9 +299,9 @@ def power_sentence(run: OpenRun, measure: str) -> str:
     sentence = (f"With {row['n']} domains, one seed needs r = {row['needed']:.2f} or more for p = 0.05, and a true "
                 f"correlation of {row['detectable']:.2f} is found in {row['power']:.0%} of experiments (Fisher's z; in "
                 f"simulated ones with a permutation test {row['simulated']:.0%}, and {row['false_alarms']:.1%} false "
-                f"alarms without any correlation). Of the variance of the measured changes in {NAMES[measure]}, "
-                f"{row['reliability']:.0%} is more than noise of the questions; no forecast can be expected to "
-                f"correlate with them beyond {ceiling:.2f}. ")
+                f"alarms without any correlation). Of the variance of the absolute changes in {NAMES[measure]}, "
+                f"about {row['reliability']:.0%} is more than noise of the questions; no forecast can be expected to "
+                f"correlate with them much beyond {ceiling:.2f}. ")
     if ceiling <= row["detectable"]:
         return sentence + "So here even a perfect forecast of the true changes might well be missed."
     return sentence + (f"So a forecast must correlate with the true changes at about "

@@ -220,12 +220,16 @@ def baseline_confounds(run: OpenRun, report) -> list[dict]:
 
 @stage("json", needs=("domain_shift",))
 def baseline_power(run: OpenRun, report) -> list[dict]:
-    """What this design could have found: one row a measure, `stats_domains.Power` and the changes' reliability."""
+    """What this design could have found: one row a measure, `stats_domains.Power` and the changes' reliability.
+
+    The reliability is that of absolute changes, as they are what is forecast; where a change is not clearly apart from
+    zero, its noise is a little smaller than assumed.
+    """
     shifts, rows = run.get("domain_shift"), []
     for measure, own in shifts.groupby("measure"):
         try:
             rows.append({"measure": measure, **vars(power_of_design(len(own))),
-                         "reliability": reliability(own["shift"], own["standard_error"])})
+                         "reliability": reliability(own["shift"].abs(), own["standard_error"])})
         except StsError as error:
             rows.append({"measure": measure, "undefined": str(error)})
     return rows

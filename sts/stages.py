@@ -34,7 +34,8 @@ from sts.progress import Reporter
 from sts.saes import check_fits, load_sae, sae_identity
 from sts.store import Store, read
 
-PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math-verify", "reasoning-gym", "scipy")
+PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math-verify", "reasoning-gym", "scipy",
+            "scikit-learn")
 
 
 @dataclass(frozen=True)

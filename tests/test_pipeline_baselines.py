@@ -174,6 +174,14 @@ def test_an_accuracy_that_did_not_move_is_undefined_everywhere(run):
                                       for row in rows)
 
 
+def test_what_the_design_could_find_is_judged_by_absolute_changes(run):
+    row = row_of(run.get("baseline_power"), measure="bits")
+    own = run.get("domain_shift").query("measure == 'bits'")
+    share = 1 - (own["standard_error"]**2).mean() / own["shift"].abs().var()
+    assert row["reliability"] == pytest.approx(max(0, share)) and row["n"] == 14
+    assert f"{row['simulated']:.0%}" in pages_baselines.power_sentence(run, "bits")
+
+
 # --- settings -----------------------------------------------------------------------------------------------------
 
 def test_keys_follow_what_the_stages_read(run):
