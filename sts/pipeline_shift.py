@@ -19,7 +19,7 @@ from sts.paper import extremes, spread_ratio, with_selection
 from sts.pipeline import MASKS, MODEL, SAE, SHIFT, masks, shift_groups
 from sts.prompts import Prompt, make_group, make_prompt, question_text, solution_prompt
 from sts.residuals import Extractor
-from sts.saes import SideBySide, identity_sae
+from sts.saes import SideBySide, identity_sae, random_code
 from sts.score import VARIANTS
 from sts.shift import shifted_dimensions
 from sts.shift_stats import matched_latents, random_latents
@@ -32,7 +32,12 @@ FOLDS = 8
 EXTREMES = 4
 #: Length of the answers that are written with latents zeroed.
 ANSWER_TOKENS = 72
-RAW_SHIFT = tuple(name for name in (*SHIFT, *MASKS) if name not in SAE)
+#: The codes that a change is read in: SAE latents, a random code as sparse, raw dimensions.
+KINDS = ("sae", "random", "raw")
+#: What a training set's domain is called among MMLU-Pro's, where the name differs.
+DOMAIN_OF = {"code": "computer science", "medicine": "health", "mental health": "psychology"}
+#: Seed of the random code's directions: the same in every run.
+CODE_SEED = 20_000
 
 
 # --- what fine-tuning shifts --------------------------------------------------------------------------------------
@@ -46,31 +51,32 @@ def _tuned(run: OpenRun) -> LanguageModel:
     return load_tuned(run.load_model(), run.get("sft"))
 
 
-def both(run: OpenRun) -> SideBySide:
-    """The run's SAE and the raw dimensions, for one pass through the model."""
-    return SideBySide({"sae": run.sae(), "raw": identity_sae(run.lm)})
+def codes(run: OpenRun, *kinds: str) -> SideBySide:
+    """The run's SAE ("sae"), a random code as sparse ("random") and the raw dimensions ("raw"), or some of them."""
+    makers = {"sae": run.sae, "random": lambda: random_code(run.sae(), CODE_SEED), "raw": lambda: identity_sae(run.lm)}
+    return SideBySide({kind: makers[kind]() for kind in kinds or makers})
 
 
 def of_kind(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    """One kind's part, "sae" or "raw", of a stage's tensors."""
+    """One kind's part ("sae", "random" or "raw") of a stage's tensors."""
     return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}/")}
 
 
 def _model_shift(run: OpenRun, prompts: list[Prompt], report) -> dict[str, torch.Tensor]:
-    sae = both(run)
+    sae = codes(run)
     parts = model_paired_folds(run.lm, _tuned(run), sae, run.settings.layer, prompts, masks(run),
                                min(FOLDS, len(prompts)), tokens_per_batch=run.settings.tokens_per_batch,
                                report=report, work=report.work)
     return sae.split(folded(parts))
 
 
-@stage("tensors", uses=(*SHIFT, *MASKS), needs=("sft",), inputs=("model", "sae", "sft_train"))
+@stage("tensors", version=2, uses=(*SHIFT, *MASKS), needs=("sft",), inputs=("model", "sae", "sft_train"))
 def sft_shift(run: OpenRun, report) -> dict[str, torch.Tensor]:
-    """Actual shift: stage `shift`'s questions in the untuned and the tuned model, in folds; SAE and raw dimensions."""
+    """Actual shift: stage `shift`'s questions in the untuned and the tuned model, in folds; every code."""
     return _model_shift(run, shift_questions(run), report)
 
 
-@stage("tensors", uses=(*MODEL, *SAE, *MASKS), needs=("sft",), inputs=("model", "sae", "sft_held_out"))
+@stage("tensors", version=2, uses=(*MODEL, *SAE, *MASKS), needs=("sft",), inputs=("model", "sae", "sft_held_out"))
 def sft_shift_solutions(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """The same on the worked solutions of held-out problems."""
     return _model_shift(run, solution_prompts(run), report)
@@ -84,11 +90,12 @@ def solution_prompts(run: OpenRun) -> list[Prompt]:
 
 # --- what demonstrations foresee ----------------------------------------------------------------------------------
 
-@stage("tensors", uses=RAW_SHIFT, inputs=("model", "sft_train"))
-def raw_shift(run: OpenRun, report) -> dict[str, torch.Tensor]:
-    """Stage `shift` on the residual stream's own dimensions."""
-    return paired_stats(run.lm, identity_sae(run.lm), run.settings.layer, shift_groups(run), masks(run),
-                        tokens_per_batch=run.settings.tokens_per_batch, report=report, work=report.work).to_tensors()
+@stage("tensors", uses=(*SHIFT, *MASKS), inputs=("model", "sae", "sft_train"))
+def shift_controls(run: OpenRun, report) -> dict[str, torch.Tensor]:
+    """Stage `shift` on a random code as sparse as the SAE, and on the residual stream's own dimensions."""
+    sae = codes(run, "random", "raw")
+    return sae.split(paired_stats(run.lm, sae, run.settings.layer, shift_groups(run), masks(run), work=report.work,
+                                  tokens_per_batch=run.settings.tokens_per_batch, report=report).to_tensors())
 
 
 def draws_of(examples: list[Example], count: int, draws: int, seed: int) -> tuple[list[list[Example]], list[Example]]:
@@ -107,29 +114,69 @@ def draws_of(examples: list[Example], count: int, draws: int, seed: int) -> tupl
 def _shift_behind(run: OpenRun, demonstrations: list[Example], questions: list[Example],
                   report) -> dict[str, torch.Tensor]:
     group, sae = make_group(run.lm.tokenizer, questions, tuple(demonstrations), context_length=run.lm.context_length,
-                            tokens=run.settings.overlap_tokens), both(run)
+                            tokens=run.settings.overlap_tokens), codes(run)
     stats = paired_stats(run.lm, sae, run.settings.layer, [group], masks(run), work=report.work,
-                         tokens_per_batch=run.settings.tokens_per_batch)
-    return sae.split({"squared_difference_L": stats.squared_difference_L.cpu()})
+                         tokens_per_batch=run.settings.tokens_per_batch).to_tensors()
+    return sae.split({name: stats[name] for name in ("squared_difference_L", "base_fired_L", "base_square_sum_L")})
 
 
 OVERLAP = (*MODEL, *SAE, *MASKS, "overlap_tokens", "seed")
 
 
-@stage("tensors", uses=(*OVERLAP, "overlap_draws", "shift_demonstrations"), inputs=("model", "sae", "sft_train"))
-def shift_by_draw(run: OpenRun, report) -> dict[str, torch.Tensor]:
-    """Squared change behind single sets of demonstrations, the same questions behind each; SAE and raw, draws x L."""
-    settings = run.settings
-    draws, questions = draws_of(run.sft_examples("train"), settings.shift_demonstrations, settings.overlap_draws,
-                                settings.seed)
+def _shifts_behind(run: OpenRun, sets: list[list[Example]], questions: list[Example],
+                   report) -> dict[str, torch.Tensor]:
+    """The same questions behind each set of demonstrations: kind/squared_difference_RL, one row a set; and the
+    questions' own kind/base_fired_L and kind/base_square_sum_L, which are the same behind all."""
     rows = []
-    for done, demonstrations in enumerate(draws, 1):
+    for done, demonstrations in enumerate(sets, 1):
         rows.append(_shift_behind(run, demonstrations, questions, report))
-        report(done / len(draws))
-    return {kind: torch.stack([row[f"{kind}/squared_difference_L"] for row in rows]) for kind in ("sae", "raw")}
+        report(done / len(sets))
+    return {name.replace("difference_L", "difference_RL"):
+            torch.stack([row[name] for row in rows]) if name.endswith("difference_L") else rows[0][name]
+            for name in rows[0]}
 
 
-@stage("tensors", uses=(*OVERLAP, "overlap_demonstrations", "demonstration_draws"),
+def overlap_draws(run: OpenRun) -> tuple[list[list[Example]], list[Example]]:
+    """The single sets of training-domain demonstrations, and the questions behind each of them."""
+    settings = run.settings
+    return draws_of(run.sft_examples("train"), settings.shift_demonstrations, settings.overlap_draws, settings.seed)
+
+
+@stage("tensors", version=2, uses=(*OVERLAP, "overlap_draws", "shift_demonstrations"),
+       inputs=("model", "sae", "sft_train"))
+def shift_by_draw(run: OpenRun, report) -> dict[str, torch.Tensor]:
+    """Squared change behind single sets of demonstrations, the same questions behind each; all codes."""
+    return _shifts_behind(run, *overlap_draws(run), report)
+
+
+def other_domain_sets(run: OpenRun) -> list[list[Example]]:
+    """As many sets as `overlap_draws`, each from one domain other than the training set's own, as a control.
+
+    Raises:
+        StsError: no other domain has enough examples.
+    """
+    settings = run.settings
+    pool = run.demonstration_pool() or run.domain_examples()
+    own = {DOMAIN_OF.get(example.domain, example.domain) for example in run.sft_examples("train")}
+    large = [domain for domain in sorted(set(pool) - own) if len(pool[domain]) >= settings.shift_demonstrations]
+    if not large:
+        raise StsError(f"The control takes {settings.shift_demonstrations} demonstrations from a domain of "
+                       f"{settings.domain_data!r} other than {', '.join(sorted(own))}; no domain has so many. Use "
+                       "fewer shift_demonstrations, or more domains.")
+    generator = random.Random(settings.seed)
+    order = generator.sample(large, len(large))
+    return [generator.sample(pool[order[draw % len(order)]], settings.shift_demonstrations)
+            for draw in range(settings.overlap_draws)]
+
+
+@stage("tensors", uses=(*OVERLAP, "overlap_draws", "shift_demonstrations"),
+       inputs=("model", "sae", "sft_train", "domain_data", "demonstrations"))
+def shift_by_other_domain(run: OpenRun, report) -> dict[str, torch.Tensor]:
+    """Stage `shift_by_draw` with demonstrations from other domains before the same questions: a control."""
+    return _shifts_behind(run, other_domain_sets(run), overlap_draws(run)[1], report)
+
+
+@stage("tensors", version=2, uses=(*OVERLAP, "overlap_demonstrations", "demonstration_draws"),
        inputs=("model", "sae", "sft_train"))
 def shift_by_demonstrations(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """Squared change behind 1, 2, ... demonstrations, each set holding the smaller ones; kind/number -> draws x L."""
@@ -140,7 +187,7 @@ def shift_by_demonstrations(run: OpenRun, report) -> dict[str, torch.Tensor]:
     for done, demonstrations in enumerate(draws, 1):
         for number in numbers:
             found = _shift_behind(run, demonstrations[:number], questions, report)
-            for kind in ("sae", "raw"):
+            for kind in KINDS:
                 rows.setdefault(f"{kind}/{number}", []).append(found[f"{kind}/squared_difference_L"])
         report(done / len(draws))
     return {name: torch.stack(own) for name, own in rows.items()}

@@ -125,6 +125,42 @@ def identity_sae(lm: LanguageModel) -> IdentitySAE:
 
 
 @dataclass
+class RandomCode:
+    """A sparse code with random directions, as sparse on every token as an SAE: what sparsity alone would show.
+
+    Each latent is the projection on a random unit vector of the residual stream less the SAE's decoder bias. On a
+    token on which the SAE has n active latents, the n largest positive projections are kept.
+
+    Attributes:
+        sae: the SAE whose width and sparsity it has.
+        directions_DL: unit columns.
+    """
+
+    sae: object
+    directions_DL: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.cfg = SimpleNamespace(d_in=self.sae.cfg.d_in, d_sae=self.sae.cfg.d_sae,
+                                   metadata=SimpleNamespace(hook_name=None), architecture=lambda: "random")
+        self.device, self.dtype = self.sae.device, torch.float32
+
+    def encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
+        """Latents, T x L, none below zero."""
+        active_T = (self.sae.encode(residual_TD.to(self.sae.dtype)) > 0).sum(-1)
+        value_TL = ((residual_TD.float() - self.sae.b_dec.float()) @ self.directions_DL).relu()
+        most = int(active_T.max()) if len(active_T) else 0
+        top = value_TL.topk(most, dim=-1)
+        kept_TK = torch.where(torch.arange(most, device=active_T.device) < active_T[:, None], top.values, 0)
+        return torch.zeros_like(value_TL).scatter(-1, top.indices, kept_TK)
+
+
+def random_code(sae, seed: int = 0) -> RandomCode:
+    """A `RandomCode` of an SAE's width and sparsity, its directions drawn evenly from the sphere."""
+    directions_DL = torch.randn(sae.cfg.d_in, sae.cfg.d_sae, generator=torch.Generator().manual_seed(seed))
+    return RandomCode(sae, (directions_DL / directions_DL.norm(dim=0)).to(sae.device))
+
+
+@dataclass
 class SideBySide:
     """Several SAEs of one site as one, their latents side by side, so that one pass through the model serves them all.
 

@@ -220,13 +220,18 @@ class OpenRun:
             from sts.pipeline import sae_documents
 
             return digest([text for name in settings.sae_text for text in sae_documents(self, name)])
+        if what == "trial_problems":
+            from sts.pipeline_choices import trial_run
+
+            trial = trial_run(self)
+            return digest([*trial.sft_examples("train"), *trial.sft_examples("held_out")])
         if what == "generation_data":
             from sts.pipeline_generation import generation_questions
 
             return digest([example for _, *parts in generation_questions(self).values() for part in parts
                            for example in part])
         raise one_of("Input", what, ("model", "sae", "sft_train", "sft_held_out", "domain_data", "demonstrations",
-                                     "text_data", "sae_text", "generation_data", "seeds"))
+                                     "text_data", "sae_text", "generation_data", "trial_problems", "seeds"))
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
         memory = self._shared if name in ("lm", "loaded_sae", "identity:model") else self._memory

@@ -6,13 +6,20 @@ import scipy.stats
 import torch
 
 from sts.errors import StsError
-from sts.shift_stats import concentrations, matched_latents, overlap_rows, random_latents, same_fraction
+from sts.shift_stats import (
+    concentrations,
+    matched_latents,
+    overlap_rows,
+    random_latents,
+    ratio_interval,
+    same_fraction,
+)
 
 CHANGE_FL = torch.tensor([[8.0, 1, 0, 1], [6, 2, 1, 1], [1, 9, 0, 0]])
 
 
 def test_shares_by_hand():
-    found = concentrations(CHANGE_FL, resamples=50)
+    found = concentrations(CHANGE_FL)
     assert found.counts_K.tolist() == [1, 2, 3, 4] and found.width == 4 and found.folds == 3
     # In all 30: latents carry 15, 12, 1, 2.
     assert found.share_K == pytest.approx([15 / 30, 27 / 30, 29 / 30, 1])
@@ -23,20 +30,32 @@ def test_shares_by_hand():
                                          "high": found.high_K[1]})
 
 
-def test_the_interval_is_that_of_folds_drawn_with_replacement():
+def test_the_interval_is_the_jackknife_of_folds_with_students_t():
     generator = np.random.default_rng(3)
     change_FL = torch.from_numpy(generator.exponential(size=(6, 40)) * generator.exponential(5, size=40))
-    found = concentrations(change_FL, 10, resamples=4000)
+    found = concentrations(change_FL, 10)
     carried = []
     for fold in range(6):
         others = np.delete(change_FL.numpy(), fold, 0).sum(0)
         carried.append(change_FL.numpy()[fold][np.argsort(-others)[:10]].sum())
-    drawn = [np.array(carried)[picked].sum() / change_FL.numpy()[picked].sum()
-             for picked in np.random.default_rng(9).integers(0, 6, (4000, 6))]
+    total = change_FL.numpy().sum(1)
+    left_out = [(sum(carried) - carried[fold]) / (total.sum() - total[fold]) for fold in range(6)]
+    error = np.sqrt(5 / 6 * np.sum((np.array(left_out) - np.mean(left_out)) ** 2))
     at = found.at(10)
-    assert [at["low"], at["high"]] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.01)
+    expected = scipy.stats.t(5, loc=sum(carried) / total.sum(), scale=error).interval(0.95)
+    assert [at["low"], at["high"]] == pytest.approx(expected)
     assert at["low"] < at["held_out"] < at["high"] <= 1
     assert at["held_out"] < at["share"]  # chosen on the same questions, the chosen look better
+
+
+def test_the_interval_covers_the_true_ratio():
+    generator = np.random.default_rng(0)
+    missed = 0
+    for _ in range(600):
+        part = generator.exponential(1, (8, 1))
+        low, high = ratio_interval(part, part[:, 0] + generator.exponential(3, 8))
+        missed += not low[0] <= 0.25 <= high[0]
+    assert missed / 600 < 0.08  # percentiles of resampled folds miss about 12%
 
 
 def test_random_orders_lie_about_the_diagonal():
