@@ -16,7 +16,7 @@ from sts.evaluate import MEASURES
 from sts.finetune import load_tuned
 from sts.model_shift import model_paired_stats
 from sts.pipeline import DOMAIN, MASKS, SAE, domain_groups, masks, split_domains
-from sts.pipeline_shift import both, of_kind
+from sts.pipeline_shift import codes, of_kind
 from sts.prompts import question_text
 from sts.saes import identity_sae
 from sts.shift_stats import same_fraction
@@ -46,7 +46,7 @@ def domain_raw_stats(run: OpenRun, report) -> dict[str, torch.Tensor]:
 @stage("tensors", uses=(*DOMAIN, *MASKS), needs=("sft",), inputs=("model", "sae", "domain_data", "demonstrations"))
 def domain_model_change(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """The same questions, without demonstrations, in the untuned and the tuned model: what `model_change` takes."""
-    tuned, sae = load_tuned(run.load_model(), run.get("sft")), both(run)
+    tuned, sae = load_tuned(run.load_model(), run.get("sft")), codes(run, "sae", "raw")
     groups, flat = domain_groups(run), {}
     for index, (domain, own) in enumerate(groups.items()):
         stats = sae.split(model_paired_stats(
@@ -75,12 +75,13 @@ def text_baselines(run: OpenRun, report) -> pandas.DataFrame:
                               "tfidf": similar[domain]} for domain, own in texts.items()])
 
 
-@stage("parquet", uses=("top_n",), needs=("scores", "shift", "raw_shift", "sft_shift", "domain_stats",
+@stage("parquet", uses=("top_n",), needs=("scores", "shift", "shift_controls", "sft_shift", "domain_stats",
                                           "domain_raw_stats", "domain_model_change", "text_baselines", "domain_shift"))
 def baseline_values(run: OpenRun, report) -> pandas.DataFrame:
     """Every baseline that is the same for all measures, for this seed: column domain, and one column a predictor."""
     domains, raw = split_domains(run.get("domain_stats")), split_domains(run.get("domain_raw_stats"))
-    shift, raw_shift, count = run.get("shift"), run.get("raw_shift"), run.settings.top_n
+    shift, raw_shift = run.get("shift"), of_kind(run.get("shift_controls"), "raw")
+    count = run.settings.top_n
     width = len(shift["squared_difference_L"])
     raw_count = same_fraction(count, width, len(raw_shift["squared_difference_L"]))
     scores = run.get("scores").query("variant == 'paper'").set_index("domain")
