@@ -127,6 +127,8 @@ class Run(BaseModel):
                                                                "fine-tuning and evaluation are done again for each")
     bootstrap: int = Field(5000, ge=100, description="bootstrap resamples")
     permutations: int = Field(100_000, ge=100, description="Monte Carlo permutations where exact ones are too many")
+    baseline_draws: int = Field(500, ge=19, description="random sets of latents of each kind, and shuffled targets of "
+                                                        "the probes, that baselines are compared with")
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:

@@ -35,7 +35,8 @@ from sts.saes import check_fits, known_width, load_sae, sae_folder, sae_identity
 from sts.shift import check_top_n
 from sts.store import Store, read
 
-PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math-verify", "reasoning-gym", "scipy")
+PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math-verify", "reasoning-gym", "scipy",
+            "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,9 @@ class OpenRun:
     def _spec(self, name: str) -> Stage:
         from sts import (  # noqa: F401  # they register the stages
             pipeline,
+            pipeline_baselines,
             pipeline_choices,
+            pipeline_comparison,
             pipeline_generation,
             pipeline_shift,
         )
