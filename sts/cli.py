@@ -70,10 +70,14 @@ def run_one(chapter: str, run: RunOption = "laptop", parameter: ParameterOption 
 @app.command()
 def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = None) -> None:
     """Compute (or load) the stage NAME and say where its result lies."""
+    from sts import processes
     from sts.stages import open_run
 
     opened = open_run(run, **_checked(_values(parameter)))
     opened.get(name)
+    processes.leave()
+    if not processes.is_main():
+        return
     record = opened.provenance(name)
     key, kind = opened.key(name), opened._spec(name).kind
     print(f"{name} [{key}], computed {record['finished']} in {record['seconds']} s")

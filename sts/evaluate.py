@@ -157,15 +157,15 @@ def _best_is_right(rows: pandas.DataFrame, score: pandas.Series) -> pandas.Serie
 
 def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, *, resamples: int = 5000,
                   seed: int = 0) -> pandas.DataFrame:
-    """Change of every measure in every domain, paired by item, with a bootstrap interval over items.
+    """Change of every measure in every domain, paired by item, with an interval over items.
 
     Args:
         before, after: what `evaluate` returned for the same examples.
 
     Returns:
-        One row per domain and measure that was evaluated: domain, measure, n, before, after, shift, low, high,
-        standard_error, mcnemar_p (McNemar's exact test that items turn right as often as wrong; NaN unless the measure
-        is one of `BINARY`).
+        One row per domain and measure that was evaluated: domain, measure, n, before, after, shift, low, high (NaN for
+        one item), interval (its kind, see `stats.MeanInterval`), standard_error, mcnemar_p (McNemar's exact test that
+        items turn right as often as wrong; NaN unless the measure is one of `BINARY`).
     """
     return item_shifts(item_measures(before), item_measures(after), resamples=resamples, seed=seed)
 
@@ -186,6 +186,6 @@ def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples:
             change = paired_mean_interval((new - old).to_numpy(), resamples=resamples, seed=seed)
             rows.append({"domain": domain, "measure": measure, "n": len(old), "before": old.mean(),
                          "after": new.mean(), "shift": change.mean, "low": change.low, "high": change.high,
-                         "standard_error": change.standard_error,
+                         "interval": change.kind, "standard_error": change.standard_error,
                          "mcnemar_p": mcnemar_p(old > 0, new > 0) if measure in BINARY else math.nan})
     return pandas.DataFrame(rows)

@@ -80,7 +80,7 @@ def generation_after(run: OpenRun, report) -> pandas.DataFrame:
     return _generation(run, report, tuned=True)
 
 
-@stage("parquet", uses=("bootstrap", "seed"), needs=("generation_before", "generation_after"))
+@stage("parquet", version=2, uses=("bootstrap", "seed"), needs=("generation_before", "generation_after"))
 def generation_shift(run: OpenRun, report) -> pandas.DataFrame:
     """Change of the accuracy of generated answers, by benchmark and domain, with intervals and McNemar's test."""
     def items(frame: pandas.DataFrame) -> pandas.DataFrame:
