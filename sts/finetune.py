@@ -6,6 +6,7 @@ model and takes its share of each batch; the main one writes.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -88,13 +89,14 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     Raises:
         StsError: an example whose question alone fills `max_length`, or a batch that the processes cannot share.
     """
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig, get_peft_model
     from transformers import PrinterCallback, TrainerCallback
     from transformers.utils import logging as transformers_logging
     from trl import SFTConfig, SFTTrainer
 
     transformers_logging.disable_progress_bar()
+    disable_progress_bars()
     for example in [*train, *held_out]:
         length = len(lm.tokenizer(render(lm.tokenizer, question_text(example)), add_special_tokens=False)["input_ids"])
         if length >= settings.max_length:
@@ -136,18 +138,14 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     trainer.remove_callback(PrinterCallback)  # it prints every step into the notebook
     main, meet = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
     if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        # The trainer writes its state last: a checkpoint without it was cut short.
         for checkpoint in checkpoints.glob("checkpoint-*"):
-            if not (checkpoint / "trainer_state.json").is_file():
+            if not _whole(checkpoint):
                 shutil.rmtree(checkpoint)
     meet()  # before anyone looks for checkpoints
     resumable = list(checkpoints.glob("checkpoint-*"))
-    before_file = folder / "held_out_before.txt"
-    if not resumable or not before_file.is_file():
-        before = trainer.evaluate()["eval_loss"]  # all processes', so that none writes before the others have looked
-        if main:
-            before_file.write_text(repr(before))
+    # Inside `train`: evaluated before it, the model would be taken for prepared, and several processes would train a
+    # copy each without adding up their gradients.
+    trainer.args.eval_on_start = not resumable
     trainer.train(resume_from_checkpoint=bool(resumable) or None)
     after = trainer.evaluate()["eval_loss"]
     if work is not None:
@@ -159,12 +157,23 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     if main:
         (trainer.model if settings.lora_rank else model).save_pretrained(folder / "adapter")
     meet()
+    history = trainer.state.log_history
     return {
-        "curve": [{"step": row["step"], "loss": row["loss"]} for row in trainer.state.log_history if "loss" in row],
-        "held_out_before": float(before_file.read_text()), "held_out_after": after,
+        "curve": [{"step": row["step"], "loss": row["loss"]} for row in history if "loss" in row],
+        "held_out_before": next(row["eval_loss"] for row in history if "eval_loss" in row), "held_out_after": after,
         "steps": trainer.state.global_step,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether training can go on from a checkpoint: its state, which is written last, holds the loss before training.
+    """
+    try:
+        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return any("eval_loss" in row for row in history)
 
 
 def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:
