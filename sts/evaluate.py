@@ -101,7 +101,7 @@ def _requests(lm: LanguageModel, example: Example) -> list[dict]:
 def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: int,
                            report: Callable[[float], None] = lambda fraction: None,
                            work: Work | None = None) -> list[float]:
-    """Log-likelihoods (nats) of `target` after `context`, by lm-evaluation-harness.
+    """Log-likelihoods (nats) of `target` after `context`, a text made by `prompts.render`, by lm-evaluation-harness.
 
     Raises:
         StsError: a log-likelihood is not a finite number.
@@ -110,7 +110,7 @@ def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: in
 
     from sts.harness import open_harness
 
-    harness = open_harness(lm, batch=batch, report=report, work=work)
+    harness = open_harness(lm, batch=batch, chat=bool(lm.tokenizer.chat_template), report=report, work=work)
     instances = [Instance(request_type="loglikelihood", doc={}, arguments=(row["context"], row["target"]), idx=index)
                  for index, row in enumerate(requests)]
     values = [value for value, _ in harness.loglikelihood(instances, disable_tqdm=True)]

@@ -68,13 +68,13 @@ def _generation(run: OpenRun, report, *, tuned: bool) -> pandas.DataFrame:
     return pandas.concat(frames, ignore_index=True)
 
 
-@stage("parquet", uses=GENERATION, inputs=("model", "generation_data"))
+@stage("parquet", version=2, uses=GENERATION, inputs=("model", "generation_data"))
 def generation_before(run: OpenRun, report) -> pandas.DataFrame:
     """Generated answers to `eval_generate`, scored, by the untuned model."""
     return _generation(run, report, tuned=False)
 
 
-@stage("parquet", uses=GENERATION, needs=("sft",), inputs=("model", "generation_data"))
+@stage("parquet", version=2, uses=GENERATION, needs=("sft",), inputs=("model", "generation_data"))
 def generation_after(run: OpenRun, report) -> pandas.DataFrame:
     """The same by the tuned model."""
     return _generation(run, report, tuned=True)
