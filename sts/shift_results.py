@@ -12,7 +12,6 @@ from sts.pipeline_shift import of_kind
 from sts.shift import overlap, shifted_dimensions
 from sts.shift_stats import Concentration, concentrations, count_grid, overlap_rows, same_fraction
 from sts.stages import OpenRun
-from sts.stats import paired_mean_interval
 
 KINDS = ("sae", "raw")
 #: The paper's N = 100 of 28,672 latents (its Qwen SAE), as a fraction.
@@ -98,45 +97,3 @@ def overlap_by_demonstrations(run: OpenRun) -> pandas.DataFrame:
         rows += [{"demonstrations": int(number), "draw": draw, "kind": kind,
                   **_share(change_L, actual(run, kind), numbers[kind])} for draw, change_L in enumerate(changes_RL, 1)]
     return pandas.DataFrame(rows).sort_values(["kind", "demonstrations", "draw"], ignore_index=True)
-
-
-# --- zeroing ------------------------------------------------------------------------------------------------------
-
-def ablation_effects(rows: pandas.DataFrame, *, resamples: int = 5000, seed: int = 0) -> pandas.DataFrame:
-    """Change in bits per character that zeroing causes, paired by problem, with a bootstrap interval over problems.
-
-    Args:
-        rows: stage `ablation`. Draws of random sets are averaged within a problem first.
-
-    Returns:
-        One row per kind and number, and per difference of the most shifted from another kind: kind (also
-        "most_shifted - random", "most_shifted - matched"), latents, mean, low, high (bits per character), n
-        (problems), draws, rate (mean firing rate of the set).
-    """
-    none = rows[rows["kind"] == "none"].set_index("example_id")["bits"]
-    changed = rows[rows["kind"] != "none"]
-    wide = changed.groupby(["latents", "kind", "example_id"])["bits"].mean().unstack("kind")
-    found = []
-    for count, items in wide.groupby(level="latents"):
-        items = items.droplevel("latents").loc[none.index]
-        own = changed[changed["latents"] == count].groupby("kind")
-        differences = {kind: items[kind] - none for kind in items.columns}
-        differences |= {f"most_shifted - {kind}": items["most_shifted"] - items[kind] for kind in ("random", "matched")}
-        for kind, values in differences.items():
-            interval = paired_mean_interval(values.to_numpy(), resamples=resamples, seed=seed)
-            known = kind in own.groups
-            found.append({"kind": kind, "latents": int(count), "mean": interval.mean, "low": interval.low,
-                          "high": interval.high, "n": interval.n,
-                          "draws": int(own["draw"].nunique()[kind]) if known else None,
-                          "rate": float(own["rate"].mean()[kind]) if known else None})
-    return pandas.DataFrame(found)
-
-
-def run_effects(run: OpenRun) -> pandas.DataFrame:
-    """`ablation_effects` of a run's stage `ablation`."""
-    return ablation_effects(run.get("ablation"), resamples=run.settings.bootstrap, seed=run.settings.seed)
-
-
-def zeroed_number(run: OpenRun) -> int:
-    """The number of latents in `ablation_latents` nearest to the run's N; the smaller of two as near."""
-    return min(sorted(run.settings.ablation_latents), key=lambda count: abs(count - run.settings.top_n))

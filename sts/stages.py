@@ -162,6 +162,7 @@ class OpenRun:
             pipeline_choices,
             pipeline_generation,
             pipeline_shift,
+            pipeline_zero,
         )
 
         if name not in STAGES:

@@ -5,12 +5,11 @@ A rule is fixed here, in words and in code side by side, before any number is kn
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 
 import pandas
 
-from sts import shift_results
+from sts import shift_results, zero_results
 from sts.pages import p_phrase, p_value
 from sts.paper import published_numbers
 from sts.stages import OpenRun
@@ -24,10 +23,6 @@ FEW_RULE = ("*Few latents carry the change* counts as **held** if the N most shi
             "**undecided**.")
 EVEN_RULE = ("*Raw dimensions share it more evenly* counts as **held** if the interval of the SAE's share lies above "
              "that of the same fraction of raw dimensions, as **reversed** if it lies below, otherwise as "
-             "**not shown**.")
-ZERO_RULE = ("*Zeroing the most shifted hurts more* counts as **held** if it costs more bits than zeroing as many "
-             "random latents *and* as many of like firing rates, both 95% intervals of the difference above zero; as "
-             "**held against random latents only** if the second interval includes zero or less; otherwise as "
              "**not shown**.")
 FORESEEN_RULE = ("*Demonstrations foresee the shift* counts as **held** if the two lists of N latents share more than "
                  "random lists would with p below 0.05, drawn among the latents that change on these tokens at all; "
@@ -51,14 +46,6 @@ def even_verdict(sae: dict[str, float], raw: dict[str, float]) -> str:
     if sae["low"] > raw["high"]:
         return "held"
     return "reversed" if sae["high"] < raw["low"] else "not shown"
-
-
-def zero_verdict(effects: pandas.DataFrame, count: int) -> str:
-    """`ZERO_RULE`, from `shift_results.ablation_effects` at one number of latents."""
-    own = effects[effects["latents"] == count].set_index("kind")["low"]
-    if not own["most_shifted - random"] > 0:
-        return "not shown"
-    return "held" if own["most_shifted - matched"] > 0 else "held against random latents only"
 
 
 def foreseen_verdict(row: dict) -> str:
@@ -129,27 +116,11 @@ def even_sentence(run: OpenRun) -> str:
             f"share it more evenly: **{even_verdict(shares['sae'], shares['raw'])}**.")
 
 
-def zero_sentence(run: OpenRun) -> str:
-    """Whether zeroing the most shifted latents hurts more than zeroing others (Figure 1b)."""
-    effects, count = shift_results.run_effects(run), shift_results.zeroed_number(run)
-    own = effects[effects["latents"] == count].set_index("kind")
-
-    def cost(kind: str) -> str:
-        row = own.loc[kind]
-        return f"{row['mean']:+.2g} ({row['low']:+.2g} to {row['high']:+.2g})"
-
-    return (f"zeroing the {count} most shifted latents in the {run.settings.ablation_model} model changes the bits per "
-            f"character of {int(own['n'].iloc[0])} held-out solutions by {cost('most_shifted')}, zeroing as many "
-            f"random latents by {cost('random')}, as many of like firing rates by {cost('matched')} "
-            f"({counted(int(own.loc['random', 'draws']), 'set')} of each kind; 95% intervals over problems). "
-            f"Zeroing the most shifted hurts more: **{zero_verdict(effects, count)}**.")
-
-
 def shift_summary(run: OpenRun) -> str:
     """First paragraph of the chapter on what fine-tuning shifts."""
     return (f"**The answer of this run.** {_tuned_on(run)}\n\n"
-            f"{_listed(few_sentence(run), even_sentence(run), zero_sentence(run))}\n\n"
-            f"{FEW_RULE} {EVEN_RULE} {ZERO_RULE} Seed {run.settings.seed}, one training run.")
+            f"{_listed(few_sentence(run), even_sentence(run), zero_results.zero_sentence(run))}\n\n"
+            f"{FEW_RULE} {EVEN_RULE} {zero_results.ZERO_RULE} Seed {run.settings.seed}, one training run.")
 
 
 def foreseen_sentence(run: OpenRun) -> str:
@@ -208,20 +179,6 @@ def demonstrations_sentence(by_number: pandas.DataFrame) -> str:
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
-ZEROED = {"none": "nothing", "most_shifted": "most shifted", "random": "random", "matched": "random, like firing rates",
-          "most_shifted - random": "difference: most shifted less random",
-          "most_shifted - matched": "difference: most shifted less like firing rates"}
-
-
-def effects_table(effects: pandas.DataFrame) -> pandas.DataFrame:
-    """`shift_results.ablation_effects` for a page."""
-    return pandas.DataFrame([{
-        "latents zeroed": row.latents, "which": ZEROED[row.kind],
-        "change in bits per character": f"{row.mean:+.2g} ({row.low:+.2g} to {row.high:+.2g})", "problems": row.n,
-        "sets": "" if pandas.isna(row.draws) else int(row.draws),
-        "mean firing rate": "" if pandas.isna(row.rate) else f"{row.rate:.2%}"} for row in effects.itertuples()])
-
-
 #: Fractions of the dimensions at which the table reads the overlap off.
 FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
@@ -239,12 +196,3 @@ def overlap_table(curves: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
                          "by chance, changing only": f"{row.active_chance * row.n:.1f}" if known else "",
                          "p, changing only": p_value(row.active_p) if known else ""})
     return pandas.DataFrame(rows)
-
-
-def answers_html(written: dict) -> str:
-    """Stage `ablated_answers` as HTML: the problem and each model's answer, escaped."""
-    blocks = "".join(f"<dt>Zeroed: {html.escape(ZEROED[one['zeroed']])} ({one['latents']} latents)</dt>"
-                     f"<dd><em>{html.escape(one['answer']) or 'nothing written'}</em></dd>"
-                     for one in written["answers"])
-    return (f"<p>{html.escape(written['question'])} (Right answer: {html.escape(written['answer'])})</p>"
-            f"<dl>{blocks}</dl>")
