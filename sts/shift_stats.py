@@ -16,7 +16,6 @@ from sts.errors import StsError
 from sts.shift import concentration, overlap, shifted_dimensions
 from sts.stats import overlap_p
 
-
 # --- concentration ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)

@@ -116,10 +116,16 @@ def even_sentence(run: OpenRun) -> str:
             f"share it more evenly: **{even_verdict(shares['sae'], shares['raw'])}**.")
 
 
+def zero_sentence(run: OpenRun) -> str:
+    """Whether zeroing the most shifted latents hurts more than zeroing others (Figure 1b)."""
+    verdict = zero_results.run_verdict(run)
+    return f"{zero_results.run_sentence(run)} Zeroing the most shifted hurts more: **{verdict}**."
+
+
 def shift_summary(run: OpenRun) -> str:
     """First paragraph of the chapter on what fine-tuning shifts."""
     return (f"**The answer of this run.** {_tuned_on(run)}\n\n"
-            f"{_listed(few_sentence(run), even_sentence(run), zero_results.zero_sentence(run))}\n\n"
+            f"{_listed(few_sentence(run), even_sentence(run), zero_sentence(run))}\n\n"
             f"{FEW_RULE} {EVEN_RULE} {zero_results.ZERO_RULE} Seed {run.settings.seed}, one training run.")
 
 

@@ -95,12 +95,15 @@ def zero_verdict(effects: pandas.DataFrame, count: int) -> str:
     return "held" if (others > 0).all() else "held against random latents only"
 
 
-def zero_sentence(run: OpenRun) -> str:
-    """Whether zeroing the most shifted latents hurts more than zeroing others (Figure 1b)."""
-    effects, count = run_effects(run), zeroed_number(run)
-    verdict = zero_verdict(effects, count)
-    return (f"{effects_sentence(effects, count, shared_number(run, count), run.settings.ablation_model)} "
-            f"Zeroing the most shifted hurts more: **{verdict}**.")
+def run_verdict(run: OpenRun) -> str:
+    """`zero_verdict` of a run at `zeroed_number`."""
+    return zero_verdict(run_effects(run), zeroed_number(run))
+
+
+def run_sentence(run: OpenRun) -> str:
+    """`effects_sentence` of a run at `zeroed_number`."""
+    count = zeroed_number(run)
+    return effects_sentence(run_effects(run), count, shared_number(run, count), run.settings.ablation_model)
 
 
 def effects_sentence(effects: pandas.DataFrame, count: int, shared: int, model: str) -> str:
