@@ -174,6 +174,7 @@ class OpenRun:
             pipeline_comparison,
             pipeline_generation,
             pipeline_shift,
+            pipeline_zero,
         )
 
         if name not in STAGES:
