@@ -41,9 +41,9 @@ def crossed_mean_interval(values_DP: Sequence[Sequence[float]], *, level: float 
                        "value for every set and problem, and at least one of each.")
     mean, (rows, columns) = float(table_DP.mean()), table_DP.shape
     if columns == 1:
-        return MeanInterval(mean, math.nan, math.nan, math.nan, level, 1, 0)
+        return MeanInterval(mean, math.nan, math.nan, math.nan, level, 1, "none")
     parts = [(table_DP.mean(axis=axis).var(ddof=1), number) for axis, number in ((0, columns), (1, rows)) if number > 1]
     error = math.sqrt(sum(variance / number for variance, number in parts))
     reach = math.sqrt(sum(variance / number * scipy_stats.t.ppf((1 + level) / 2, number - 1)**2
                           for variance, number in parts))
-    return MeanInterval(mean, error, mean - reach, mean + reach, level, columns, 0)
+    return MeanInterval(mean, error, mean - reach, mean + reach, level, columns, "t")

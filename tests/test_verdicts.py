@@ -36,7 +36,7 @@ def test_raw_dimensions_share_it_more_evenly(sae, raw, random, verdict):
 
 
 def lead(low, high=0.9, n=6):
-    return MeanInterval((low + high) / 2, 0.1, low, high, 0.95, n, 0)
+    return MeanInterval((low + high) / 2, 0.1, low, high, 0.95, n, "t")
 
 
 NAN = float("nan")
