@@ -290,7 +290,8 @@ def test_no_match_is_said_with_what_the_nearest_holds():
 def test_the_runs_sentence_says_its_verdict_and_its_shared_latents(run):
     text, count = verdicts.zero_sentence(run), zero_results.zeroed_number(run)
     effects = zero_results.run_effects(run)
-    assert text.endswith(f"hurts more: **{zero_results.zero_verdict(effects, count)}**.") and count == 16
+    verdict = verdicts.judged(run, zero_results.zero_verdict(effects, count))
+    assert text.endswith(f"hurts more: **{verdict}**.") and count == 16
     chosen, _ = sets_of(run)
     most, active = ({*next(one for one in chosen if (one.kind, one.count) == (kind, 16)).latents.tolist()}
                     for kind in ("most_shifted", "most_active"))
