@@ -5,13 +5,13 @@ A rule is fixed here, in words and in code side by side, before any number is kn
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 
 import pandas
 
-from sts import shift_results, zero_results
+from sts import learned, shift_results, zero_results
+from sts.learned import judged, learned_sentence
 from sts.pages import p_phrase, p_value
 from sts.paper import published_numbers
 from sts.stages import OpenRun
@@ -44,10 +44,6 @@ BETTER_RULE = ("*Better than raw dimensions* counts as **held** if the share for
 MORE_RULE = ("*More demonstrations foresee more* counts as **held** if the share foreseen behind the largest number "
              "less that behind the smallest has its whole 95% interval over draws above zero, as **reversed** if "
              "below, otherwise as **not shown**.")
-LEARNED_RULE = ("A run **learned** if the loss on held-out problems of the training domain fell by a tenth of its "
-                "starting value or more; the claims are not judged in a run that did not.")
-#: See `LEARNED_RULE`.
-LEARNED = 0.1
 
 
 # --- the rules ----------------------------------------------------------------------------------------------------
@@ -92,25 +88,6 @@ def more_verdict(gain: MeanInterval) -> str:
     if gain.low > 0:
         return "held"
     return "reversed" if gain.high < 0 else "not shown"
-
-
-def loss_fall(run: OpenRun) -> float:
-    """By what share of its starting value fine-tuning lowered the loss on held-out training-domain problems."""
-    log = json.loads((run.get("sft") / "training.json").read_text(encoding="utf-8"))
-    return 1 - log["held_out_after"] / log["held_out_before"]
-
-
-def judged(run: OpenRun, verdict: str) -> str:
-    """The verdict, or that none is given, as the run did not learn (`LEARNED_RULE`)."""
-    return verdict if loss_fall(run) >= LEARNED else "not judged, as training taught nothing"
-
-
-def learned_sentence(run: OpenRun) -> str:
-    """Whether fine-tuning taught the model anything of its own domain."""
-    fall = loss_fall(run)
-    did = (f"fell by {fall:.0%}" if fall >= 0 else f"rose by {-fall:.0%}")
-    return (f"the loss on {run.settings.sft_held_out} held-out problems {did} of its starting value: the run "
-            f"**{'learned' if fall >= LEARNED else 'did not learn'}**.")
 
 
 def figure_note(run: OpenRun, n: str, interval: str, *stages: str, seeds: Sequence[int] = ()) -> str:
@@ -191,7 +168,7 @@ def shift_summary(run: OpenRun) -> str:
     told = (few_sentence, beyond_sentence, even_sentence, zero_sentence)
     return (f"**The answer of this run.** {_tuned_on(run)}\n\n"
             f"{_listed(*(sentence(run) for sentence in (learned_sentence, *told)))}\n\n"
-            f"{LEARNED_RULE} {FEW_RULE} {BEYOND_RULE} {EVEN_RULE} {zero_results.ZERO_RULE} Seed {run.settings.seed}, "
+            f"{learned.RULE} {FEW_RULE} {BEYOND_RULE} {EVEN_RULE} {zero_results.ZERO_RULE} Seed {run.settings.seed}, "
             "one training run.")
 
 
@@ -229,7 +206,7 @@ def foreseen_summary(run: OpenRun) -> str:
     """First paragraph of the chapter on what demonstrations foresee."""
     return (f"**The answer of this run.** {_tuned_on(run)}\n\n"
             f"{_listed(*(sentence(run) for sentence in (learned_sentence, foreseen_sentence, better_sentence)))}\n\n"
-            f"{LEARNED_RULE} {FORESEEN_RULE} {BETTER_RULE} Seed {run.settings.seed}, one training run.")
+            f"{learned.RULE} {FORESEEN_RULE} {BETTER_RULE} Seed {run.settings.seed}, one training run.")
 
 
 def sensitivity_sentence(run: OpenRun) -> str:

@@ -9,7 +9,7 @@ import pandas
 import pytest
 import torch
 
-from sts import plots_shift, verdicts
+from sts import learned, plots_shift, verdicts
 from sts.shift_stats import concentrations, overlap_rows
 from sts.stats import MeanInterval
 
@@ -80,11 +80,11 @@ class Stub:
 
 
 def test_a_run_that_learned_nothing_is_not_judged(tmp_path):
-    assert verdicts.judged(Stub(tmp_path, 1.79), "held") == "held"
-    assert "fell by 10%" in verdicts.learned_sentence(Stub(tmp_path, 1.79))
-    assert "held" not in verdicts.judged(Stub(tmp_path, 1.81), "held")
-    assert "**did not learn**" in verdicts.learned_sentence(Stub(tmp_path, 1.81))
-    assert "rose by 5%" in verdicts.learned_sentence(Stub(tmp_path, 2.1))
+    assert learned.judged(Stub(tmp_path, 1.79), "held") == "held"
+    assert "fell by 10%" in learned.learned_sentence(Stub(tmp_path, 1.79))
+    assert "held" not in learned.judged(Stub(tmp_path, 1.81), "held")
+    assert "**did not learn**" in learned.learned_sentence(Stub(tmp_path, 1.81))
+    assert "rose by 5%" in learned.learned_sentence(Stub(tmp_path, 2.1))
 
 
 def test_narrow_intervals_get_a_digit():

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 import sts
-from sts import plots_shift, verdicts, zero_results
+from sts import learned, plots_shift, verdicts, zero_results
 from sts.errors import StsError
 from sts.evaluate import evaluate
 from sts.finetune import load_tuned
@@ -290,7 +290,7 @@ def test_no_match_is_said_with_what_the_nearest_holds():
 def test_the_runs_sentence_says_its_verdict_and_its_shared_latents(run):
     text, count = verdicts.zero_sentence(run), zero_results.zeroed_number(run)
     effects = zero_results.run_effects(run)
-    verdict = verdicts.judged(run, zero_results.zero_verdict(effects, count))
+    verdict = learned.judged(run, zero_results.zero_verdict(effects, count))
     assert text.endswith(f"hurts more: **{verdict}**.") and count == 16
     chosen, _ = sets_of(run)
     most, active = ({*next(one for one in chosen if (one.kind, one.count) == (kind, 16)).latents.tolist()}
