@@ -32,6 +32,7 @@ from sts.data import Example, by_domain, digest, load_examples, load_mixture
 from sts.errors import StsError, one_of
 from sts.models import LanguageModel, bf16_is_fast, check_layer, load_model, resolve_model
 from sts.progress import Reporter
+from sts.recorded import recorded_key
 from sts.saes import check_fits, known_width, load_sae, sae_folder, sae_identity
 from sts.shift import check_top_n
 from sts.store import Store, read
@@ -109,13 +110,20 @@ class OpenRun:
         """The stage's key under the present settings: twelve hexadecimal digits."""
         if name == "sae" and self._first is not self:
             return self._first.key(name)
-        spec = self._spec(name)
-        content = {
-            "stage": name, "version": spec.version, "kind": spec.kind,
-            "uses": {setting: getattr(self.settings, setting) for setting in spec.uses},
-            "needs": {need: self.key(need) for need in self._needs(spec)},
-            "inputs": {what: self.identity(what) for what in spec.inputs},
-        }
+        return self._once(f"key:{name}", lambda: self._key(self._spec(name)))
+
+    def _key(self, spec: Stage) -> str:
+        uses = {setting: getattr(self.settings, setting) for setting in spec.uses}
+        needs = {need: self.key(need) for need in self._needs(spec)}
+        try:
+            inputs = {what: self.identity(what) for what in spec.inputs}
+        except StsError:  # the model or the data are not here; recorded results do not need them
+            recorded = recorded_key(self, spec, uses, needs)
+            if recorded is None:
+                raise
+            return recorded
+        content = {"stage": spec.name, "version": spec.version, "kind": spec.kind, "uses": uses, "needs": needs,
+                   "inputs": inputs}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     def get(self, name: str) -> Any:
@@ -127,17 +135,24 @@ class OpenRun:
             self._used.append(name)
         if f"{name}-{key}" in self._memory:
             return self._memory[f"{name}-{key}"]
-        path = self.store.find(name, key, spec.kind)
-        if path is None:
-            if processes.count() > 1 and not spec.parallel:
-                together = ", ".join(name for name, one in STAGES.items() if one.parallel)
-                raise StsError(f"Stage {name!r} runs in one process and {processes.count()} were launched. Start it "
-                               f"without accelerate launch; several processes compute these stages: {together}.")
-            for need in self._needs(spec):
-                self.get(need)
-            path = self._compute(spec, key)
+        path = self.store.find(name, key, spec.kind) or self.compute(name)
         self._memory[f"{name}-{key}"] = result = read(path, spec.kind)
         return result
+
+    def compute(self, name: str) -> Path:
+        """Compute the stage, and first what it needs and is not there; the path of the result, which is stored.
+
+        Raises:
+            StsError: several processes were launched for a stage that one computes.
+        """
+        spec, key = self._spec(name), self.key(name)
+        if processes.count() > 1 and not spec.parallel:
+            together = ", ".join(name for name, one in STAGES.items() if one.parallel)
+            raise StsError(f"Stage {name!r} runs in one process and {processes.count()} were launched. Start it "
+                           f"without accelerate launch; several processes compute these stages: {together}.")
+        for need in self._needs(spec):
+            self.get(need)
+        return self._compute(spec, key)
 
     def stored(self, name: str) -> bool:
         """Whether the stage's result is there under the present settings."""
@@ -220,6 +235,13 @@ class OpenRun:
     def identity(self, what: str) -> str:
         """A digest of something a stage reads: model, sae, or the data sets named by a setting."""
         return self._once(f"identity:{what}", lambda: self._identity(what))
+
+    def known_identity(self, what: str) -> str | None:
+        """`identity`, or None where what it is worked out from is not here."""
+        try:
+            return self.identity(what)
+        except StsError:
+            return None
 
     def _identity(self, what: str) -> str:
         settings = self.settings
