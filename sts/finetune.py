@@ -191,8 +191,8 @@ def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:
 
     adapter = folder / "adapter"
     if not adapter.is_dir():
-        raise StsError(f"{folder.name} was recorded without its weights. To compute it here: sts stage sft --again, with "
-                       "the same run and parameters.")
+        raise StsError(f"{folder.name} was recorded without its weights. To compute it here: sts stage sft --again, "
+                       "with the same run and parameters.")
     if (adapter / "adapter_config.json").is_file():
         tuned = PeftModel.from_pretrained(lm.model, str(adapter))
         # The adapted layers sit inside the base model; that is what a harness expects to be handed.
