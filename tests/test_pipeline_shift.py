@@ -66,7 +66,7 @@ def test_a_pass_for_both_kinds_gives_what_each_alone_gives(run):
         run.lm.tokenizer, questions, tuple(other_domain_sets(run)[1]), tokens=settings.overlap_tokens)], masks(run))
     torch.testing.assert_close(run.get("shift_by_other_domain")["sae/squared_difference_RL"][1],
                                other.squared_difference_L, rtol=1e-5, atol=1e-9)
-    assert run.get("shift_by_demonstrations")["sae/2"].shape == (1, 128)
+    assert run.get("shift_by_demonstrations")["sae/2"].shape == (2, 128)
 
 
 def test_control_demonstrations_come_from_other_domains(run):
@@ -76,6 +76,9 @@ def test_control_demonstrations_come_from_other_domains(run):
         assert len(chosen) == run.settings.shift_demonstrations and len({example.domain for example in chosen}) == 1
         assert chosen[0].domain != "math"
     assert len({chosen[0].domain for chosen in sets}) == len(sets)
+    # Put as the training set's problems are: open questions.
+    assert all(not example.options and f"The answer is {example.answer.rstrip('.')}." in example.solution
+               for chosen in sets for example in chosen)
     with pytest.raises(StsError, match="other than math; no domain has so many"):
         other_domain_sets(sts.open_run("smoke", results=run.results, domains=["math"]))
 
@@ -138,7 +141,7 @@ def test_keys_of_the_shift_stages_follow_what_they_read(run):
         return {name for name in names if other.key(name) != run.key(name)}
 
     assert keys(ablation_latents=[4]) == {"ablation"}
-    assert keys(overlap_draws=3) == {"shift_by_draw", "shift_by_other_domain"}
+    assert keys(overlap_draws=3) == {"shift_by_draw", "shift_by_other_domain", "shift_by_demonstrations"}
     assert keys(sft_lr=1e-3) == {"sft_shift", "sft_shift_solutions", "ablation", "ablated_answers",
                                  "extreme_correlations", "correlations_by_seed"}
     assert keys(seeds=[1, 2]) == {"correlations_by_seed"}
@@ -172,6 +175,12 @@ def test_baselines_are_the_busiest_latents_and_the_leads_their_distance(run):
     n, stats = run.settings.top_n, run.get("shift_by_draw")
     goal = set(np.argsort(-of_kind(run.get("sft_shift"), "sae")["squared_difference_L"].numpy(), kind="stable")[:n])
 
+    def share_of(values, kind):
+        number = shift_results.equal_numbers(run)[kind]
+        aim = of_kind(run.get("sft_shift"), kind)["squared_difference_L"]
+        top, own = (set(np.argsort(-one.numpy(), kind="stable")[:number]) for one in (values, aim))
+        return len(top & own) / number
+
     def share(values):
         return len(set(np.argsort(-values.numpy(), kind="stable")[:n]) & goal) / n
 
@@ -183,6 +192,10 @@ def test_baselines_are_the_busiest_latents_and_the_leads_their_distance(run):
     own = [share(change) for change in stats["sae/squared_difference_RL"]]
     lead = shift_results.leads(run)
     assert set(lead) == {"rate", "energy", "other_domain", "raw", "random"}
+    raw, alone = ([share_of(values, "raw") for values in kept] for kept in (
+        stats["raw/squared_difference_RL"], (stats["raw/base_fired_L"], stats["raw/base_square_sum_L"])))
+    mine = max(share(stats["sae/base_fired_L"]), share(stats["sae/base_square_sum_L"]))
+    assert lead["raw"].mean == pytest.approx(np.mean(own) - mine - (np.mean(raw) - max(alone)))
     assert lead["energy"].mean == pytest.approx(np.mean(own) - share(stats["sae/base_square_sum_L"]))
     assert lead["other_domain"].mean == pytest.approx(np.mean(own) - np.mean(others)) and lead["rate"].n == 2
     curve = shift_results.baseline_curves(run)["rate"].set_index("n")
