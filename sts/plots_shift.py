@@ -72,6 +72,8 @@ def zeroing(effects: pandas.DataFrame) -> Figure:
     drawn = effects[effects["mean"].notna()].sort_values("latents")
     for place, (kind, (label, colour, style, marker)) in enumerate(SET_STYLE.items()):
         own = drawn[drawn["kind"] == kind]
+        if own.empty:  # no such set could be made
+            continue
         # By number, kinds stand beside each other, so that their bars can be told apart.
         for axis, x in zip(axes, (own["latents"] * 1.06 ** (place - 2), 100 * own["share"]), strict=True):
             axis.errorbar(x, own["mean"], yerr=[own["mean"] - own["low"], own["high"] - own["mean"]], color=colour,

@@ -62,7 +62,8 @@ def test_better_than_raw_dimensions(raw, random, verdict):
 
 
 @pytest.mark.parametrize(("interval", "verdict"), [
-    ((0.1, 0.2), "held"), ((-0.1, 0.2), "not shown"), ((-0.2, -0.1), "reversed"), ((NAN, NAN), "not judged, as there is a single draw")])
+    ((0.1, 0.2), "held"), ((-0.1, 0.2), "not shown"), ((-0.2, -0.1), "reversed"),
+    ((NAN, NAN), "not judged, as there is a single draw")])
 def test_more_demonstrations_foresee_more(interval, verdict):
     assert verdicts.more_verdict(lead(*interval)) == verdict
 
