@@ -41,10 +41,10 @@ FORESEEN_RULE = ("*Demonstrations foresee the shift* counts as **held** if the s
                  "all, with p below 0.05; otherwise as **not shown**.")
 BETTER_RULE = ("*Better than raw dimensions* counts as **held** if demonstrations add more to what activity alone "
                "tells for latents than for the same fraction of raw dimensions *and* than for a random code as sparse "
-               "as the SAE, both 95% intervals of the difference over sets above zero. What activity alone tells is the "
-               "larger share of the actual top N in a code's own lists by firing rate and by energy. As **held against "
-               "raw dimensions only** if only the first is; as **reversed** if the first lies below zero; otherwise as "
-               "**not shown**.")
+               "as the SAE, both 95% intervals of the difference over sets above zero. What activity alone tells is "
+               "the larger share of the actual top N in a code's own lists by firing rate and by energy. As **held "
+               "against raw dimensions only** if only the first is; as **reversed** if the first lies below zero; "
+               "otherwise as **not shown**.")
 MORE_RULE = ("*More demonstrations foresee more* counts as **held** if the share foreseen behind the largest number "
              "less that behind the smallest has its whole 95% interval over draws above zero, as **reversed** if "
              "below, otherwise as **not shown**; a single draw is not judged.")
