@@ -194,7 +194,7 @@ class Run(BaseModel):
             if any(isinstance(value, int) and value < least for value in values):
                 raise ValueError(f"{key}: {values} must be numbers of at least {least}")
         if (self.sweep_widths or self.sweep_layers or self.sweep_k) and not self.sae_text:
-            raise ValueError("sweep_widths, sweep_layers and sweep_k train SAEs, and sae_text names no text to train on")
+            raise ValueError("sweep_widths, sweep_layers and sweep_k train SAEs, and sae_text names no text for that")
         for key, k, width in (("sweep_k", max(self.sweep_k, default=0), self.sae_latents),
                               ("sweep_widths", self.sae_k, min(self.sweep_widths, default=self.sae_k))):
             if k > width:
