@@ -173,7 +173,6 @@ class Run(BaseModel):
             numbers = getattr(self, key)
             if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
                 raise ValueError(f"{key}: {numbers} must be different numbers of at least 1")
-        self._check_sweeps()
         if min(self.seeds, default=0) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} must be different numbers of at least 0")
         if self.sae == "train" and not self.sae_text:
@@ -181,6 +180,7 @@ class Run(BaseModel):
         for k, width in (("sae_k", "sae_latents"), ("small_sae_k", "small_sae_latents")):
             if getattr(self, k) > getattr(self, width):
                 raise ValueError(f"{k}: {getattr(self, k)} active latents of only {getattr(self, width)}")
+        self._check_sweeps()
         return self
 
     def _check_sweeps(self) -> None:

@@ -15,7 +15,7 @@ from sts.stages import OpenRun
 from sts.sweeps import AXES, SCORES
 from sts.verdicts import counted
 
-SETTING_RULE = ("A value of a setting counts as **better** (or **worse**) than the run's own if the 95% interval of its "
+SETTING_RULE = ("A value of a setting is **better** (or **worse**) than the run's own if the 95% interval of its "
                 "r minus r of the run's own lies above (or below) zero, both taken from the same resamples; otherwise "
                 "as **not told apart**. A setting **matters** if any of its other values is better or worse. As many "
                 "values are compared, each p (by swapping the two scores within domains) is also corrected by Holm's "
@@ -235,8 +235,8 @@ def difference_sentence(run: OpenRun, measure: str) -> str:
     kept = "; ".join(f"{AXES[row['axis']].label} {row['value']} ({SCORE_NAMES[row['score']]}, "
                      f"{_signed(row['less']['mean'])})" for row in left)
     return (f"{'; '.join(parts)}. Settings that matter by the rule: {matter}. Of "
-            f"{counted(len(defined), 'comparison')}, about {chance} would leave zero out by chance if none mattered; after Holm's correction, left at the 5% "
-            f"level: {kept or 'none'}.")
+            f"{counted(len(defined), 'comparison')}, about {chance} would leave zero out by chance if none mattered; "
+            f"after Holm's correction, left at the 5% level: {kept or 'none'}.")
 
 
 def claims_sentence(run: OpenRun, measure: str) -> str:
