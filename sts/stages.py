@@ -37,6 +37,11 @@ from sts.saes import check_fits, known_width, load_sae, sae_folder, sae_identity
 from sts.shift import check_top_n
 from sts.store import Store, read
 
+#: What runs that differ in their seed or in settings of the forecast have in common.
+SHARED = ("lm", "loaded_sae", "identity:model", "identity:sae_text")
+#: Settings of the forecast that leave the model, the SAE and the data as they are.
+FORECAST = ("top_n", "shift_tokens", "shift_demonstrations", "score_tokens", "demonstrations", "question_tokens_only",
+            "drop_first_positions", "outlier_norm")
 PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math-verify", "reasoning-gym", "scipy",
             "scikit-learn")
 
@@ -189,6 +194,7 @@ class OpenRun:
             pipeline_comparison,
             pipeline_generation,
             pipeline_shift,
+            pipeline_sweeps,
             pipeline_zero,
         )
 
@@ -279,7 +285,7 @@ class OpenRun:
                                      "text_data", "sae_text", "generation_data", "trial_problems", "seeds"))
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
-        memory = self._shared if name in ("lm", "loaded_sae", "identity:model") else self._memory
+        memory = self._shared if name in SHARED else self._memory
         if name not in memory:
             memory[name] = compute()
         return memory[name]
@@ -299,6 +305,20 @@ class OpenRun:
             other._shared, other._first = self._shared, self._first
             self._memory[f"seed:{seed}"] = other
         return self._memory[f"seed:{seed}"]
+
+    def with_forecast(self, **changes: Any) -> OpenRun:
+        """The same run with other settings of the forecast (`FORECAST`), sharing store, models, SAE and data.
+
+        Raises:
+            StsError: a value that the setting does not take.
+        """
+        if unknown := changes.keys() - set(FORECAST):
+            raise ValueError(f"{sorted(unknown)} would change more than the forecast")
+        other = OpenRun(load_run(self.settings, changes), results=self.results, changed=self.changed | changes)
+        other._shared, other._first = self._shared, self._first
+        other._memory = {name: value for name, value in self._memory.items()
+                         if name.startswith(("data:", "identity:")) and name != "identity:seeds"}  # keys of forecasts
+        return other
 
     @cached_property
     def device(self) -> str:
