@@ -116,8 +116,9 @@ def browser():
 
 PAGES = ["book/introduction", "book/method", "notebooks/what_an_sae_sees",
          "notebooks/fine_tuning_moves_few_latents", "notebooks/icl_foresees_fine_tuning",
-         "notebooks/transferability_score", "notebooks/baselines", "notebooks/what_a_forecast_costs",
-         "notebooks/the_papers_numbers", "book/glossary", "book/teachers_guide", "book/solutions", "book/references"]
+         "notebooks/transferability_score", "notebooks/baselines", "notebooks/training_domains",
+         "notebooks/what_a_forecast_costs", "notebooks/the_papers_numbers", "book/glossary", "book/teachers_guide",
+         "book/solutions", "book/references"]
 
 
 @pytest.mark.parametrize("width", [1280, 375], ids=["desktop", "phone"])
