@@ -20,10 +20,10 @@ PAPER_DOMAINS = {"computer science": "code", "health": "health", "psychology": "
 SPECIFIC_RULE = ("*The score tells which training set moves a domain* counts as **held** if the mean rank correlation "
                  "within domains has its whole 95% interval over domains above zero, with p below 0.05 when training "
                  "sets are shuffled in each domain, *and* one of two stricter tests agrees: whole training sets "
-                 "shuffled (p below 0.05), or the interaction (interval above zero and p below 0.05). It counts as "
-                 "**in step only** if the first part alone holds: a few training sets that differ in strength "
-                 "everywhere agree with many a score by chance. As **reversed** if the interval lies below zero with "
-                 "p below 0.05; otherwise as **not shown**.")
+                 "shuffled (one-sided p below 0.05), or the interaction (interval above zero and p below 0.05). It "
+                 "counts as **in step only** if the first part alone holds: a few training sets that differ in "
+                 "strength everywhere agree with many a score by chance. As **reversed** if the interval lies below "
+                 "zero with p below 0.05; otherwise as **not shown**.")
 LEARNED_RULE = ("A training set was **learned** if the loss on its held-out problems fell by a tenth of its starting "
                 "value or more. Free text has a loss that no training can lower, so a smaller fall may still move "
                 "domains.")

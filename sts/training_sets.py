@@ -26,7 +26,7 @@ EXACT_UP_TO = 8
 
 @dataclass(frozen=True)
 class Specificity:
-    """Whether a forecast tells which training set moves a domain. All p are two-sided.
+    """Whether a forecast tells which training set moves a domain. All p but `p_sets` are two-sided.
 
     Attributes:
         training_sets, domains, seeds: how many; `defined` is the number of domains with a rank correlation.
@@ -35,7 +35,8 @@ class Specificity:
         within: mean of these, `low` and `high` its 95% interval over domains.
         p_within: training sets shuffled in each domain by itself. It takes the domains as independent repetitions.
         p_sets: whole training sets shuffled, the same way in all domains. It allows for a training set that moves
-            every domain more, but has few orders: p is never below 1 / `orders`.
+            every domain more, but has few orders: p is never below 1 / `orders`. One-sided (at least the measured
+            correlation), as the opposite order would double that.
         hits: share of domains in which the training set with the highest forecast moved it most (mean over seeds).
         interaction: correlation of what is left of the ranks without the level of domains and of training sets: is a
             domain foreseen to be hit by *this* set of all? `interaction_low`, `interaction_high` over domains.
@@ -103,10 +104,11 @@ def within_domains(forecast_STD: np.ndarray, change_STD: np.ndarray) -> np.ndarr
     return (_rank_units(forecast_STD) * _rank_units(change_STD)).sum(1).mean(0)
 
 
-def _test(observed: float, shuffled: Iterator[np.ndarray], exact: bool) -> PermutationTest:
+def _test(observed: float, shuffled: Iterator[np.ndarray], *, exact: bool, sided: int = 2) -> PermutationTest:
     extreme = count = 0
     for values_B in shuffled:
-        extreme += int((np.abs(values_B) >= abs(observed) - 1e-12).sum())
+        reached_B = values_B >= observed - 1e-12 if sided == 1 else np.abs(values_B) >= abs(observed) - 1e-12
+        extreme += int(reached_B.sum())
         count += len(values_B)
     return PermutationTest(extreme / count if exact else (extreme + 1) / (count + 1), exact, count)
 
@@ -151,11 +153,12 @@ def shuffled_within_domains(forecast_STD: np.ndarray, change_STD: np.ndarray, *,
 
 def shuffled_sets(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: int = 20_000,
                   seed: int = 0) -> PermutationTest:
-    """The same with whole training sets shuffled, alike in all domains; all orders of up to eight are counted."""
+    """One-sided p of the same with whole training sets shuffled, alike in all domains; up to eight in every order."""
     products_TT = _some(_products(*_checked(forecast_STD, change_STD))).mean(0)
     orders, exact = _orders(len(products_TT), resamples, seed)
     columns = np.arange(len(products_TT))
-    return _test(float(products_TT.trace()), (products_TT[order_BT, columns].sum(-1) for order_BT in orders), exact)
+    return _test(float(products_TT.trace()), (products_TT[order_BT, columns].sum(-1) for order_BT in orders),
+                 exact=exact, sided=1)
 
 
 def _some(products_DTT: np.ndarray) -> np.ndarray:
@@ -209,7 +212,7 @@ def interaction(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: 
     if math.isnan(observed):
         return dict.fromkeys(("interaction", "interaction_low", "interaction_high", "p_interaction"), math.nan)
     orders, exact = _orders(domains, resamples, seed)
-    p = _test(observed, (products_DD[order_BD, np.arange(domains)].sum(-1) for order_BD in orders), exact).p
+    p = _test(observed, (products_DD[order_BD, np.arange(domains)].sum(-1) for order_BD in orders), exact=exact).p
     drawn_BD = np.random.default_rng(seed).integers(0, domains, (bootstrap, domains))
     # Cells of the domains drawn; their means are not zero any more, which `correlation_rows` takes out.
     values_SB = [correlation_rows(x_TD[:, drawn_BD].swapaxes(0, 1).reshape(bootstrap, -1),
@@ -252,7 +255,7 @@ def own_list_lead(shared_STT: np.ndarray, *, resamples: int = 20_000, seed: int 
 
     Returns:
         own and other (mean shared with the own and with other sets' fine-tuning), lead (own - other) and p
-        (two-sided, over orders of the training sets: of four there are 24, so p is at least 0.04).
+        (one-sided, over orders of the training sets: of four there are 24, so p is at least 0.04).
 
     Raises:
         StsError: fewer than two training sets.
@@ -264,6 +267,6 @@ def own_list_lead(shared_STT: np.ndarray, *, resamples: int = 20_000, seed: int 
     own = float(shared_TT.trace() / sets)
     other = float((shared_TT.sum() - shared_TT.trace()) / (sets * (sets - 1)))
     orders, exact = _orders(sets, resamples, seed)
-    centred_TT = shared_TT - shared_TT.mean()  # the mean over all orders is then zero
-    p = _test(float(centred_TT.trace()), (centred_TT[order_BT, np.arange(sets)].sum(-1) for order_BT in orders), exact)
-    return {"own": own, "other": other, "lead": own - other, "p": p.p}
+    p = _test(float(shared_TT.trace()), (shared_TT[order_BT, np.arange(sets)].sum(-1) for order_BT in orders),
+              exact=exact, sided=1).p
+    return {"own": own, "other": other, "lead": own - other, "p": p}
