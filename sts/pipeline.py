@@ -19,7 +19,7 @@ from sts.evaluate import MEASURES, domain_shifts, evaluate
 from sts.finetune import FineTuning, fine_tune, load_tuned
 from sts.latents import latent_statistics, spread_by_rate, top_contexts
 from sts.models import LanguageModel
-from sts.prompts import PromptGroup, demonstration_draws, make_group, question_text, render, solution_text
+from sts.prompts import PromptGroup, demonstration_draws, make_group, question_text, render, solution_text, start_ids
 from sts.sae_quality import activation_mean, reconstruction_quality, spliced_loss
 from sts.sae_training import SaeTraining, collect_activations, save_sae, shard_paths, token_chunks, train_sae
 from sts.score import VARIANTS, score_domains
@@ -53,7 +53,8 @@ def sae_documents(run: OpenRun, name: str) -> list[str]:
 def _pieces(run: OpenRun, documents: list[str], tokens: int) -> list[list[int]]:
     tokenizer = run.lm.tokenizer
     encoded = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents)
-    return token_chunks(encoded, run.settings.context, tokens)
+    start = start_ids(tokenizer)  # a position that is not trained on
+    return [[*start, *piece] for piece in token_chunks(encoded, run.settings.context - len(start), tokens)]
 
 
 @stage("folder", uses=(*MODEL, "sae_text", "sae_latents", "sae_k", "sae_samples", "sae_lr", "context", "splice_tokens",

@@ -14,7 +14,7 @@ from sts.errors import StsError
 from sts.models import decoder_layers, load_model, residual_stream, resolve_model
 from sts.random_models import save_random_model
 
-FAMILIES = ["llama", "qwen2", "gemma2"]
+FAMILIES = ["llama", "qwen2", "gemma2", "gemma3"]
 PACKAGED = "smollm2-135m-instruct"
 every_family = pytest.mark.parametrize("tiny_lm", FAMILIES, indirect=True)
 
@@ -33,7 +33,7 @@ def hooks(model):
 
 # --- where the residual stream is ---
 
-# Longer than Gemma's sliding window of 32, so that a wrong mask would show.
+# Longer than the Gemmas' sliding window of 32, so that a wrong mask would show.
 @pytest.mark.parametrize("lengths", [(50,), (50, 41, 7)])
 @every_family
 def test_the_residual_stream_is_transformers_own_hidden_state(tiny_lm, lengths):
@@ -60,6 +60,12 @@ def test_padding_does_not_change_a_prompts_residual_stream(tiny_lm):
     for row, length in enumerate(lengths):
         alone_1PD = residual_stream(tiny_lm.model, 1, ids_BP[row:row + 1, :length])
         torch.testing.assert_close(batch_BPD[row, :length], alone_1PD[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_gemma3_has_a_sliding_and_a_full_layer(lm_of):
+    # Else the tests above would not tell a wrong mask, and the two kinds of layers turn positions differently.
+    config = lm_of("gemma3").model.config
+    assert config.layer_types == ["sliding_attention", "full_attention"] and config.sliding_window == 32
 
 
 @every_family
@@ -222,7 +228,7 @@ def converted(tmp_path_factory):
 
 def test_the_converted_model_has_the_logits_of_transformers_own_gguf_reading(converted):
     lm, _ = converted
-    path = models.packaged_file(PACKAGED)
+    path = models.packaged_files(PACKAGED)[0]
     reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     ids_BP = lm.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
@@ -249,5 +255,5 @@ def test_a_second_load_converts_nothing(converted, monkeypatch):
     monkeypatch.setattr(models, "_convert_packaged", lambda *args: pytest.fail("converted again"))
     location, identity = resolve_model(PACKAGED, "", cache)
     assert identity == lm.identity
-    assert identity == f"gguf:{models.sha256_of_file(models.packaged_file(PACKAGED))[:16]}"
+    assert identity == f"gguf:{models.sha256_of_file(models.packaged_files(PACKAGED)[0])[:16]}"
     assert location == str(next(cache.iterdir()))
