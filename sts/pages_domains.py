@@ -7,10 +7,11 @@ import pandas
 from sts import paper
 from sts.beside_paper import NAMES
 from sts.errors import StsError
+from sts.learned import SMALLEST_FALL
 from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase, p_value
 from sts.pipeline_domains import training_seeds
 from sts.stages import OpenRun
-from sts.verdicts import LEARNED, counted
+from sts.verdicts import counted
 
 SCORE_NAMES = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
 FORECAST_NAMES = SCORE_NAMES | {"tfidf": "TF-IDF similarity of questions"}
@@ -215,7 +216,7 @@ def learned_sentence(run: OpenRun) -> str:
     clear = ((cells["low"] > 0) | (cells["high"] < 0)).groupby(cells["training_set"]).mean()
     for name, own in _sets(run).groupby("training_set", sort=False):
         falls = ", ".join(f"{-fall:+.0%}" for fall in own["loss_fall"])
-        verdict = "learned" if (own["loss_fall"] >= LEARNED).all() else "not learned"
+        verdict = "learned" if (own["loss_fall"] >= SMALLEST_FALL).all() else "not learned"
         parts.append(f"`{name}` {falls}, **{verdict}**, {clear[name]:.0%} of the domains moved")
     return (f"Loss on held-out problems of the training set, and share of domains whose change in {NAMES[first]} has "
             f"a 95% interval without zero: {'; '.join(parts)}.")

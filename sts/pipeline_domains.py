@@ -6,13 +6,12 @@ one by one; a killed comparison goes on where it stopped. Nothing here runs a mo
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pandas
 
 from sts.errors import StsError
 from sts.evaluate import MEASURES
+from sts.learned import loss_fall
 from sts.pipeline_shift import DOMAIN_OF, of_kind
 from sts.shift import overlap, shifted_dimensions
 from sts.shift_stats import overlap_rows
@@ -42,12 +41,6 @@ def trained_domain(run: OpenRun) -> str:
     """The evaluation domain that a run trains on, by MMLU-Pro's name; "several" if there is more than one."""
     own = {DOMAIN_OF.get(example.domain, example.domain) for example in run.sft_examples("train")}
     return own.pop() if len(own) == 1 else "several"
-
-
-def loss_fall(run: OpenRun) -> float:
-    """By what share of its starting value the loss on held-out problems of the training set fell."""
-    log = json.loads((run.get("sft") / "training.json").read_text(encoding="utf-8"))
-    return 1 - log["held_out_after"] / log["held_out_before"]
 
 
 # --- cells --------------------------------------------------------------------------------------------------------
