@@ -144,7 +144,7 @@ def doctor() -> None:
     """Say what is installed and found, what is missing, and how to get it."""
     from sts.config import available_runs
     from sts.data import CORPORA, GENERATED, SOURCES, local_file
-    from sts.models import PACKAGED, packaged_file
+    from sts.models import PACKAGED, packaged_files
     from sts.stages import PACKAGES, results_folder
 
     def row(ok: bool | None, what: str, detail: str) -> None:
@@ -164,11 +164,11 @@ def doctor() -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     row(bool(browser), "browser for tests", browser or "apt-get install chromium; needed by `make test` only")
     print("Models")
-    for name in PACKAGED:
+    for name, packaged in PACKAGED.items():
         try:
-            row(True, name, f"{packaged_file(name).stat().st_size / 1e6:.0f} MB")
+            row(True, name, f"{sum(path.stat().st_size for path in packaged_files(name)) / 1e6:.0f} MB")
         except StsError as error:
-            row(False, name, str(error))
+            row(None if packaged.optional else False, name, f"{'optional. ' if packaged.optional else ''}{error}")
     print("Data")
     for name in GENERATED:
         row(True, name, "from an installed package")

@@ -126,6 +126,11 @@ class Run(BaseModel):
     eval_tensor_parallel: int = Field(1, ge=1, description="GPUs that vLLM splits one copy of the model over")
     seeds: list[int] = Field(default_factory=list, description="seeds of further runs to compare with: demonstrations, "
                                                                "fine-tuning and evaluation are done again for each")
+    training_sets: list[str] = Field(default_factory=list, description="further values of sft_data, to compare "
+                                                                       "training domains: forecast, fine-tuning and "
+                                                                       "evaluation are done again for each")
+    training_seeds: list[int] = Field(default_factory=list, description="further seeds at which training sets are "
+                                                                        "compared, sft_data among them")
     bootstrap: int = Field(5000, ge=100, description="bootstrap resamples")
     permutations: int = Field(100_000, ge=100, description="Monte Carlo permutations where exact ones are too many")
     baseline_draws: int = Field(500, ge=19, description="random sets of latents of each kind, and shuffled targets of "
@@ -155,12 +160,15 @@ class Run(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Run:
         questions = {*SOURCES, *GENERATED}
-        for key, names in (("sft_data", self.sft_data.split("+")), ("domain_data", [self.domain_data])):
+        training = [("training_sets", mixture.split("+")) for mixture in self.training_sets]
+        for key, names in (("sft_data", self.sft_data.split("+")), ("domain_data", [self.domain_data]), *training):
             for name in names:
                 if name not in questions:
                     raise ValueError(f"{key}: data set {name!r} is not known; valid: {', '.join(sorted(questions))}")
             if len(set(names)) < len(names):
-                raise ValueError(f"{key}: {getattr(self, key)!r} names a data set twice")
+                raise ValueError(f"{key}: {'+'.join(names)!r} names a data set twice")
+        if len(set(self.training_sets)) < len(self.training_sets):
+            raise ValueError(f"training_sets: {self.training_sets} must be different training sets")
         for name in self.text_data:
             if name not in questions:
                 raise ValueError(f"text_data: data set {name!r} is not known; valid: {', '.join(sorted(questions))}")
@@ -174,8 +182,10 @@ class Run(BaseModel):
             numbers = getattr(self, key)
             if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
                 raise ValueError(f"{key}: {numbers} must be different numbers of at least 1")
-        if min(self.seeds, default=0) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {self.seeds} must be different numbers of at least 0")
+        for key in ("seeds", "training_seeds"):
+            numbers = getattr(self, key)
+            if min(numbers, default=0) < 0 or len(set(numbers)) < len(numbers):
+                raise ValueError(f"{key}: {numbers} must be different numbers of at least 0")
         if self.sae == "train" and not self.sae_text:
             raise ValueError("sae: 'train' needs sae_text, the text to train on")
         for k, width in (("sae_k", "sae_latents"), ("small_sae_k", "small_sae_latents")):

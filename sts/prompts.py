@@ -82,6 +82,12 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: tu
     return "\n\n".join(blocks)
 
 
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the model expects before plain text: the BOS token if the tokenizer adds one and no chat template does."""
+    ids = [] if tokenizer.chat_template else tokenizer("")["input_ids"]
+    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+
+
 def make_prompt(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: tuple[Example, ...] = (), *,
                 context_length: int = 0) -> Prompt:
     """Tokenise a question behind demonstrations and find the question's own tokens.

@@ -1,7 +1,8 @@
 """Tiny models with random weights, saved to disk: for tests and the `smoke` run, where nothing is downloaded.
 
-They have the real architectures (Llama, Qwen2, Gemma2 with sliding windows) and a byte-level BPE tokenizer trained
-on the spot, so that every code path runs; what they say means nothing.
+They have the real architectures (Llama, Qwen2, Gemma2 and Gemma3 with sliding windows) and a byte-level BPE tokenizer
+trained on the spot, so that every code path runs; what they say means nothing. Gemma3's is a base model's: no chat
+template, and BOS before plain text.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ CHATML = (
 )
 _SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
           "num_key_value_heads": 2, "max_position_embeddings": 8192}
-FAMILIES = ("llama", "qwen2", "gemma2")
+FAMILIES = ("llama", "qwen2", "gemma2", "gemma3")
 
 
 def save_random_model(family: str, folder: Path, *, seed: int = 0, texts: list[str] | None = None,
@@ -35,17 +36,19 @@ def save_random_model(family: str, folder: Path, *, seed: int = 0, texts: list[s
     Returns:
         `folder`.
     """
-    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+    from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
-    classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}
+    classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig}
     if family not in classes:
         raise one_of("Model family", family, classes)
     if (folder / "config.json").is_file():
         return folder
-    tokenizer = _tokenizer(texts or _SENTENCES)
+    tokenizer = _tokenizer(texts or _SENTENCES, base=family == "gemma3")
     shape = {**_SHAPE, **settings}
-    if family == "gemma2":
-        shape = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32, **shape}
+    if family in ("gemma2", "gemma3"):
+        # Sliding and full attention in turn, as in Gemma2; Gemma3 has five sliding layers for a full one.
+        kinds = [("sliding_attention", "full_attention")[layer % 2] for layer in range(shape["num_hidden_layers"])]
+        shape = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32, "layer_types": kinds, **shape}
     config = classes[family](vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
                              eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **shape)
     with torch.random.fork_rng():
@@ -63,8 +66,9 @@ def save_random_model(family: str, folder: Path, *, seed: int = 0, texts: list[s
     return folder
 
 
-def _tokenizer(texts: list[str]):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def _tokenizer(texts: list[str], *, base: bool):
+    """A chat model's, or a base model's: no chat template, and BOS before plain text (as Gemma-3-270m's)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -73,8 +77,11 @@ def _tokenizer(texts: list[str]):
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=1024, special_tokens=["<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    if base:
+        bos = ("<|im_start|>", tokenizer.token_to_id("<|im_start|>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>",
-                                   pad_token="<|im_end|>", chat_template=CHATML)
+                                   pad_token="<|im_end|>", chat_template=None if base else CHATML)
 
 
 _SENTENCES = [

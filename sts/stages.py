@@ -103,9 +103,9 @@ class OpenRun:
         self.folder = self.results / settings.name
         self.store = Store(self.folder / "stages", (ROOT / "data" / "recorded" / settings.name,))
         self._memory: dict[str, Any] = {}
-        #: What runs that differ in their seed alone have in common: the models in memory and the weights' digest.
+        #: What runs that differ in seed or training set alone share: the models in memory and the weights' digest.
         self._shared: dict[str, Any] = {}
-        #: Whose SAE it is, if the run trains one: of several seeds, the first one's.
+        #: Whose SAE it is, if the run trains one: of several seeds or training sets, the first one's.
         self._first = self
         self._used: list[str] = []
 
@@ -192,6 +192,7 @@ class OpenRun:
             pipeline_baselines,
             pipeline_choices,
             pipeline_comparison,
+            pipeline_domains,
             pipeline_generation,
             pipeline_shift,
             pipeline_sweeps,
@@ -267,6 +268,11 @@ class OpenRun:
             keys = [self.with_seed(seed).key(name) for seed in self.other_seeds
                     for name in ("correlations", "extreme_correlations")]
             return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+        if what == "training_sets":
+            from sts.pipeline_domains import EVERY_SET, training_runs
+
+            keys = [own.key(name) for own in training_runs(self).values() for name in EVERY_SET]
+            return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
         if what == "sae_text":
             from sts.pipeline import sae_documents
 
@@ -282,7 +288,8 @@ class OpenRun:
             return digest([example for _, *parts in generation_questions(self).values() for part in parts
                            for example in part])
         raise one_of("Input", what, ("model", "sae", "sft_train", "sft_held_out", "domain_data", "demonstrations",
-                                     "text_data", "sae_text", "generation_data", "trial_problems", "seeds"))
+                                     "text_data", "sae_text", "generation_data", "trial_problems", "seeds",
+                                     "training_sets"))
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
         memory = self._shared if name in SHARED else self._memory
@@ -297,14 +304,29 @@ class OpenRun:
 
     def with_seed(self, seed: int) -> OpenRun:
         """The same run with another seed, sharing the store and the models in memory; the SAE stays the same one."""
-        if seed == self.settings.seed:
+        return self._sibling(f"seed:{seed}", seed=seed, seeds=[]) if seed != self.settings.seed else self
+
+    def with_training(self, name: str) -> OpenRun:
+        """The same run fine-tuned on another training set, sharing the store, the models in memory and the SAE.
+
+        Raises:
+            StsError: no such data set.
+        """
+        if name == self.settings.sft_data:
             return self
-        if f"seed:{seed}" not in self._memory:
-            settings = self.settings.model_copy(update={"seed": seed, "seeds": []})
-            other = OpenRun(settings, results=self.results, changed=self.changed)
-            other._shared, other._first = self._shared, self._first
-            self._memory[f"seed:{seed}"] = other
-        return self._memory[f"seed:{seed}"]
+        load_run(self.settings, {"sft_data": name})  # a wrong name is said here
+        return self._sibling(f"training:{name}", sft_data=name, seeds=[])
+
+    def with_training_sets(self, names: list[str]) -> OpenRun:
+        """The same run with other `training_sets` to compare, sharing the store, the models in memory and the SAE."""
+        return self._sibling(f"training_sets:{names}", training_sets=names)
+
+    def _sibling(self, name: str, **changes: Any) -> OpenRun:
+        if name not in self._memory:
+            other = OpenRun(self.settings.model_copy(update=changes), results=self.results, changed=self.changed)
+            other.store, other._shared, other._first = self.store, self._shared, self._first
+            self._memory[name] = other
+        return self._memory[name]
 
     def with_forecast(self, **changes: Any) -> OpenRun:
         """The same run with other settings of the forecast (`FORECAST`), sharing store, models, SAE and data.

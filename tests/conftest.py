@@ -24,9 +24,9 @@ def isolation(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-    """Family -> folder of a random two-layer model; gemma2 has a sliding window of 32 tokens in its first layer."""
+    """Family -> folder of a random two-layer model; the Gemmas' first layer has a sliding window of 32 tokens."""
     folder = tmp_path_factory.mktemp("tiny-models")
-    settings = {"llama": {}, "qwen2": {}, "gemma2": {"sliding_window": 32}}
+    settings = {"llama": {}, "qwen2": {}, "gemma2": {"sliding_window": 32}, "gemma3": {"sliding_window": 32}}
     return {family: save_random_model(family, folder / family, **own) for family, own in settings.items()}
 
 
@@ -34,7 +34,7 @@ def tiny_models(tmp_path_factory):
 def tiny_lm(request, tiny_models):
     """A random float32 LanguageModel; never change it. Llama unless parametrised:
 
-    `@pytest.mark.parametrize("tiny_lm", ["llama", "qwen2", "gemma2"], indirect=True)`
+    `@pytest.mark.parametrize("tiny_lm", ["llama", "qwen2", "gemma2", "gemma3"], indirect=True)`
     """
     return load_model(str(tiny_models[getattr(request, "param", "llama")]), dtype="float32")
 

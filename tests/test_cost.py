@@ -15,7 +15,7 @@ from sts.errors import StsError
 from sts.models import residual_stream
 from sts.prompts import Prompt, PromptGroup
 
-FAMILIES = ("llama", "qwen2", "gemma2")
+FAMILIES = ("llama", "qwen2", "gemma2", "gemma3")
 
 
 def shape_of(lm, layer=0, latents=96):

@@ -110,6 +110,17 @@ def test_a_model_without_a_chat_template_is_asked_in_plain_text(tiny_models):
         assert rows.loc[key, "loglikelihood"] == pytest.approx(wanted, abs=1e-3)
 
 
+def test_a_base_models_bos_stands_once_before_the_prompt(lm_of):
+    lm = lm_of("gemma3")
+    bos = lm.tokenizer.bos_token
+    rows = evaluate(lm, EXAMPLES[2:3], kinds=KINDS).set_index(["kind", "option"])
+    prompt = f"{bos}Question: {EXAMPLES[2].question}\n(A) 10\n(B) 11\nAnswer:"
+    for key, context, target in ((("letter", 1), " The answer is (", "B"), (("option", 0), " The answer is", " 10"),
+                                 (("solution", -1), "", f" {solution_text(EXAMPLES[2])}")):
+        # Spelled out, the tokenizer reads it as the one special token.
+        assert rows.loc[key, "loglikelihood"] == pytest.approx(log_probability(lm, prompt + context, target), abs=1e-3)
+
+
 def test_work_and_progress_are_reported(lm_of):
     work, seen = Work(), []
     evaluate(lm_of("llama"), EXAMPLES, report=seen.append, work=work)

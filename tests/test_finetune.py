@@ -134,6 +134,22 @@ def test_conversations_follow_the_chat_template_or_a_plain_layout(tiny_models):
     assert json.dumps(plain)
 
 
+def test_a_base_model_learns_plain_solutions_behind_bos_and_stops_behind_them(tiny_models, tmp_path):
+    lm = load_model(str(tiny_models["gemma3"]), dtype="float32")
+    bos, end = lm.tokenizer.bos_token, lm.tokenizer.eos_token
+    losses = []
+    for example in EXAMPLES[16:]:
+        prompt = f"{bos}Question: {example.question.strip()}\nAnswer:"
+        ids, start = (lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+                      for text in (f"{prompt} {solution_text(example)}{end}", prompt))
+        with torch.no_grad():
+            log_p = lm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        losses.append(-numpy.mean([log_p[place - 1, ids[place]].item() for place in range(len(start), len(ids))]))
+    log = fine_tune(lm, EXAMPLES[:16], EXAMPLES[16:], SETTINGS, tmp_path)
+    assert log["held_out_before"] == pytest.approx(numpy.mean(losses), rel=2e-3)
+    assert log["held_out_after"] < log["held_out_before"]
+
+
 def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(tiny_models, tuned, tmp_path):
     _, uninterrupted = tuned
     broken = tmp_path / "checkpoints" / "checkpoint-6"

@@ -14,7 +14,7 @@ from sts.residuals import PADDING
 from sts.work import Work
 
 GENERATOR = torch.Generator().manual_seed(3)
-FAMILIES = ("llama", "qwen2", "gemma2")
+FAMILIES = ("llama", "qwen2", "gemma2", "gemma3")
 
 
 def ids(length: int) -> list[int]:
@@ -24,7 +24,7 @@ def ids(length: int) -> list[int]:
 def token_requests() -> list[tuple]:
     """Ten-option questions, single letters, a solution, contexts that begin with others, all mixed."""
     requests = []
-    for length in (20, 60, 61, 64, 130):  # Gemma2's window is 32
+    for length in (20, 60, 61, 64, 130):  # the Gemmas' window is 32
         context = ids(length)
         cue = [*context, *ids(5)]
         requests += [(("c", "o"), cue, ids(count)) for count in (3, 1, 7, 12, 2, 5, 9, 4, 6, 8)]

