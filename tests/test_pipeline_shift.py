@@ -194,8 +194,9 @@ def test_effects_are_paired_by_problem_and_average_draws_first():
     assert effects["mean"].to_dict() == pytest.approx({
         "most_shifted": 0.5, "random": 0.1, "matched": 0.5, "most_shifted - random": 0.4,
         "most_shifted - matched": 0.0})
-    # Two problems: every resample is one of them twice, or both.
-    assert (effects.loc["most_shifted", "low"], effects.loc["most_shifted", "high"]) == pytest.approx((0.4, 0.6))
+    # Two problems, 0.4 and 0.6: 0.5 with a standard error of 0.1, times Student's t of one degree of freedom.
+    assert (effects.loc["most_shifted", "low"], effects.loc["most_shifted", "high"]) == pytest.approx(
+        (0.5 - 1.27062, 0.5 + 1.27062), abs=1e-5)
     assert effects.loc["random", "draws"] == 2 and effects.loc["random", "n"] == 2
 
 
