@@ -23,7 +23,7 @@ CHAPTERS = ("what_an_sae_sees", "fine_tuning_moves_few_latents", "icl_foresees_f
 #: makes training on a CPU faster. Read when a process starts, so it is set for the notebooks' kernels.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**33),
                "MALLOC_TOP_PAD_": str(2**28)}
-PYTHON_TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+PYTHON_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
 
 
 def chapter_source(chapter: str) -> Path:
