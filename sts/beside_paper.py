@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas
 
 from sts import paper
+from sts.learned import judged
 from sts.pages import correlation_verdict, p_phrase
 from sts.pages_measures import ACCURACIES, NAMES, NOTHING_ELSE
 from sts.pipeline_shift import EXTREMES
@@ -117,9 +118,10 @@ def extremes_sentence(run: OpenRun, measure: str) -> str:
         if "undefined" in every or "undefined" in kept:
             parts.append(f"{label}: undefined ({(every.get('undefined') or kept['undefined']).rstrip('.')})")
             continue
-        parts.append(f"{label}: r = {every['pearson']:.2f} on all {every['n']} domains ({correlation_verdict(every)}), "
-                     f"{kept['pearson']:.2f} on the {kept['n']} extremes ({correlation_verdict(kept)}, exact p "
-                     f"{p_phrase(kept['p'])}), where the absolute change has {kept['spread_ratio']:.2f} times the "
+        of_every, of_kept = (judged(run, correlation_verdict(row)) for row in (every, kept))
+        parts.append(f"{label}: r = {every['pearson']:.2f} on all {every['n']} domains ({of_every}), "
+                     f"{kept['pearson']:.2f} on the {kept['n']} extremes ({of_kept}, exact p {p_phrase(kept['p'])}), "
+                     f"where the absolute change has {kept['spread_ratio']:.2f} times the "
                      f"standard deviation; undoing that by Thorndike's formula gives {kept['all_domains']:.2f}")
     return f"Change in {NAMES[measure]}. " + ". ".join(parts) + "."
 
@@ -129,7 +131,7 @@ def claim_sentence(run: OpenRun, measure: str) -> str:
     if not measure:
         return NOTHING_ELSE
     rows = run.get("correlations")
-    verdicts = [f"{label} ({variant}) **{correlation_verdict(_find(rows, measure, score, variant))}**"
+    verdicts = [f"{label} ({variant}) **{judged(run, correlation_verdict(_find(rows, measure, score, variant)))}**"
                 for variant in VARIANTS for score, label in SCORES.items()]
     return (f"The paper's claim, a positive correlation with the absolute change, here in {NAMES[measure]} on all "
             f"domains: {', '.join(verdicts)}.")

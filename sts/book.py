@@ -18,7 +18,7 @@ from sts.stages import results_folder
 
 #: Chapters in the order of the book: notebook files in notebooks/.
 CHAPTERS = ("what_an_sae_sees", "fine_tuning_moves_few_latents", "icl_foresees_fine_tuning", "transferability_score",
-            "what_a_forecast_costs", "the_papers_numbers")
+            "baselines", "what_a_forecast_costs", "the_papers_numbers")
 #: glibc gives large blocks back to the system and fetches them again, page by page, for every tensor; keeping them
 #: makes training on a CPU faster. Read when a process starts, so it is set for the notebooks' kernels.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**33),

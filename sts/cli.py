@@ -21,6 +21,10 @@ RunOption = Annotated[str, typer.Option("--run", help="run profile: a name in ru
 ParameterOption = Annotated[list[str] | None, typer.Option(
     "-p", "--parameter", metavar="NAME VALUE", help="a setting to change; may be repeated")]
 
+#: Kind of a stage's result -> what Python gets.
+READS_AS = {"json": "lists and dicts", "parquet": "a pandas DataFrame", "tensors": "a dict of PyTorch tensors",
+            "folder": "the path of a folder"}
+
 
 def _join_pairs(arguments: list[str]) -> list[str]:
     """`-p NAME VALUE`, papermill's form, as `-p NAME=VALUE`: typer has no options that take a pair and repeat."""
@@ -68,12 +72,25 @@ def run_one(chapter: str, run: RunOption = "laptop", parameter: ParameterOption 
 
 
 @app.command()
-def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = None) -> None:
-    """Compute (or load) the stage NAME and say where its result lies."""
+def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = None,
+          verify: Annotated[bool, typer.Option("--verify", help="compute it again and compare with what is stored; "
+                                                                "exit status 0 if they agree, 1 if not")] = False,
+          tolerance: Annotated[float | None, typer.Option(help="with --verify: largest relative difference of two "
+                                                               "floats that counts as equal")] = None) -> None:
+    """Compute (or load) the stage NAME and say where its result lies, or verify the stored one."""
     from sts import processes
     from sts.stages import open_run
 
-    opened = open_run(run, **_checked(_values(parameter)))
+    if tolerance is not None and not verify:
+        raise StsError("--tolerance says how closely --verify compares; give both, or neither.")
+    values = _checked(_values(parameter))
+    opened = open_run(run, **values)
+    if verify:
+        from sts import verify as verification
+
+        found = verification.verify(opened, name, tolerance)
+        print(verification.report(name, found))
+        raise typer.Exit(0 if found.agrees else 1)
     opened.get(name)
     processes.leave()
     if not processes.is_main():
@@ -81,6 +98,8 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
     record = opened.provenance(name)
     key, kind = opened.key(name), opened._spec(name).kind
     print(f"{name} [{key}], computed {record['finished']} in {record['seconds']} s")
+    arguments = "".join(f", {setting}={value!r}" for setting, value in values.items())
+    print(f"In Python: import sts; {name} = sts.open_run({run!r}{arguments}).get({name!r})  # {READS_AS[kind]}")
     print(opened.store.find(name, key, kind))
 
 

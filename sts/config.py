@@ -93,9 +93,10 @@ class Run(BaseModel):
                                               description="numbers of demonstrations to compare")
     ablation_model: Literal["tuned", "base"] = Field("tuned", description="model whose latents are zeroed")
     ablation_examples: int = Field(16, ge=1, description="held-out training-domain problems scored with latents zeroed")
-    ablation_latents: list[int] = Field(default_factory=lambda: [10, 50, 100, 500],
+    ablation_latents: list[int] = Field(default_factory=lambda: [10, 100, 500],
                                         description="numbers of latents to zero")
-    ablation_draws: int = Field(2, ge=1, description="random sets of latents of each kind and number")
+    ablation_draws: int = Field(5, ge=2, description="random sets of latents of each kind and number; at least two, to "
+                                                     "see how much they differ")
 
     # Fine-tuning
     sft_examples: int = Field(300, ge=1, description="training examples")
@@ -127,6 +128,8 @@ class Run(BaseModel):
                                                                "fine-tuning and evaluation are done again for each")
     bootstrap: int = Field(5000, ge=100, description="bootstrap resamples")
     permutations: int = Field(100_000, ge=100, description="Monte Carlo permutations where exact ones are too many")
+    baseline_draws: int = Field(500, ge=19, description="random sets of latents of each kind, and shuffled targets of "
+                                                        "the probes, that baselines are compared with")
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:
@@ -161,7 +164,20 @@ class Run(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 4e-4 as a number; YAML 1.1 alone wants 4.0e-4 and takes the rest for a word."""
+    """YAML that reads 4e-4 as a number (YAML 1.1 alone takes it for a word), and in which no key stands twice."""
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        """PyYAML keeps the last of two equal keys and says nothing, though YAML forbids them."""
+        first: dict[Any, int] = {}
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key, line = self.construct_object(key_node), key_node.start_mark.line + 1
+            if key in first:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key_node.value!r} stands twice, on lines {first[key]} and {line}; keep one of them")
+            first[key] = line
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
@@ -169,7 +185,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]
 
 
 def read_yaml(text: str) -> Any:
-    """A YAML text's value; raises `yaml.YAMLError`."""
+    """A YAML text's value; raises `yaml.YAMLError`, also for a key that stands twice in one mapping."""
     return yaml.load(text, Loader=_Loader)
 
 

@@ -112,6 +112,11 @@ def architecture_of(config, *, name: str, sae_layer: int, sae_latents: int) -> A
 
 # --- a plan -------------------------------------------------------------------------------------------------------
 
+#: Largest number that an assumption may be, and largest factor that it may be off by: far beyond any experiment, and
+#: small enough for every product to be a finite number.
+LARGEST, LARGEST_FACTOR = 1_000_000_000, 1000
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the paper says about its experiment (`data/paper`, "Settings"); tokens are question tokens."""
@@ -142,7 +147,7 @@ class Assumptions:
         evaluation_prefix_cached: whether the evaluation runs a domain's demonstrations once, not for each question.
 
     Raises:
-        StsError: a value below one.
+        StsError: a value below one or above `LARGEST`.
     """
 
     sft_question_tokens: int = 100
@@ -156,8 +161,20 @@ class Assumptions:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, bool) and value < 1:
-                raise StsError(f"Assumption {field.name!r} must be at least 1; got {value!r}.")
+            if not isinstance(value, bool) and not 1 <= value <= LARGEST:
+                raise StsError(f"Assumption {field.name!r} must be a number from 1 to {LARGEST:,}; got {value!r}.")
+
+
+def check_factor(factor: float, name: str = "off_by") -> float:
+    """The factor by which assumptions may be off, if it is one.
+
+    Raises:
+        StsError: below 1, above `LARGEST_FACTOR`, or NaN; named as the parameter `name`.
+    """
+    if not 1 <= factor <= LARGEST_FACTOR:
+        raise StsError(f"Parameter {name!r} is how far every assumption may be off, as a factor: a number from 1 (not "
+                       f"at all) to {LARGEST_FACTOR:,}; got {factor!r}.")
+    return factor
 
 
 @dataclass(frozen=True)
@@ -250,7 +267,8 @@ def plan(settings: Settings, assumed: Assumptions, architectures: Sequence[Archi
 def _varied(assumed: Assumptions, name: str, factor: float) -> list[Assumptions]:
     """The assumption divided and multiplied by `factor`; the other value, if it is a yes or no."""
     value = getattr(assumed, name)
-    values = [not value] if isinstance(value, bool) else [max(1, round(value / factor)), round(value * factor)]
+    values = [not value] if isinstance(value, bool) else [max(1, round(value / factor)),
+                                                          min(LARGEST, round(value * factor))]
     return [replace(assumed, **{name: one}) for one in values]
 
 
@@ -261,7 +279,11 @@ def sensitivity(settings: Settings, assumed: Assumptions, *, factor: float = 2.0
 
     Returns:
         One row per model and assumption, and one named "all": model, assumption, ratio (as assumed), low, high.
+
+    Raises:
+        StsError: see `check_factor`.
     """
+    check_factor(factor, "factor")
     names, rows = [field.name for field in fields(Assumptions)], []
     for one in architectures:
         def of(case: Assumptions, one: Architecture = one) -> float:

@@ -7,6 +7,7 @@ import json
 
 import pandas
 
+from sts import learned
 from sts.pages_measures import ACCURACIES, NAMES, measures_shown, p_value
 from sts.paper import published_correlations
 from sts.progress import duration
@@ -173,7 +174,7 @@ def sft_sentence(run: OpenRun, log: dict) -> str:
     if run.settings.sft_data == "gsm_symbolic":
         sentence += (" They come from the same templates as the training problems, with other numbers and names, so a "
                      "part of this is learning the templates.")
-    if fall < 0.1:
+    if fall < learned.SMALLEST_FALL:
         sentence += (" **That is less than a tenth: this run hardly learned, and nothing below should be read as a "
                      "test.**")
     return sentence
@@ -185,12 +186,13 @@ def _find(run: OpenRun, measure: str, score: str, variant: str = "paper") -> dic
                 {"undefined": "not evaluated; see the setting eval_kinds"})
 
 
-def _said(result: dict) -> str:
+def _said(run: OpenRun, result: dict) -> str:
     if "undefined" in result:
         return f"undefined ({result['undefined']})"
     interval, p = result["pearson_interval"], p_value(result["p"])
+    verdict = learned.judged(run, correlation_verdict(result))
     return (f"r = {result['pearson']:.2f} (95% interval {interval['low']:.2f} to {interval['high']:.2f}, permutation "
-            f"p {p if p.startswith('<') else '= ' + p}, n = {result['n']} domains): **{correlation_verdict(result)}**")
+            f"p {p if p.startswith('<') else '= ' + p}, n = {result['n']} domains): **{verdict}**")
 
 
 def forecast_summary(run: OpenRun) -> str:
@@ -200,18 +202,21 @@ def forecast_summary(run: OpenRun) -> str:
 
     def line(measure: str) -> str:
         name = NAMES[measure] + (", the kind of measure that the paper uses" if measure in ACCURACIES else "")
-        return (f"- change in {name}: STS_act {_said(_find(run, measure, 'sts_act'))}; STS_ICL "
-                f"{_said(_find(run, measure, 'sts_icl'))}.")
+        return (f"- change in {name}: STS_act {_said(run, _find(run, measure, 'sts_act'))}; STS_ICL "
+                f"{_said(run, _find(run, measure, 'sts_icl'))}.")
 
-    lines = "\n".join(line(measure) for measure in (finest, accuracy) if measure)
+    told = learned.learned_sentence(run)
+    lines = "\n".join([f"- {told[0].upper()}{told[1:]}",
+                       *(line(measure) for measure in (finest, accuracy) if measure)])
     if not {finest, accuracy} & set(ACCURACIES):
         lines += "\n- change in accuracy, the kind of measure that the paper uses: not evaluated (`eval_kinds`)."
     return (
         "**The answer of this run.** The paper claims that the score correlates with the absolute change of a domain. "
         f"On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on `{settings.domain_data}`:\n\n"
         f"{lines}\n\n"
-        f"{CORRELATION_RULE} {_multiplicity(run)} Seed {settings.seed}, one training run. For comparison, the paper "
-        f"reports {published.min():.2f} to {published.max():.2f} on eight selected domains of three models.")
+        f"{learned.RULE} {CORRELATION_RULE} {_multiplicity(run)} Seed {settings.seed}, one training run. For "
+        f"comparison, the paper reports {published.min():.2f} to {published.max():.2f} on eight selected domains of "
+        "three models.")
 
 
 def _multiplicity(run: OpenRun) -> str:
@@ -242,7 +247,7 @@ def forecast_conclusion(run: OpenRun) -> str:
         up = (own["shift"] > 0).sum()
         lines.append(f"- {label}: {clear} of {len(own)} domains moved by more than their interval's noise; {up} went "
                      f"up, {(own['shift'] < 0).sum()} down. STS_ICL against the absolute change: "
-                     f"{_said(_find(run, measure, 'sts_icl'))}.")
+                     f"{_said(run, _find(run, measure, 'sts_icl'))}.")
     trained = {example.domain for example in run.sft_examples("train")} & set(shifts["domain"])
     finest = measures_shown(shifts)[0]
     moved = shifts[shifts["measure"] == finest].set_index("domain")["shift"].abs().drop(

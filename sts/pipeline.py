@@ -305,8 +305,8 @@ def forecast_tokens(run: OpenRun, report) -> dict:
 
 # --- what really happens ------------------------------------------------------------------------------------------
 
-@stage("folder", uses=("model", "model_revision", "dtype", "sft_epochs", "sft_lr", "sft_batch", "sft_micro_batch",
-                       "sft_max_length", "lora_rank", "lora_alpha", "seed"),
+@stage("folder", version=2, uses=("model", "model_revision", "dtype", "sft_epochs", "sft_lr", "sft_batch",
+                                  "sft_micro_batch", "sft_max_length", "lora_rank", "lora_alpha", "seed"),
        inputs=("model", "sft_train", "sft_held_out"), parallel=True)
 def sft(run: OpenRun, report) -> Path:
     """Fine-tune on the training domain's worked solutions: adapter, loss curve, held-out loss before and after."""

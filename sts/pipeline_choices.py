@@ -15,9 +15,16 @@ from sts.stages import OpenRun, stage
 TRIAL_SEED = 1_000
 
 
+def trial_run(run: OpenRun) -> OpenRun:
+    """The run with the trials' seed and number of training examples."""
+    return OpenRun(run.settings.model_copy(update={
+        "seed": run.settings.seed + TRIAL_SEED, "seeds": [], "sft_examples": run.settings.sft_trial_examples}),
+        results=run.results)
+
+
 @stage("json", uses=("model", "model_revision", "dtype", "sft_data", "sft_lr_tried", "sft_trial_examples",
                      "sft_held_out", "sft_epochs", "sft_batch", "sft_micro_batch", "sft_max_length", "lora_rank",
-                     "lora_alpha", "seed"), inputs=("model", "sft_train"))
+                     "lora_alpha", "seed"), inputs=("model", "trial_problems"))
 def sft_trials(run: OpenRun, report) -> list[dict]:
     """Held-out training-domain loss after a short fine-tuning with each rate in `sft_lr_tried`, at a seed of its own.
 
@@ -27,9 +34,7 @@ def sft_trials(run: OpenRun, report) -> list[dict]:
     rates = run.settings.sft_lr_tried
     if not rates:
         raise StsError("sft_lr_tried is empty: name the learning rates to compare, such as [1.0e-4, 3.0e-4].")
-    trial = OpenRun(run.settings.model_copy(update={
-        "seed": run.settings.seed + TRIAL_SEED, "seeds": [], "sft_examples": run.settings.sft_trial_examples}),
-        results=run.results)
+    trial = trial_run(run)
     settings, train, held_out = trial.settings, trial.sft_examples("train"), trial.sft_examples("held_out")
     rows = []
     for place, lr in enumerate(rates):

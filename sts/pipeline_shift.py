@@ -1,28 +1,23 @@
-"""Stages of the chapters on what fine-tuning shifts, what demonstrations foresee of it, and what zeroing does."""
+"""Stages of the chapters on what fine-tuning shifts and what demonstrations foresee of it."""
 
 from __future__ import annotations
 
 import random
 
-import pandas
 import torch
 
-from sts.ablation import zeroed
-from sts.activations import norm_threshold, paired_stats
+from sts.activations import paired_stats
 from sts.data import Example
 from sts.errors import StsError
-from sts.evaluate import MEASURES, evaluate, item_measures
+from sts.evaluate import MEASURES
 from sts.finetune import load_tuned
 from sts.model_shift import folded, model_paired_folds
 from sts.models import LanguageModel
 from sts.paper import extremes, spread_ratio, with_selection
 from sts.pipeline import MASKS, MODEL, SAE, SHIFT, masks, shift_groups
-from sts.prompts import Prompt, make_group, make_prompt, question_text, solution_prompt
-from sts.residuals import Extractor
-from sts.saes import SideBySide, identity_sae
+from sts.prompts import Prompt, make_group, solution_prompt
+from sts.saes import SideBySide, identity_sae, random_code
 from sts.score import VARIANTS
-from sts.shift import shifted_dimensions
-from sts.shift_stats import matched_latents, random_latents
 from sts.stages import OpenRun, stage
 from sts.stats import correlate
 
@@ -30,9 +25,12 @@ from sts.stats import correlate
 FOLDS = 8
 #: Domains at either end that the paper's Figure 3 keeps.
 EXTREMES = 4
-#: Length of the answers that are written with latents zeroed.
-ANSWER_TOKENS = 72
-RAW_SHIFT = tuple(name for name in (*SHIFT, *MASKS) if name not in SAE)
+#: The codes that a change is read in: SAE latents, a random code as sparse, raw dimensions.
+KINDS = ("sae", "random", "raw")
+#: What a training set's domain is called among MMLU-Pro's, where the name differs.
+DOMAIN_OF = {"code": "computer science", "medicine": "health", "mental health": "psychology"}
+#: Seed of the random code's directions: the same in every run.
+CODE_SEED = 20_000
 
 
 # --- what fine-tuning shifts --------------------------------------------------------------------------------------
@@ -46,31 +44,32 @@ def _tuned(run: OpenRun) -> LanguageModel:
     return load_tuned(run.load_model(), run.get("sft"))
 
 
-def both(run: OpenRun) -> SideBySide:
-    """The run's SAE and the raw dimensions, for one pass through the model."""
-    return SideBySide({"sae": run.sae(), "raw": identity_sae(run.lm)})
+def codes(run: OpenRun, *kinds: str) -> SideBySide:
+    """The run's SAE ("sae"), a random code as sparse ("random") and the raw dimensions ("raw"), or some of them."""
+    makers = {"sae": run.sae, "random": lambda: random_code(run.sae(), CODE_SEED), "raw": lambda: identity_sae(run.lm)}
+    return SideBySide({kind: makers[kind]() for kind in kinds or makers})
 
 
 def of_kind(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    """One kind's part, "sae" or "raw", of a stage's tensors."""
+    """One kind's part ("sae", "random" or "raw") of a stage's tensors."""
     return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}/")}
 
 
 def _model_shift(run: OpenRun, prompts: list[Prompt], report) -> dict[str, torch.Tensor]:
-    sae = both(run)
+    sae = codes(run)
     parts = model_paired_folds(run.lm, _tuned(run), sae, run.settings.layer, prompts, masks(run),
                                min(FOLDS, len(prompts)), tokens_per_batch=run.settings.tokens_per_batch,
                                report=report, work=report.work)
     return sae.split(folded(parts))
 
 
-@stage("tensors", uses=(*SHIFT, *MASKS), needs=("sft",), inputs=("model", "sae", "sft_train"))
+@stage("tensors", version=2, uses=(*SHIFT, *MASKS), needs=("sft",), inputs=("model", "sae", "sft_train"))
 def sft_shift(run: OpenRun, report) -> dict[str, torch.Tensor]:
-    """Actual shift: stage `shift`'s questions in the untuned and the tuned model, in folds; SAE and raw dimensions."""
+    """Actual shift: stage `shift`'s questions in the untuned and the tuned model, in folds; every code."""
     return _model_shift(run, shift_questions(run), report)
 
 
-@stage("tensors", uses=(*MODEL, *SAE, *MASKS), needs=("sft",), inputs=("model", "sae", "sft_held_out"))
+@stage("tensors", version=2, uses=(*MODEL, *SAE, *MASKS), needs=("sft",), inputs=("model", "sae", "sft_held_out"))
 def sft_shift_solutions(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """The same on the worked solutions of held-out problems."""
     return _model_shift(run, solution_prompts(run), report)
@@ -84,11 +83,12 @@ def solution_prompts(run: OpenRun) -> list[Prompt]:
 
 # --- what demonstrations foresee ----------------------------------------------------------------------------------
 
-@stage("tensors", uses=RAW_SHIFT, inputs=("model", "sft_train"))
-def raw_shift(run: OpenRun, report) -> dict[str, torch.Tensor]:
-    """Stage `shift` on the residual stream's own dimensions."""
-    return paired_stats(run.lm, identity_sae(run.lm), run.settings.layer, shift_groups(run), masks(run),
-                        tokens_per_batch=run.settings.tokens_per_batch, report=report, work=report.work).to_tensors()
+@stage("tensors", uses=(*SHIFT, *MASKS), inputs=("model", "sae", "sft_train"))
+def shift_controls(run: OpenRun, report) -> dict[str, torch.Tensor]:
+    """Stage `shift` on a random code as sparse as the SAE, and on the residual stream's own dimensions."""
+    sae = codes(run, "random", "raw")
+    return sae.split(paired_stats(run.lm, sae, run.settings.layer, shift_groups(run), masks(run), work=report.work,
+                                  tokens_per_batch=run.settings.tokens_per_batch, report=report).to_tensors())
 
 
 def draws_of(examples: list[Example], count: int, draws: int, seed: int) -> tuple[list[list[Example]], list[Example]]:
@@ -107,29 +107,69 @@ def draws_of(examples: list[Example], count: int, draws: int, seed: int) -> tupl
 def _shift_behind(run: OpenRun, demonstrations: list[Example], questions: list[Example],
                   report) -> dict[str, torch.Tensor]:
     group, sae = make_group(run.lm.tokenizer, questions, tuple(demonstrations), context_length=run.lm.context_length,
-                            tokens=run.settings.overlap_tokens), both(run)
+                            tokens=run.settings.overlap_tokens), codes(run)
     stats = paired_stats(run.lm, sae, run.settings.layer, [group], masks(run), work=report.work,
-                         tokens_per_batch=run.settings.tokens_per_batch)
-    return sae.split({"squared_difference_L": stats.squared_difference_L.cpu()})
+                         tokens_per_batch=run.settings.tokens_per_batch).to_tensors()
+    return sae.split({name: stats[name] for name in ("squared_difference_L", "base_fired_L", "base_square_sum_L")})
 
 
 OVERLAP = (*MODEL, *SAE, *MASKS, "overlap_tokens", "seed")
 
 
-@stage("tensors", uses=(*OVERLAP, "overlap_draws", "shift_demonstrations"), inputs=("model", "sae", "sft_train"))
-def shift_by_draw(run: OpenRun, report) -> dict[str, torch.Tensor]:
-    """Squared change behind single sets of demonstrations, the same questions behind each; SAE and raw, draws x L."""
-    settings = run.settings
-    draws, questions = draws_of(run.sft_examples("train"), settings.shift_demonstrations, settings.overlap_draws,
-                                settings.seed)
+def _shifts_behind(run: OpenRun, sets: list[list[Example]], questions: list[Example],
+                   report) -> dict[str, torch.Tensor]:
+    """The same questions behind each set of demonstrations: kind/squared_difference_RL, one row a set; and the
+    questions' own kind/base_fired_L and kind/base_square_sum_L, which are the same behind all."""
     rows = []
-    for done, demonstrations in enumerate(draws, 1):
+    for done, demonstrations in enumerate(sets, 1):
         rows.append(_shift_behind(run, demonstrations, questions, report))
-        report(done / len(draws))
-    return {kind: torch.stack([row[f"{kind}/squared_difference_L"] for row in rows]) for kind in ("sae", "raw")}
+        report(done / len(sets))
+    return {name.replace("difference_L", "difference_RL"):
+            torch.stack([row[name] for row in rows]) if name.endswith("difference_L") else rows[0][name]
+            for name in rows[0]}
 
 
-@stage("tensors", uses=(*OVERLAP, "overlap_demonstrations", "demonstration_draws"),
+def overlap_draws(run: OpenRun) -> tuple[list[list[Example]], list[Example]]:
+    """The single sets of training-domain demonstrations, and the questions behind each of them."""
+    settings = run.settings
+    return draws_of(run.sft_examples("train"), settings.shift_demonstrations, settings.overlap_draws, settings.seed)
+
+
+@stage("tensors", version=2, uses=(*OVERLAP, "overlap_draws", "shift_demonstrations"),
+       inputs=("model", "sae", "sft_train"))
+def shift_by_draw(run: OpenRun, report) -> dict[str, torch.Tensor]:
+    """Squared change behind single sets of demonstrations, the same questions behind each; all codes."""
+    return _shifts_behind(run, *overlap_draws(run), report)
+
+
+def other_domain_sets(run: OpenRun) -> list[list[Example]]:
+    """As many sets as `overlap_draws`, each from one domain other than the training set's own, as a control.
+
+    Raises:
+        StsError: no other domain has enough examples.
+    """
+    settings = run.settings
+    pool = run.demonstration_pool() or run.domain_examples()
+    own = {DOMAIN_OF.get(example.domain, example.domain) for example in run.sft_examples("train")}
+    large = [domain for domain in sorted(set(pool) - own) if len(pool[domain]) >= settings.shift_demonstrations]
+    if not large:
+        raise StsError(f"The control takes {settings.shift_demonstrations} demonstrations from a domain of "
+                       f"{settings.domain_data!r} other than {', '.join(sorted(own))}; no domain has so many. Use "
+                       "fewer shift_demonstrations, or more domains.")
+    generator = random.Random(settings.seed)
+    order = generator.sample(large, len(large))
+    return [generator.sample(pool[order[draw % len(order)]], settings.shift_demonstrations)
+            for draw in range(settings.overlap_draws)]
+
+
+@stage("tensors", uses=(*OVERLAP, "overlap_draws", "shift_demonstrations"),
+       inputs=("model", "sae", "sft_train", "domain_data", "demonstrations"))
+def shift_by_other_domain(run: OpenRun, report) -> dict[str, torch.Tensor]:
+    """Stage `shift_by_draw` with demonstrations from other domains before the same questions: a control."""
+    return _shifts_behind(run, other_domain_sets(run), overlap_draws(run)[1], report)
+
+
+@stage("tensors", version=2, uses=(*OVERLAP, "overlap_demonstrations", "demonstration_draws"),
        inputs=("model", "sae", "sft_train"))
 def shift_by_demonstrations(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """Squared change behind 1, 2, ... demonstrations, each set holding the smaller ones; kind/number -> draws x L."""
@@ -140,86 +180,10 @@ def shift_by_demonstrations(run: OpenRun, report) -> dict[str, torch.Tensor]:
     for done, demonstrations in enumerate(draws, 1):
         for number in numbers:
             found = _shift_behind(run, demonstrations[:number], questions, report)
-            for kind in ("sae", "raw"):
+            for kind in KINDS:
                 rows.setdefault(f"{kind}/{number}", []).append(found[f"{kind}/squared_difference_L"])
         report(done / len(draws))
     return {name: torch.stack(own) for name, own in rows.items()}
-
-
-# --- zeroing latents ----------------------------------------------------------------------------------------------
-
-def _to_ablate(run: OpenRun, report) -> tuple[LanguageModel, object, torch.Tensor, torch.Tensor, float]:
-    """The model to zero latents in, the SAE, the latents' change and firing rates, and the norm that marks sinks."""
-    settings, stats = run.settings, of_kind(run.get("sft_shift"), "sae")
-    tuned = settings.ablation_model == "tuned"
-    lm = _tuned(run) if tuned else run.lm
-    rate_L = stats[f"{'icl' if tuned else 'base'}_fired_L"] / stats["tokens"]
-    prompts = solution_prompts(run)[:8]
-    limit = norm_threshold(Extractor(lm, settings.layer, settings.tokens_per_batch, report.work),
-                           [prompt.ids for prompt in prompts], [prompt.question for prompt in prompts],
-                           settings.outlier_norm)
-    return lm, run.sae(), stats["squared_difference_L"], rate_L, limit
-
-
-@stage("parquet", uses=(*MODEL, *SAE, *MASKS, "ablation_model", "ablation_examples", "ablation_latents",
-                        "ablation_draws", "eval_batch", "seed"), needs=("sft_shift", "sft"),
-       inputs=("model", "sae", "sft_held_out"))
-def ablation(run: OpenRun, report) -> pandas.DataFrame:
-    """Bits per character of held-out training-domain solutions with latents zeroed: most shifted, random, matched.
-
-    One row per set of latents and problem: kind (none, most_shifted, random, matched), latents (number zeroed), draw,
-    rate (mean firing rate of the set on the questions of `sft_shift`), example_id, bits, accuracy where it has options.
-    """
-    settings = run.settings
-    examples = run.sft_examples("held_out")[:settings.ablation_examples]
-    lm, sae, change_L, rate_L, limit = _to_ablate(run, report)
-    chosen, frames = sets_to_zero(change_L, rate_L, settings.ablation_latents, settings.ablation_draws,
-                                  settings.seed), []
-    for done, (kind, count, draw, latents) in enumerate(chosen, 1):
-        with zeroed(lm, sae, settings.layer, latents, drop_first_positions=settings.drop_first_positions,
-                    norm_limit=limit):
-            items = item_measures(evaluate(lm, examples, batch=settings.eval_batch, work=report.work))
-        rate = rate_L[latents].mean().item() if len(latents) else 0.0
-        frames.append(items.reset_index().assign(kind=kind, latents=count, draw=draw, rate=rate))
-        report(done / len(chosen))
-    return pandas.concat(frames, ignore_index=True)
-
-
-@stage("json", uses=(*MODEL, *SAE, *MASKS, "ablation_model", "top_n", "seed"), needs=("sft_shift", "sft"),
-       inputs=("model", "sae", "sft_held_out"))
-def ablated_answers(run: OpenRun, report) -> dict:
-    """The first held-out problem answered (greedily) with no latents zeroed, the most shifted, and as many matched."""
-    settings, example = run.settings, run.sft_examples("held_out")[0]
-    lm, sae, change_L, rate_L, limit = _to_ablate(run, report)
-    ids = torch.tensor([make_prompt(lm.tokenizer, question_text(example)).ids], device=lm.device)
-    answers = []
-    for kind, _, _, latents in sets_to_zero(change_L, rate_L, [settings.top_n], 1, settings.seed):
-        with torch.inference_mode(), zeroed(lm, sae, settings.layer, latents, norm_limit=limit,
-                                            drop_first_positions=settings.drop_first_positions):
-            text = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS,
-                                     do_sample=False, pad_token_id=lm.tokenizer.pad_token_id)
-        answers.append({"zeroed": kind, "latents": len(latents),
-                        "answer": lm.tokenizer.decode(text[0, ids.shape[1]:], skip_special_tokens=True)})
-    return {"question": example.question, "answer": example.answer, "answers": answers}
-
-
-def sets_to_zero(change_L: torch.Tensor, rate_L: torch.Tensor, counts: list[int], draws: int,
-                 seed: int) -> list[tuple[str, int, int, torch.Tensor]]:
-    """(kind, number, draw, latents) of every set that is zeroed; first the empty one.
-
-    Args:
-        change_L: squared change by fine-tuning; `most_shifted` are its largest, the others hold none of them.
-        rate_L: firing rates, which `matched` sets imitate.
-    """
-    sets = [("none", 0, 0, torch.tensor([], dtype=torch.long))]
-    for count in counts:
-        most = shifted_dimensions(change_L, count)
-        sets.append(("most_shifted", count, 0, most))
-        for draw in range(draws):
-            own = 1000 * seed + draw
-            sets.append(("random", count, draw, random_latents(len(change_L), most, count, own)))
-            sets.append(("matched", count, draw, matched_latents(rate_L, most, own)))
-    return sets
 
 
 # --- the paper's selection of domains, and other seeds ------------------------------------------------------------

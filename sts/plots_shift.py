@@ -12,22 +12,29 @@ from sts.plots import BLUE, GREEN, GREY, ORANGE, SCORE_LABELS, VARIANT_LABELS, _
 from sts.shift_stats import Concentration
 
 #: kind -> (label, colour, line style, marker)
-KIND_STYLE = {"sae": ("SAE latents", BLUE, "-", "o"), "raw": ("raw dimensions", ORANGE, "--", "s")}
-SET_STYLE = {"most_shifted": ("most shifted", BLUE, "-", "o"),
-             "matched": ("random, like firing rates", ORANGE, "--", "s"), "random": ("random", GREY, ":", "D")}
+KIND_STYLE = {"sae": ("SAE latents", BLUE, "-", "o"), "raw": ("raw dimensions", ORANGE, "--", "s"),
+              "random": ("random sparse code", GREEN, "-.", "^")}
+#: baseline -> the same, see `shift_results.BASELINES`
+BASELINE_STYLE = {"rate": ("by firing rate", ORANGE, "--", "v"), "energy": ("by energy", GREEN, "-.", "^"),
+                  "other_domain": ("other domains' demonstrations", GREY, ":", "x")}
+SET_STYLE = {"most_shifted": ("most shifted", BLUE, "-", "o"), "most_active": ("most active", GREEN, "-.", "^"),
+             "matched": ("others of as much energy", ORANGE, "--", "s"), "random": ("random", GREY, ":", "D")}
 
 
-def concentration_curve(found: Concentration, top_n: int) -> Figure:
+def concentration_curve(found: Concentration, energy_L: numpy.ndarray, top_n: int) -> Figure:
     """Figure 1a: share of the squared change against the number of latents.
 
-    Solid: chosen and measured on different questions, with its interval; dash-dotted: on the same ones; dashed: latents
-    in random order, with the central 95% of random orders.
+    Solid: chosen and measured on different questions, with its interval; dash-dotted: on the same ones; dotted: share
+    of the squared activation in the most active latents (`energy_L`, `shift_results.energy_curve`); dashed: latents in
+    random order, with the central 95% of random orders.
     """
     _theme()
     figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     axis.fill_between(found.counts_K, found.low_K, found.high_K, color=BLUE, alpha=0.25, linewidth=0)
     axis.plot(found.counts_K, found.held_out_K, color=BLUE, label="most shifted on other questions")
     axis.plot(found.counts_K, found.share_K, color=GREEN, linestyle="-.", label="most shifted on the same questions")
+    axis.plot(found.counts_K, energy_L[found.counts_K - 1], color="black", linestyle=":",
+              label="squared activation, most active")
     axis.fill_between(found.counts_K, found.random_low_K, found.random_high_K, color=GREY, alpha=0.3, linewidth=0)
     axis.plot(found.counts_K, found.counts_K / found.width, color=GREY, linestyle="--", label="random order")
     axis.axvline(top_n, color=ORANGE, linestyle=":", label=f"N = {top_n}")
@@ -38,7 +45,7 @@ def concentration_curve(found: Concentration, top_n: int) -> Figure:
 
 
 def concentration_by_kind(found: dict[str, Concentration]) -> Figure:
-    """Figure 2b: the same for SAE latents and raw dimensions, by number on the left and by fraction on the right."""
+    """Figure 2b: the same for SAE latents, raw dimensions and a random code, by number (left) and fraction (right)."""
     _theme()
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.4), sharey=True, layout="constrained")
     for axis, by_fraction in zip(axes, (False, True), strict=True):
@@ -57,36 +64,47 @@ def concentration_by_kind(found: dict[str, Concentration]) -> Figure:
 
 
 def zeroing(effects: pandas.DataFrame) -> Figure:
-    """Figure 1b: change in bits per character against the number of latents zeroed, with intervals over problems."""
+    """Figure 1b: change in bits per character with its interval, left against the number of latents zeroed, right
+    against their share of all energy; kinds without a match have no point."""
     _theme()
-    figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.8), sharey=True, layout="constrained")
+    drawn = effects[effects["mean"].notna()].sort_values("latents")
     for place, (kind, (label, colour, style, marker)) in enumerate(SET_STYLE.items()):
-        own = effects[effects["kind"] == kind].sort_values("latents")
-        x = own["latents"] * 1.06 ** (place - 1)  # beside each other, so that the bars can be told apart
-        axis.errorbar(x, own["mean"], yerr=[own["mean"] - own["low"], own["high"] - own["mean"]], color=colour,
-                      linestyle=style, marker=marker, markersize=5, capsize=3, label=label)
+        own = drawn[drawn["kind"] == kind]
+        # By number, kinds stand beside each other, so that their bars can be told apart.
+        for axis, x in zip(axes, (own["latents"] * 1.06 ** (place - 1.5), 100 * own["share"]), strict=True):
+            axis.errorbar(x, own["mean"], yerr=[own["mean"] - own["low"], own["high"] - own["mean"]], color=colour,
+                          linestyle=style, marker=marker, markersize=5, capsize=3, label=label)
     counts = sorted(effects["latents"].unique())
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="latents zeroed", ylabel="change in bits per character\n(higher: worse)", xscale="log")
-    axis.set_xticks(counts, [str(count) for count in counts])
-    axis.minorticks_off()
-    axis.legend()
+    for axis in axes:
+        axis.axhline(0, color="black", linewidth=0.8)
+    axes[0].set(xlabel="latents zeroed", ylabel="change in bits per character\n(higher: worse)", xscale="log")
+    axes[0].set_xticks(counts, [str(count) for count in counts])
+    axes[0].minorticks_off()
+    axes[1].set(xlabel="their share of all latents' energy (%)")
+    axes[1].locator_params(axis="x", nbins=4)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return _finished(figure)
 
 
-def overlap_curves(curves: dict[str, pandas.DataFrame], top_n: int) -> Figure:
-    """Figure 2a: left, share of the top N foreseen against N, with chance; right, latents and raw dimensions by
-    fraction."""
+def overlap_curves(curves: dict[str, pandas.DataFrame], baselines: dict[str, pandas.DataFrame], top_n: int) -> Figure:
+    """Figure 2a: left, share of the top N foreseen against N, with chance and the lists that need no demonstration;
+    right, latents, raw dimensions and a random code by fraction."""
     _theme()
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.9), sharey=True, layout="constrained")
     own = curves["sae"]
     label, colour, style, _ = KIND_STYLE["sae"]
-    axes[0].plot(own["n"], own["share"], color=colour, linestyle=style, label=label)
+    axes[0].plot(own["n"], own["share"], color=colour, linestyle=style, label="by demonstrations")
+    for name, frame in baselines.items():
+        text, shade, dashes, _ = BASELINE_STYLE[name]
+        axes[0].plot(frame["n"], frame["share"], color=shade, linestyle=dashes, label=text)
     axes[0].fill_between(own["n"], own["chance_low"], own["chance_high"], color=GREY, alpha=0.3, linewidth=0)
-    axes[0].plot(own["n"], own["chance"], color=GREY, linestyle="--", label="chance, all latents")
-    axes[0].plot(own["n"], own["active_chance"].astype(float), color=GREEN, linestyle="-.",
+    axes[0].plot(own["n"], own["active_chance"].astype(float), color="black", linestyle=":", linewidth=1,
                  label="chance, changing latents")
-    axes[0].axvline(top_n, color=ORANGE, linestyle=":", label=f"N = {top_n}")
+    axes[0].plot(own["n"], own["chance"], color=GREY, linestyle="--", linewidth=1, label="chance, all latents")
+    axes[0].axvline(top_n, color=GREY, linestyle="-", linewidth=0.8)
+    axes[0].annotate(f"N = {top_n}", (top_n, 0.02), fontsize=9, ha="left", xytext=(3, 0), textcoords="offset points")
     axes[0].set(xlabel="N", ylabel="share of the top N foreseen", xscale="log", ylim=(0, 1.02))
     for kind, frame in curves.items():
         label, colour, style, _ = KIND_STYLE[kind]
@@ -94,39 +112,58 @@ def overlap_curves(curves: dict[str, pandas.DataFrame], top_n: int) -> Figure:
     axes[1].plot(own["fraction"], own["fraction"], color=GREY, linestyle=":", label="chance")
     axes[1].set(xlabel="fraction of dimensions", xscale="log")
     for axis in axes:
-        axis.legend(loc="upper left", fontsize=9)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9, frameon=False)
     return _finished(figure)
 
 
-def overlap_by_number(frame: pandas.DataFrame) -> Figure:
-    """Share foreseen against the number of demonstrations: one marker a draw, lines through the means."""
+def overlap_by_number(frame: pandas.DataFrame, baselines: dict[str, float]) -> Figure:
+    """Share foreseen against the number of demonstrations: hollow, one marker a draw; lines through the means.
+
+    Args:
+        baselines: share that a list without demonstrations names, by `BASELINE_STYLE`; drawn as horizontal lines.
+    """
     _theme()
-    figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
-    _draw_shares(axis, frame, "demonstrations")
-    axis.set(xlabel="number of demonstrations", ylabel="share of the top N foreseen", ylim=(0, 1.02))
-    return _finished(figure)
-
-
-def overlap_by_set(frame: pandas.DataFrame) -> Figure:
-    """Share foreseen behind each single set of demonstrations, latents and raw dimensions."""
-    _theme()
-    figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
-    _draw_shares(axis, frame, "draw", joined=False)
-    axis.set(xlabel="set of demonstrations", ylabel="share of the top N foreseen", ylim=(0, 1.02))
-    return _finished(figure)
-
-
-def _draw_shares(axis, frame: pandas.DataFrame, column: str, *, joined: bool = True) -> None:
+    figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
     for kind, (label, colour, style, marker) in KIND_STYLE.items():
         own = frame[frame["kind"] == kind]
-        axis.plot(own[column], own["share"], marker, color=colour, markersize=6, markerfacecolor="none",
-                  label=None if joined else label)
-        if joined:
-            means = own.groupby(column)["share"].mean()
-            axis.plot(means.index, means, color=colour, linestyle=style, marker=marker, markersize=3, label=label)
+        axis.plot(own["demonstrations"], own["share"], marker, color=colour, markersize=6, markerfacecolor="none")
+        means = own.groupby("demonstrations")["share"].mean()
+        axis.plot(means.index, means, color=colour, linestyle=style, marker=marker, markersize=3, label=label)
+    for name, share in baselines.items():
+        text, _, dashes, _ = BASELINE_STYLE[name]
+        axis.axhline(share, color="black", linestyle=dashes, linewidth=1, label=f"SAE latents {text}")
     axis.axhline(frame["chance"].iloc[0], color=GREY, linestyle=":", label="chance")
-    axis.set_xticks(sorted(frame[column].unique()))
-    axis.legend()
+    axis.set_xticks(sorted(frame["demonstrations"].unique()))
+    axis.set(xlabel="number of demonstrations", ylabel="share of the top N foreseen", ylim=(0, 1.02))
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    return _finished(figure)
+
+
+def overlap_by_set(codes: pandas.DataFrame, baselines: pandas.DataFrame) -> Figure:
+    """Share foreseen behind each single set of demonstrations: left, each code; right, SAE latents and baselines.
+
+    Args:
+        codes: `shift_results.overlap_by_draw`.
+        baselines: `shift_results.baselines_by_draw`.
+    """
+    _theme()
+    figure, axes = plt.subplots(1, 2, figsize=(7, 4), sharey=True, layout="constrained")
+    for kind, (label, colour, _, marker) in KIND_STYLE.items():
+        own = codes[codes["kind"] == kind]
+        axes[0].plot(own["draw"], own["share"], marker, color=colour, markersize=6, label=label)
+    axes[0].axhline(codes["chance"].iloc[0], color=GREY, linestyle=":", label="chance")
+    own = codes[codes["kind"] == "sae"]
+    axes[1].plot(own["draw"], own["share"], "o", color=BLUE, markersize=6, label="by this set")
+    for name, (label, colour, _, marker) in BASELINE_STYLE.items():
+        own = baselines[baselines["baseline"] == name]
+        axes[1].plot(own["draw"], own["share"], marker, color=colour, markersize=6, label=label)
+    for axis, title in zip(axes, ("foreseen in each code", "SAE latents, by what list"), strict=True):
+        axis.set_xticks(sorted(codes["draw"].unique()))
+        axis.set(xlabel="set of demonstrations", ylim=(0, 1.02))
+        axis.set_title(title, fontsize=10)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), fontsize=9, frameon=False)
+    axes[0].set(ylabel="share of the top N foreseen")
+    return _finished(figure)
 
 
 def figure3(scores: pandas.DataFrame, shifts: pandas.DataFrame, everything: list[dict], extremes: list[dict],

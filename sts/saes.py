@@ -7,6 +7,7 @@ Latents of an SAE with unequal decoder norms are not comparable, so norms are fo
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
+from sts.config import ROOT
 from sts.errors import StsError
 from sts.models import LanguageModel, check_layer, first_line, sha256_of_file
 
@@ -37,6 +39,25 @@ def sae_identity(name: str) -> str:
                        "'release/sae_id' from sae-lens' registry, such as "
                        "'llama-3-8b-it-res-jh/blocks.25.hook_resid_post'.")
     return f"registry:{name}"
+
+
+def sae_folder(name: str) -> Path | None:
+    """The folder that a run's setting `sae` names; None if it names none."""
+    # Paths in a profile are relative to the repository, so that any folder can run it.
+    for folder in (ROOT / name, Path(name).expanduser()):
+        if (folder / "cfg.json").is_file():
+            return folder
+    return None
+
+
+def known_width(name: str) -> int | None:
+    """How many latents an SAE has, if its folder says so; None for one of the registry, which would be fetched."""
+    folder = sae_folder(name)
+    try:
+        width = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))["d_sae"] if folder else None
+    except (ValueError, KeyError, TypeError):  # loading it will say what is wrong
+        return None
+    return width if isinstance(width, int) else None
 
 
 def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_norms: bool = True):
@@ -122,6 +143,42 @@ class IdentitySAE:
 def identity_sae(lm: LanguageModel) -> IdentitySAE:
     """The "SAE" whose latents are the raw dimensions of a model's residual stream, in float32 on its device."""
     return IdentitySAE(int(lm.model.config.get_text_config().hidden_size), lm.device)
+
+
+@dataclass
+class RandomCode:
+    """A sparse code with random directions, as sparse on every token as an SAE: what sparsity alone would show.
+
+    Each latent is the projection on a random unit vector of the residual stream less the SAE's decoder bias. On a
+    token on which the SAE has n active latents, the n largest positive projections are kept.
+
+    Attributes:
+        sae: the SAE whose width and sparsity it has.
+        directions_DL: unit columns.
+    """
+
+    sae: object
+    directions_DL: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.cfg = SimpleNamespace(d_in=self.sae.cfg.d_in, d_sae=self.sae.cfg.d_sae,
+                                   metadata=SimpleNamespace(hook_name=None), architecture=lambda: "random")
+        self.device, self.dtype = self.sae.device, torch.float32
+
+    def encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
+        """Latents, T x L, none below zero."""
+        active_T = (self.sae.encode(residual_TD.to(self.sae.dtype)) > 0).sum(-1)
+        value_TL = ((residual_TD.float() - self.sae.b_dec.float()) @ self.directions_DL).relu()
+        most = int(active_T.max()) if len(active_T) else 0
+        top = value_TL.topk(most, dim=-1)
+        kept_TK = torch.where(torch.arange(most, device=active_T.device) < active_T[:, None], top.values, 0)
+        return torch.zeros_like(value_TL).scatter(-1, top.indices, kept_TK)
+
+
+def random_code(sae, seed: int = 0) -> RandomCode:
+    """A `RandomCode` of an SAE's width and sparsity, its directions drawn evenly from the sphere."""
+    directions_DL = torch.randn(sae.cfg.d_in, sae.cfg.d_sae, generator=torch.Generator().manual_seed(seed))
+    return RandomCode(sae, (directions_DL / directions_DL.norm(dim=0)).to(sae.device))
 
 
 @dataclass

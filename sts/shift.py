@@ -7,6 +7,13 @@ import torch
 from sts.errors import StsError
 
 
+def check_top_n(top_n: int, latents: int) -> None:
+    """Raise `StsError` unless the N most shifted of so many latents can be named."""
+    if not 1 <= top_n <= latents:
+        raise StsError(f"The {top_n} most shifted latents were asked for; the SAE has {latents}. "
+                       f"Set top_n between 1 and {latents}.")
+
+
 def shifted_dimensions(squared_difference_L: torch.Tensor, top_n: int) -> torch.Tensor:
     """D_N: indices of the N latents with the largest summed squared change, largest first.
 
@@ -19,9 +26,7 @@ def shifted_dimensions(squared_difference_L: torch.Tensor, top_n: int) -> torch.
     Raises:
         StsError: N is larger than the number of latents, or the change holds NaN.
     """
-    if not 1 <= top_n <= len(squared_difference_L):
-        raise StsError(f"The {top_n} most shifted latents were asked for; the SAE has {len(squared_difference_L)}. "
-                       f"Set top_n between 1 and {len(squared_difference_L)}.")
+    check_top_n(top_n, len(squared_difference_L))
     if not torch.isfinite(squared_difference_L).all():
         raise StsError("The change per latent holds NaN or infinite values; the extraction that made it is broken.")
     return torch.sort(squared_difference_L, descending=True, stable=True).indices[:top_n]

@@ -5,18 +5,22 @@ Every function takes an open run and computes from stored sums, in a second or l
 
 from __future__ import annotations
 
+import numpy as np
 import pandas
 import torch
 
-from sts.pipeline_shift import of_kind
-from sts.shift import overlap, shifted_dimensions
+from sts.pipeline_shift import KINDS, of_kind
+from sts.shift import concentration, overlap, shifted_dimensions
 from sts.shift_stats import Concentration, concentrations, count_grid, overlap_rows, same_fraction
 from sts.stages import OpenRun
-from sts.stats import paired_mean_interval
+from sts.stats import MeanInterval, paired_mean_interval
 
-KINDS = ("sae", "raw")
 #: The paper's N = 100 of 28,672 latents (its Qwen SAE), as a fraction.
 PAPER_FRACTION = 100 / 28_672
+#: Lists of latents that need no demonstration of the training domain: what each is called in a sentence.
+BASELINES = {"rate": "the latents that fire most often on the same questions",
+             "energy": "the latents of largest energy on them",
+             "other_domain": "those that demonstrations of other domains move"}
 
 
 def paper_number(width: int) -> int:
@@ -25,38 +29,61 @@ def paper_number(width: int) -> int:
 
 
 def equal_numbers(run: OpenRun) -> dict[str, int]:
-    """How many latents are zeroed in on (top_n), and how many raw dimensions are the same fraction."""
+    """How many latents are zeroed in on (top_n), and how many of each other code are the same fraction."""
     width = {kind: of_kind(run.get("sft_shift"), kind)["squared_difference_L"].shape[0] for kind in KINDS}
-    return {"sae": run.settings.top_n, "raw": same_fraction(run.settings.top_n, width["sae"], width["raw"])}
+    return {"sae": run.settings.top_n} | {kind: same_fraction(run.settings.top_n, width["sae"], width[kind])
+                                          for kind in KINDS if kind != "sae"}
 
+
+# --- how concentrated the change is -------------------------------------------------------------------------------
 
 def concentration_of(run: OpenRun, kind: str, stage: str = "sft_shift") -> Concentration:
-    """Concentration of the actual shift on SAE latents ("sae") or raw dimensions ("raw")."""
+    """Concentration of the actual shift on SAE latents ("sae"), a random code ("random") or raw dimensions ("raw")."""
     change_FL = of_kind(run.get(stage), kind)["fold_squared_difference_FL"]
     return concentrations(change_FL, *equal_numbers(run).values(), paper_number(change_FL.shape[1]),
-                          resamples=run.settings.bootstrap, seed=run.settings.seed)
+                          seed=run.settings.seed)
 
+
+def energy_curve(run: OpenRun, kind: str = "sae") -> np.ndarray:
+    """Share of the squared activation (before training, same tokens) in the 1, 2, ... latents of largest energy."""
+    return concentration(of_kind(run.get("sft_shift"), kind)["base_square_sum_L"]).numpy()
+
+
+# --- how well it is foreseen --------------------------------------------------------------------------------------
 
 def estimated(run: OpenRun, kind: str) -> torch.Tensor:
-    """Squared change behind demonstrations, per latent or raw dimension."""
-    return run.get("shift" if kind == "sae" else "raw_shift")["squared_difference_L"]
+    """Squared change behind demonstrations, per latent of a code."""
+    if kind == "sae":
+        return run.get("shift")["squared_difference_L"]
+    return of_kind(run.get("shift_controls"), kind)["squared_difference_L"]
 
 
 def actual(run: OpenRun, kind: str, stage: str = "sft_shift") -> torch.Tensor:
-    """Squared change by fine-tuning, per latent or raw dimension."""
+    """Squared change by fine-tuning, per latent of a code."""
     return of_kind(run.get(stage), kind)["squared_difference_L"]
+
+
+def _curve(run: OpenRun, kind: str, first_L: torch.Tensor) -> pandas.DataFrame:
+    change_L = actual(run, kind)
+    counts = count_grid(len(change_L), equal_numbers(run)[kind]).tolist()
+    frame = pandas.DataFrame(overlap_rows(first_L, change_L, counts))
+    return frame.assign(fraction=frame["n"] / len(change_L))
 
 
 def overlap_curve(run: OpenRun, kind: str) -> pandas.DataFrame:
     """Overlap of estimated and actual shifted dimensions for many N; columns of `overlap_rows` and `fraction`."""
-    change_L = actual(run, kind)
-    counts = count_grid(len(change_L), equal_numbers(run)[kind]).tolist()
-    frame = pandas.DataFrame(overlap_rows(estimated(run, kind), change_L, counts))
-    return frame.assign(fraction=frame["n"] / len(change_L))
+    return _curve(run, kind, estimated(run, kind))
+
+
+def baseline_curves(run: OpenRun) -> dict[str, pandas.DataFrame]:
+    """The same for two lists that no demonstration is needed for: SAE latents by firing rate ("rate") and by energy."""
+    stats = run.get("shift")
+    return {"rate": _curve(run, "sae", stats["base_fired_L"]),
+            "energy": _curve(run, "sae", stats["base_square_sum_L"])}
 
 
 def overlap_at(run: OpenRun, kind: str, stage: str = "sft_shift") -> dict:
-    """`overlap_rows` for the run's N (or the same fraction of raw dimensions)."""
+    """`overlap_rows` for the run's N (or the same fraction of another code)."""
     return overlap_rows(estimated(run, kind), actual(run, kind, stage), [equal_numbers(run)[kind]])[0]
 
 
@@ -72,10 +99,38 @@ def overlap_by_draw(run: OpenRun) -> pandas.DataFrame:
     """For each set of demonstrations: share of overlap with the actual shift; columns draw, kind, share, chance."""
     rows = []
     for kind, count in equal_numbers(run).items():
-        changes_RL, goal_L = run.get("shift_by_draw")[kind], actual(run, kind)
+        goal_L = actual(run, kind)
         rows += [{"draw": draw, "kind": kind, **_share(change_L, goal_L, count)}
-                 for draw, change_L in enumerate(changes_RL, 1)]
+                 for draw, change_L in enumerate(run.get("shift_by_draw")[f"{kind}/squared_difference_RL"], 1)]
     return pandas.DataFrame(rows)
+
+
+def baselines_by_draw(run: OpenRun) -> pandas.DataFrame:
+    """Share of the actual top N that each list of `BASELINES` names, beside each set; columns draw, baseline, share.
+
+    The questions are those behind the sets, so that all lists rest on the same tokens. Firing rates and energies do
+    not depend on the set; the sets of other domains are paired with the training domain's in order.
+    """
+    goal_L, count = actual(run, "sae"), run.settings.top_n
+    stats = of_kind(run.get("shift_by_draw"), "sae")
+    others_RL = run.get("shift_by_other_domain")["sae/squared_difference_RL"]
+    lists = [{"rate": stats["base_fired_L"], "energy": stats["base_square_sum_L"], "other_domain": other_L}
+             for other_L in others_RL]
+    return pandas.DataFrame([{"draw": draw, "baseline": name, "share": _share(value_L, goal_L, count)["share"]}
+                             for draw, own in enumerate(lists, 1) for name, value_L in own.items()])
+
+
+def leads(run: OpenRun) -> dict[str, MeanInterval]:
+    """By how much the sets' share foreseen exceeds each baseline's, and each other code's; intervals over sets.
+
+    Returns:
+        Keys of `BASELINES`, and "raw" and "random"; each the mean difference of shares.
+    """
+    by_draw = overlap_by_draw(run).pivot(index="draw", columns="kind", values="share")
+    baselines = baselines_by_draw(run).pivot(index="draw", columns="baseline", values="share")
+    others = {**{name: baselines[name] for name in BASELINES}, "raw": by_draw["raw"], "random": by_draw["random"]}
+    return {name: paired_mean_interval((by_draw["sae"] - share).to_numpy(), resamples=run.settings.bootstrap,
+                                       seed=run.settings.seed) for name, share in others.items()}
 
 
 def _share(change_L: torch.Tensor, goal_L: torch.Tensor, count: int) -> dict[str, float]:
@@ -86,7 +141,7 @@ def _share(change_L: torch.Tensor, goal_L: torch.Tensor, count: int) -> dict[str
 def agreement_between_draws(run: OpenRun) -> list[float]:
     """Share of the run's N that two sets of demonstrations estimate alike, for every pair of sets."""
     count = run.settings.top_n
-    tops = [shifted_dimensions(change_L, count) for change_L in run.get("shift_by_draw")["sae"]]
+    tops = [shifted_dimensions(change_L, count) for change_L in run.get("shift_by_draw")["sae/squared_difference_RL"]]
     return [overlap(one, other) / count for place, one in enumerate(tops) for other in tops[place + 1:]]
 
 
@@ -98,45 +153,3 @@ def overlap_by_demonstrations(run: OpenRun) -> pandas.DataFrame:
         rows += [{"demonstrations": int(number), "draw": draw, "kind": kind,
                   **_share(change_L, actual(run, kind), numbers[kind])} for draw, change_L in enumerate(changes_RL, 1)]
     return pandas.DataFrame(rows).sort_values(["kind", "demonstrations", "draw"], ignore_index=True)
-
-
-# --- zeroing ------------------------------------------------------------------------------------------------------
-
-def ablation_effects(rows: pandas.DataFrame, *, resamples: int = 5000, seed: int = 0) -> pandas.DataFrame:
-    """Change in bits per character that zeroing causes, paired by problem, with a bootstrap interval over problems.
-
-    Args:
-        rows: stage `ablation`. Draws of random sets are averaged within a problem first.
-
-    Returns:
-        One row per kind and number, and per difference of the most shifted from another kind: kind (also
-        "most_shifted - random", "most_shifted - matched"), latents, mean, low, high (bits per character), n
-        (problems), draws, rate (mean firing rate of the set).
-    """
-    none = rows[rows["kind"] == "none"].set_index("example_id")["bits"]
-    changed = rows[rows["kind"] != "none"]
-    wide = changed.groupby(["latents", "kind", "example_id"])["bits"].mean().unstack("kind")
-    found = []
-    for count, items in wide.groupby(level="latents"):
-        items = items.droplevel("latents").loc[none.index]
-        own = changed[changed["latents"] == count].groupby("kind")
-        differences = {kind: items[kind] - none for kind in items.columns}
-        differences |= {f"most_shifted - {kind}": items["most_shifted"] - items[kind] for kind in ("random", "matched")}
-        for kind, values in differences.items():
-            interval = paired_mean_interval(values.to_numpy(), resamples=resamples, seed=seed)
-            known = kind in own.groups
-            found.append({"kind": kind, "latents": int(count), "mean": interval.mean, "low": interval.low,
-                          "high": interval.high, "n": interval.n,
-                          "draws": int(own["draw"].nunique()[kind]) if known else None,
-                          "rate": float(own["rate"].mean()[kind]) if known else None})
-    return pandas.DataFrame(found)
-
-
-def run_effects(run: OpenRun) -> pandas.DataFrame:
-    """`ablation_effects` of a run's stage `ablation`."""
-    return ablation_effects(run.get("ablation"), resamples=run.settings.bootstrap, seed=run.settings.seed)
-
-
-def zeroed_number(run: OpenRun) -> int:
-    """The number of latents in `ablation_latents` nearest to the run's N; the smaller of two as near."""
-    return min(sorted(run.settings.ablation_latents), key=lambda count: abs(count - run.settings.top_n))

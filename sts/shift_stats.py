@@ -1,4 +1,4 @@
-"""How concentrated a shift is, how far two shifts agree, and random sets of latents to compare with.
+"""How concentrated a shift is, and how far two shifts agree.
 
 Shape suffixes: F folds (groups of questions), L latents, K numbers of latents, R resamples.
 """
@@ -16,10 +16,6 @@ from sts.errors import StsError
 from sts.shift import concentration, overlap, shifted_dimensions
 from sts.stats import overlap_p
 
-#: Latents whose firing rates differ by less than this factor are in one bin (half a power of ten).
-RATE_FACTOR = 10**0.5
-
-
 # --- concentration ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Concentration:
         share_K: most shifted first, chosen and measured on the same questions.
         held_out_K: in the order of the other folds' change, measured on the fold left out; all folds together.
             Choosing and measuring on the same questions would flatter the chosen.
-        low_K, high_K: 95% percentile interval of `held_out_K`, folds drawn with replacement.
+        low_K, high_K: 95% interval of `held_out_K` over folds: jackknife with Student's t (folds are few).
         random_low_K, random_high_K: central 95% of random orders; their expectation is the diagonal.
         width: number of all latents, L.
         folds: number of folds.
@@ -77,16 +73,34 @@ def held_out_shares(change_FL: torch.Tensor, counts_K: np.ndarray) -> tuple[np.n
     return torch.stack(rows).numpy(), change_FL.sum(1).numpy()
 
 
-def concentrations(change_FL: torch.Tensor, *also: int, resamples: int = 1000, orders: int = 200,
-                   seed: int = 0) -> Concentration:
+def ratio_interval(part_FK: np.ndarray, whole_F: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Interval of sum(part) / sum(whole) over folds: delete-one jackknife, Student's t with F - 1 degrees of freedom.
+
+    A percentile bootstrap of eight folds is too narrow.
+
+    Args:
+        part_FK: F folds, K quantities.
+        whole_F: what each is divided by.
+
+    Returns:
+        low_K and high_K, within 0 and 1.
+    """
+    folds = len(whole_F)
+    without_FK = (part_FK.sum(0) - part_FK) / (whole_F.sum() - whole_F)[:, None]
+    error_K = np.sqrt((folds - 1) / folds * ((without_FK - without_FK.mean(0)) ** 2).sum(0))
+    half_K = scipy_stats.t.ppf((1 + level) / 2, folds - 1) * error_K
+    ratio_K = part_FK.sum(0) / whole_F.sum()
+    return np.clip(ratio_K - half_K, 0, 1), np.clip(ratio_K + half_K, 0, 1)
+
+
+def concentrations(change_FL: torch.Tensor, *also: int, orders: int = 200, seed: int = 0) -> Concentration:
     """How concentrated a change is on few latents (Figures 1a and 2b).
 
     Args:
         change_FL: summed squared change per fold and latent.
         also: numbers of latents that the result must hold, besides a grid.
-        resamples: of folds for the interval.
         orders: random orders for their band.
-        seed: of both.
+        seed: of these.
 
     Raises:
         StsError: as `held_out_shares`.
@@ -95,9 +109,7 @@ def concentrations(change_FL: torch.Tensor, *also: int, resamples: int = 1000, o
     counts_K = count_grid(width, *also)
     carried_FK, total_F = held_out_shares(change_FL, counts_K)
     generator = np.random.default_rng(seed)
-    picked_RF = generator.integers(0, len(total_F), (resamples, len(total_F)))
-    weight_RF = np.stack([(picked_RF == fold).sum(1) for fold in range(len(total_F))], axis=1)
-    low_K, high_K = np.quantile((weight_RF @ carried_FK) / (weight_RF @ total_F)[:, None], [0.025, 0.975], axis=0)
+    low_K, high_K = ratio_interval(carried_FK, total_F)
     change_L = change_FL.double().sum(0)
     random_RK = np.stack([generator.permutation(change_L.numpy()).cumsum()[counts_K - 1] for _ in range(orders)])
     random_low_K, random_high_K = np.quantile(random_RK / total_F.sum(), [0.025, 0.975], axis=0)
@@ -144,56 +156,3 @@ def overlap_rows(first_L: torch.Tensor, second_L: torch.Tensor, counts: Sequence
             row["active_p"] = overlap_p(row["active"], own, count, shared)
         rows.append(row)
     return rows
-
-
-# --- random sets --------------------------------------------------------------------------------------------------
-
-def random_latents(width: int, without: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """`count` latents drawn evenly from all but those in `without`.
-
-    Raises:
-        StsError: there are not so many.
-    """
-    others = np.setdiff1d(np.arange(width), without.numpy())
-    if count > len(others):
-        raise StsError(f"{count} random latents were asked for beside {len(without)} chosen ones; the SAE has "
-                       f"{width}. Use at most {width // 2} in ablation_latents.")
-    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(others, count, replace=False)))
-
-
-def matched_latents(rate_L: torch.Tensor, chosen: torch.Tensor, seed: int) -> torch.Tensor:
-    """As many latents as chosen, none of them chosen, of like firing rates.
-
-    Firing rates fall into bins half a power of ten wide; from each bin as many are drawn as were chosen in it. Where
-    a bin has too few others, the rest comes from those nearest in rate (in logarithm) that are still left, so that a
-    large set may be matched worse: compare the mean rates.
-
-    Args:
-        rate_L: share of tokens on which each latent fires.
-
-    Raises:
-        StsError: fewer latents are left than were chosen.
-    """
-    generator = np.random.default_rng(seed)
-    rates = rate_L.double().numpy()
-    floor = rates[rates > 0].min() / RATE_FACTOR**2 if (rates > 0).any() else 1.0
-    log_L = np.log(np.maximum(rates, floor)) / np.log(RATE_FACTOR)  # silent latents have a bin of their own
-    bins_L = np.floor(log_L + 1e-9)
-    chosen_K = chosen.numpy()
-    left = np.setdiff1d(np.arange(len(rates)), chosen_K)
-    if len(left) < len(chosen_K):
-        raise StsError(f"{len(chosen_K)} latents were chosen and {len(left)} others are left to match them. Use at "
-                       f"most {len(rates) // 2} in ablation_latents.")
-    found, short = [], []
-    for own in np.unique(bins_L[chosen_K]):
-        wanted = chosen_K[bins_L[chosen_K] == own]
-        others = generator.permutation(left[bins_L[left] == own])
-        found += list(others[:len(wanted)])
-        # Which of the chosen go without a partner is left to chance.
-        short += list(generator.permutation(wanted)[len(others):])
-    left = np.setdiff1d(left, found)
-    for latent in short:
-        nearest = left[np.argmin(np.abs(log_L[left] - log_L[latent]))]
-        found.append(nearest)
-        left = left[left != nearest]
-    return torch.from_numpy(np.sort(np.array(found, dtype=np.int64)))

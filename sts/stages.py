@@ -32,10 +32,12 @@ from sts.data import Example, by_domain, digest, load_examples, load_mixture
 from sts.errors import StsError, one_of
 from sts.models import LanguageModel, bf16_is_fast, check_layer, load_model, resolve_model
 from sts.progress import Reporter
-from sts.saes import check_fits, load_sae, sae_identity
+from sts.saes import check_fits, known_width, load_sae, sae_folder, sae_identity
+from sts.shift import check_top_n
 from sts.store import Store, read
 
-PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math-verify", "reasoning-gym", "scipy")
+PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math-verify", "reasoning-gym", "scipy",
+            "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,12 @@ class OpenRun:
     def _spec(self, name: str) -> Stage:
         from sts import (  # noqa: F401  # they register the stages
             pipeline,
+            pipeline_baselines,
             pipeline_choices,
+            pipeline_comparison,
             pipeline_generation,
             pipeline_shift,
+            pipeline_zero,
         )
 
         if name not in STAGES:
@@ -238,13 +243,18 @@ class OpenRun:
             from sts.pipeline import sae_documents
 
             return digest([text for name in settings.sae_text for text in sae_documents(self, name)])
+        if what == "trial_problems":
+            from sts.pipeline_choices import trial_run
+
+            trial = trial_run(self)
+            return digest([*trial.sft_examples("train"), *trial.sft_examples("held_out")])
         if what == "generation_data":
             from sts.pipeline_generation import generation_questions
 
             return digest([example for _, *parts in generation_questions(self).values() for part in parts
                            for example in part])
         raise one_of("Input", what, ("model", "sae", "sft_train", "sft_held_out", "domain_data", "demonstrations",
-                                     "text_data", "sae_text", "generation_data", "seeds"))
+                                     "text_data", "sae_text", "generation_data", "trial_problems", "seeds"))
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
         memory = self._shared if name in ("lm", "loaded_sae", "identity:model") else self._memory
@@ -295,11 +305,7 @@ class OpenRun:
         """The folder of the run's SAE; None if it comes from sae-lens' registry."""
         if self.settings.sae == "train":
             return self.get("sae")
-        # Paths in a profile are relative to the repository, so that any folder can run it.
-        for folder in (ROOT / self.settings.sae, Path(self.settings.sae).expanduser()):
-            if (folder / "cfg.json").is_file():
-                return folder
-        return None
+        return sae_folder(self.settings.sae)
 
     @property
     def _sae_name(self) -> str:
@@ -311,6 +317,7 @@ class OpenRun:
                                                         dtype=self.settings.sae_dtype,
                                                         fold_norms=self.settings.fold_norms))
         check_fits(sae, self.lm, self.settings.layer)
+        check_top_n(self.settings.top_n, sae.cfg.d_sae)
         return sae
 
     def sft_examples(self, part: str) -> list[Example]:
@@ -359,10 +366,16 @@ def open_run(run: str | Run = "laptop", *, results: Path | None = None, **overri
         run: a name in runs/, the path of a YAML file, or a validated `Run`.
         results: folder for results; STS_RESULTS or results/ by default.
         overrides: settings to change; None leaves the profile's own value.
+
+    Raises:
+        StsError: wrong settings, an unknown SAE, or a top_n beyond the SAE's width if that is known.
     """
     settings, profile = load_run(run, overrides), load_run(run)
     if settings.sae != "train" and not (ROOT / settings.sae / "cfg.json").is_file():
         sae_identity(settings.sae)  # a wrong name is said now, not after minutes of work
+    width = settings.sae_latents if settings.sae == "train" else known_width(settings.sae)
+    if width:
+        check_top_n(settings.top_n, width)
     changed = {name: value for name in overrides if (value := getattr(settings, name)) != getattr(profile, name)}
     return OpenRun(settings, results=results, changed=changed)
 

@@ -5,73 +5,89 @@ A rule is fixed here, in words and in code side by side, before any number is kn
 
 from __future__ import annotations
 
-import html
+import math
 from collections.abc import Sequence
 
 import pandas
 
-from sts import shift_results
+from sts import learned, shift_results, zero_results
+from sts.learned import judged, learned_sentence
 from sts.pages import p_phrase, p_value
 from sts.paper import published_numbers
 from sts.stages import OpenRun
+from sts.stats import MeanInterval, paired_mean_interval
 
 #: The paper's share of the squared change in the top 100 latents (Figure 1a).
 PAPER_SHARE = 0.25
 
-FEW_RULE = ("*Few latents carry the change* counts as **held** if the N most shifted latents, chosen on other "
-            "questions than those they are measured on, carry a quarter of it (the paper's share) or more with the "
+FEW_RULE = ("*Few latents carry the change* counts as **held** if the paper's fraction of latents, chosen on other "
+            "questions than those they are measured on, carries a quarter of it (the paper's share) or more with the "
             "whole 95% interval; as **not held** if the whole interval lies below a quarter; otherwise as "
             "**undecided**.")
+BEYOND_RULE = ("*More concentrated than the activity* counts as **held** if the interval of the share of the change "
+               "in the N most shifted lies above the share of the squared activation in the N most active latents, as "
+               "**reversed** if it lies below, otherwise as **not shown**.")
 EVEN_RULE = ("*Raw dimensions share it more evenly* counts as **held** if the interval of the SAE's share lies above "
-             "that of the same fraction of raw dimensions, as **reversed** if it lies below, otherwise as "
-             "**not shown**.")
-ZERO_RULE = ("*Zeroing the most shifted hurts more* counts as **held** if it costs more bits than zeroing as many "
-             "random latents *and* as many of like firing rates, both 95% intervals of the difference above zero; as "
-             "**held against random latents only** if the second interval includes zero or less; otherwise as "
-             "**not shown**.")
-FORESEEN_RULE = ("*Demonstrations foresee the shift* counts as **held** if the two lists of N latents share more than "
-                 "random lists would with p below 0.05, drawn among the latents that change on these tokens at all; "
-                 "otherwise as **not shown**.")
+             "that of the same fraction of raw dimensions *and* of a random code as sparse as the SAE; as **held "
+             "against raw dimensions only** if above the first alone, which sparsity by itself brings about; as "
+             "**reversed** if it lies below that of raw dimensions; otherwise as **not shown**.")
+FORESEEN_RULE = ("*Demonstrations foresee the shift* counts as **held** if the sets of demonstrations name more of the "
+                 "actual top N than each of three lists that need none from the training domain (the latents that "
+                 "fire most often on the same questions, those of largest energy, those that demonstrations of other "
+                 "domains move), each difference with its whole 95% interval over sets above zero; as **beyond chance "
+                 "only** if not, but the two lists share more than random ones drawn among the latents that change at "
+                 "all, with p below 0.05; otherwise as **not shown**.")
 BETTER_RULE = ("*Better than raw dimensions* counts as **held** if the share foreseen is larger for latents than for "
-               "the same fraction of raw dimensions behind every single set of demonstrations, as **reversed** if it "
-               "is smaller behind every one, otherwise as **not shown**.")
+               "the same fraction of raw dimensions *and* than for a random code as sparse as the SAE, both 95% "
+               "intervals of the difference over sets above zero; as **held against raw dimensions only** if only the "
+               "first is; as **reversed** if the first lies below zero; otherwise as **not shown**.")
+MORE_RULE = ("*More demonstrations foresee more* counts as **held** if the share foreseen behind the largest number "
+             "less that behind the smallest has its whole 95% interval over draws above zero, as **reversed** if "
+             "below, otherwise as **not shown**.")
 
 
 # --- the rules ----------------------------------------------------------------------------------------------------
 
 def few_verdict(share: dict[str, float]) -> str:
-    """`FEW_RULE`, from the held-out share's low and high."""
+    """`FEW_RULE`, from the held-out share's low and high at the paper's fraction."""
     if share["low"] >= PAPER_SHARE:
         return "held"
     return "not held" if share["high"] < PAPER_SHARE else "undecided"
 
 
-def even_verdict(sae: dict[str, float], raw: dict[str, float]) -> str:
-    """`EVEN_RULE`, from both shares' low and high."""
-    if sae["low"] > raw["high"]:
+def beyond_verdict(share: dict[str, float], energy: float) -> str:
+    """`BEYOND_RULE`, from the held-out share's low and high and the energy's share at the same N."""
+    if share["low"] > energy:
         return "held"
+    return "reversed" if share["high"] < energy else "not shown"
+
+
+def even_verdict(sae: dict[str, float], raw: dict[str, float], random: dict[str, float]) -> str:
+    """`EVEN_RULE`, from the three shares' low and high."""
+    if sae["low"] > raw["high"]:
+        return "held" if sae["low"] > random["high"] else "held against raw dimensions only"
     return "reversed" if sae["high"] < raw["low"] else "not shown"
 
 
-def zero_verdict(effects: pandas.DataFrame, count: int) -> str:
-    """`ZERO_RULE`, from `shift_results.ablation_effects` at one number of latents."""
-    own = effects[effects["latents"] == count].set_index("kind")["low"]
-    if not own["most_shifted - random"] > 0:
-        return "not shown"
-    return "held" if own["most_shifted - matched"] > 0 else "held against random latents only"
-
-
-def foreseen_verdict(row: dict) -> str:
-    """`FORESEEN_RULE`, from a row of `shift_stats.overlap_rows`; more latents than are active: not shown."""
-    return "held" if row["active_p"] is not None and row["active_p"] < 0.05 else "not shown"
-
-
-def better_verdict(by_draw: pandas.DataFrame) -> str:
-    """`BETTER_RULE`, from `shift_results.overlap_by_draw`."""
-    wide = by_draw.pivot(index="draw", columns="kind", values="share")
-    if (wide["sae"] > wide["raw"]).all():
+def foreseen_verdict(row: dict, lead: dict[str, MeanInterval]) -> str:
+    """`FORESEEN_RULE`, from a row of `shift_stats.overlap_rows` and `shift_results.leads`."""
+    if all(lead[name].low > 0 for name in shift_results.BASELINES):  # NaN, of a single set, is not above zero
         return "held"
-    return "reversed" if (wide["sae"] < wide["raw"]).all() else "not shown"
+    return "beyond chance only" if row["active_p"] is not None and row["active_p"] < 0.05 else "not shown"
+
+
+def better_verdict(lead: dict[str, MeanInterval]) -> str:
+    """`BETTER_RULE`, from `shift_results.leads`."""
+    if lead["raw"].low > 0:
+        return "held" if lead["random"].low > 0 else "held against raw dimensions only"
+    return "reversed" if lead["raw"].high < 0 else "not shown"
+
+
+def more_verdict(gain: MeanInterval) -> str:
+    """`MORE_RULE`, from the gain of the largest number over the smallest."""
+    if gain.low > 0:
+        return "held"
+    return "reversed" if gain.high < 0 else "not shown"
 
 
 def figure_note(run: OpenRun, n: str, interval: str, *stages: str, seeds: Sequence[int] = ()) -> str:
@@ -84,7 +100,16 @@ def figure_note(run: OpenRun, n: str, interval: str, *stages: str, seeds: Sequen
 # --- the sentences ------------------------------------------------------------------------------------------------
 
 def _percent(share: dict[str, float]) -> str:
-    return f"{share['held_out']:.0%} (95% interval {share['low']:.0%} to {share['high']:.0%})"
+    """A share with its interval, with a digit more where the interval is narrow."""
+    digits = 1 if share["high"] - share["low"] < 0.02 else 0
+    held_out, low, high = (f"{share[name]:.{digits}%}" for name in ("held_out", "low", "high"))
+    return f"{held_out} (95% interval {low} to {high})"
+
+
+def _points(lead: MeanInterval) -> str:
+    """A difference of shares in percentage points, with its interval."""
+    interval = "" if math.isnan(lead.low) else f" ({100 * lead.low:+.0f} to {100 * lead.high:+.0f})"
+    return f"{100 * lead.mean:+.0f}{interval}"
 
 
 def _tuned_on(run: OpenRun) -> str:
@@ -103,65 +128,62 @@ def counted(count: int, what: str) -> str:
 
 def few_sentence(run: OpenRun) -> str:
     """Whether few latents carry the change that fine-tuning causes (Figure 1a)."""
-    found, count = shift_results.concentration_of(run, "sae"), run.settings.top_n
-    share, tokens = found.at(count), int(run.get("sft_shift")["sae/tokens"].item())
-    return (f"the {count} most shifted of {found.width:,} latents carry {_percent(share)} of the squared change "
-            f"({tokens:,} question tokens in {found.folds} groups of questions; {share['share']:.0%} if chosen and "
-            f"measured on the same questions). The paper reports {PAPER_SHARE:.0%} for 100 of 28,672. Few latents "
-            f"carry the change: **{few_verdict(share)}**.")
-
-
-def fraction_sentence(run: OpenRun) -> str:
-    """The share at the paper's own fraction of latents, and how many latents change at all."""
     found, change_L = shift_results.concentration_of(run, "sae"), shift_results.actual(run, "sae")
-    count, active = shift_results.paper_number(found.width), int((change_L > 0).sum())
-    return (f"The paper's 100 of 28,672 latents are {shift_results.PAPER_FRACTION:.2%}. The same fraction of "
-            f"{found.width:,} is {count}, and these carry {_percent(found.at(count))}. Many latents have no part in "
-            f"this: {active:,} of {found.width:,} change at all on these tokens, so the {run.settings.top_n} are "
-            f"{min(1, run.settings.top_n / active):.0%} of those that could have changed.")
+    count, tokens = shift_results.paper_number(found.width), int(run.get("sft_shift")["sae/tokens"].item())
+    share, active = found.at(count), int((change_L > 0).sum())
+    return (f"the paper's 100 of 28,672 latents are {shift_results.PAPER_FRACTION:.2%}. The same fraction of "
+            f"{found.width:,} is {count}, and these carry {_percent(share)} of the squared change ({tokens:,} question "
+            f"tokens in {found.folds} groups of questions; {active:,} latents change at all). The paper reports "
+            f"{PAPER_SHARE:.0%}. Few latents carry the change: **{judged(run, few_verdict(share))}**.")
+
+
+def beyond_sentence(run: OpenRun) -> str:
+    """Whether the change is more concentrated than the activity was before training."""
+    found, count = shift_results.concentration_of(run, "sae"), run.settings.top_n
+    share, energy = found.at(count), float(shift_results.energy_curve(run)[count - 1])
+    return (f"the {count} most shifted latents carry {_percent(share)} of the change ({share['share']:.0%} if chosen "
+            f"and measured on the same questions); the {count} most active ones carry {energy:.0%} of the squared "
+            f"activation on these tokens, before any training. More concentrated than the activity: "
+            f"**{judged(run, beyond_verdict(share, energy))}**.")
 
 
 def even_sentence(run: OpenRun) -> str:
     """Whether the change is spread more evenly over raw dimensions (Figure 2b)."""
     numbers = shift_results.equal_numbers(run)
     shares = {kind: shift_results.concentration_of(run, kind).at(numbers[kind]) for kind in numbers}
-    return (f"the same fraction of raw dimensions, {numbers['raw']}, carries {_percent(shares['raw'])}. Raw dimensions "
-            f"share it more evenly: **{even_verdict(shares['sae'], shares['raw'])}**.")
+    return (f"the {numbers['sae']} most shifted latents carry {_percent(shares['sae'])}, the same fraction of raw "
+            f"dimensions, {numbers['raw']}, carries {_percent(shares['raw'])}, and {numbers['random']} latents of a "
+            f"random code as sparse as the SAE carry {_percent(shares['random'])}. Raw dimensions share it more "
+            f"evenly: **{judged(run, even_verdict(shares['sae'], shares['raw'], shares['random']))}**.")
 
 
 def zero_sentence(run: OpenRun) -> str:
     """Whether zeroing the most shifted latents hurts more than zeroing others (Figure 1b)."""
-    effects, count = shift_results.run_effects(run), shift_results.zeroed_number(run)
-    own = effects[effects["latents"] == count].set_index("kind")
-
-    def cost(kind: str) -> str:
-        row = own.loc[kind]
-        return f"{row['mean']:+.2g} ({row['low']:+.2g} to {row['high']:+.2g})"
-
-    return (f"zeroing the {count} most shifted latents in the {run.settings.ablation_model} model changes the bits per "
-            f"character of {int(own['n'].iloc[0])} held-out solutions by {cost('most_shifted')}, zeroing as many "
-            f"random latents by {cost('random')}, as many of like firing rates by {cost('matched')} "
-            f"({counted(int(own.loc['random', 'draws']), 'set')} of each kind; 95% intervals over problems). "
-            f"Zeroing the most shifted hurts more: **{zero_verdict(effects, count)}**.")
+    verdict = judged(run, zero_results.run_verdict(run))
+    return f"{zero_results.run_sentence(run)} Zeroing the most shifted hurts more: **{verdict}**."
 
 
 def shift_summary(run: OpenRun) -> str:
     """First paragraph of the chapter on what fine-tuning shifts."""
+    told = (few_sentence, beyond_sentence, even_sentence, zero_sentence)
     return (f"**The answer of this run.** {_tuned_on(run)}\n\n"
-            f"{_listed(few_sentence(run), even_sentence(run), zero_sentence(run))}\n\n"
-            f"{FEW_RULE} {EVEN_RULE} {ZERO_RULE} Seed {run.settings.seed}, one training run.")
+            f"{_listed(*(sentence(run) for sentence in (learned_sentence, *told)))}\n\n"
+            f"{learned.RULE} {FEW_RULE} {BEYOND_RULE} {EVEN_RULE} {zero_results.ZERO_RULE} Seed {run.settings.seed}, "
+            "one training run.")
 
 
 def foreseen_sentence(run: OpenRun) -> str:
     """Whether the latents that demonstrations move are those that training moves (Figure 2a)."""
-    row, published = shift_results.overlap_at(run, "sae"), _published_overlap()
+    row, lead, published = shift_results.overlap_at(run, "sae"), shift_results.leads(run), _published_overlap()
     active = ("more than change at all, so that no test is possible" if row["active_p"] is None else
               f"by chance {row['active_chance'] * row['n']:.1f} among the {row['active']:,} that change at all, "
               f"p {p_phrase(row['active_p'])}")
+    listed = "; ".join(f"{_points(lead[name])} than {what}" for name, what in shift_results.BASELINES.items())
     return (f"{row['overlap']} of the {row['n']} latents that demonstrations move most are among the {row['n']} that "
-            f"fine-tuning moves most ({active}; by chance {row['chance'] * row['n']:.1f} among all "
-            f"{round(row['n'] / row['chance']):,}, p {p_phrase(row['p'])}). The paper reports {published:.0%} for "
-            f"N = 100. Demonstrations foresee the shift: **{foreseen_verdict(row)}**.")
+            f"fine-tuning moves most ({active}). The paper reports {published:.0%} for N = 100. Single sets of "
+            f"demonstrations name, in percentage points of N more (95% interval over "
+            f"{counted(lead['rate'].n, 'set')}): {listed}. Demonstrations foresee the shift: "
+            f"**{judged(run, foreseen_verdict(row, lead))}**.")
 
 
 def _published_overlap() -> float:
@@ -171,20 +193,20 @@ def _published_overlap() -> float:
 
 def better_sentence(run: OpenRun) -> str:
     """Whether the SAE's latents are foreseen better than raw dimensions (Figure 2a)."""
-    by_draw, raw = shift_results.overlap_by_draw(run), shift_results.overlap_at(run, "raw")
-    shares = by_draw.groupby("kind")["share"]
-    spread = {kind: f"{own.min():.0%} to {own.max():.0%}" for kind, own in shares}
-    return (f"of raw dimensions, at the same fraction, {raw['overlap']} of {raw['n']} are foreseen (p "
-            f"{p_phrase(raw['p'])}). Behind single sets of demonstrations the share foreseen is {spread['sae']} for "
-            f"latents and {spread['raw']} for raw dimensions ({counted(by_draw['draw'].nunique(), 'set')}). "
-            f"Better than raw dimensions: **{better_verdict(by_draw)}**.")
+    by_draw, lead = shift_results.overlap_by_draw(run), shift_results.leads(run)
+    means = by_draw.groupby("kind")["share"].mean()
+    return (f"single sets of demonstrations foresee {means['sae']:.0%} of the top latents on average, "
+            f"{means['raw']:.0%} of the same fraction of raw dimensions and {means['random']:.0%} of a random code's "
+            f"latents. The latents' lead in percentage points: {_points(lead['raw'])} over raw dimensions, "
+            f"{_points(lead['random'])} over the random code (95% interval over {counted(lead['raw'].n, 'set')}). "
+            f"Better than raw dimensions: **{judged(run, better_verdict(lead))}**.")
 
 
 def foreseen_summary(run: OpenRun) -> str:
     """First paragraph of the chapter on what demonstrations foresee."""
     return (f"**The answer of this run.** {_tuned_on(run)}\n\n"
-            f"{_listed(foreseen_sentence(run), better_sentence(run))}\n\n"
-            f"{FORESEEN_RULE} {BETTER_RULE} Seed {run.settings.seed}, one training run.")
+            f"{_listed(*(sentence(run) for sentence in (learned_sentence, foreseen_sentence, better_sentence)))}\n\n"
+            f"{learned.RULE} {FORESEEN_RULE} {BETTER_RULE} Seed {run.settings.seed}, one training run.")
 
 
 def sensitivity_sentence(run: OpenRun) -> str:
@@ -199,38 +221,32 @@ def sensitivity_sentence(run: OpenRun) -> str:
             f"{other['overlap']} of {other['n']} latents with the estimate.")
 
 
-def demonstrations_sentence(by_number: pandas.DataFrame) -> str:
-    """What more demonstrations do to the share foreseen; mean over draws."""
-    means = by_number[by_number["kind"] == "sae"].groupby("demonstrations")["share"].mean()
-    listed = ", ".join(f"{share:.0%} behind {number}" for number, share in means.items())
-    return f"Of the actual top N of latents, demonstrations foresee, by their number: {listed} (mean over draws)."
+def demonstrations_sentence(run: OpenRun, by_number: pandas.DataFrame) -> str:
+    """What more demonstrations do to the share foreseen."""
+    wide = by_number[by_number["kind"] == "sae"].pivot(index="draw", columns="demonstrations", values="share")
+    listed = ", ".join(f"{share:.0%} behind {number}" for number, share in wide.mean().items())
+    few, many = wide.columns.min(), wide.columns.max()
+    gain = paired_mean_interval((wide[many] - wide[few]).to_numpy(), seed=run.settings.seed)
+    return (f"of the actual top N of latents, demonstrations foresee, by their number: {listed} (mean over "
+            f"{counted(len(wide), 'draw')}). From {few} to {many} that is {_points(gain)} percentage points. More "
+            f"demonstrations foresee more: **{judged(run, more_verdict(gain))}**. {MORE_RULE}")
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
-ZEROED = {"none": "nothing", "most_shifted": "most shifted", "random": "random", "matched": "random, like firing rates",
-          "most_shifted - random": "difference: most shifted less random",
-          "most_shifted - matched": "difference: most shifted less like firing rates"}
-
-
-def effects_table(effects: pandas.DataFrame) -> pandas.DataFrame:
-    """`shift_results.ablation_effects` for a page."""
-    return pandas.DataFrame([{
-        "latents zeroed": row.latents, "which": ZEROED[row.kind],
-        "change in bits per character": f"{row.mean:+.2g} ({row.low:+.2g} to {row.high:+.2g})", "problems": row.n,
-        "sets": "" if pandas.isna(row.draws) else int(row.draws),
-        "mean firing rate": "" if pandas.isna(row.rate) else f"{row.rate:.2%}"} for row in effects.itertuples()])
-
-
+#: What lists of latents are called in tables.
+LISTS = {"sae": "SAE latents, demonstrations", "rate": "SAE latents, by firing rate",
+         "energy": "SAE latents, by energy", "random": "random code, demonstrations",
+         "raw": "raw dimensions, demonstrations"}
 #: Fractions of the dimensions at which the table reads the overlap off.
-FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+FRACTIONS = (0.005, 0.02, 0.05, 0.2)
 
 
 def overlap_table(curves: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
     """Overlaps near some fractions of the latents and of the raw dimensions, with chance and p."""
     rows = []
-    for kind, label in (("sae", "SAE latents"), ("raw", "raw dimensions")):
-        own = curves[kind]
+    for kind, own in curves.items():
+        label = LISTS[kind]
         places = dict.fromkeys((own["fraction"] - fraction).abs().argmin() for fraction in FRACTIONS)
         for row in own.iloc[list(places)].itertuples():
             known = pandas.notna(row.active_p)
@@ -239,12 +255,3 @@ def overlap_table(curves: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
                          "by chance, changing only": f"{row.active_chance * row.n:.1f}" if known else "",
                          "p, changing only": p_value(row.active_p) if known else ""})
     return pandas.DataFrame(rows)
-
-
-def answers_html(written: dict) -> str:
-    """Stage `ablated_answers` as HTML: the problem and each model's answer, escaped."""
-    blocks = "".join(f"<dt>Zeroed: {html.escape(ZEROED[one['zeroed']])} ({one['latents']} latents)</dt>"
-                     f"<dd><em>{html.escape(one['answer']) or 'nothing written'}</em></dd>"
-                     for one in written["answers"])
-    return (f"<p>{html.escape(written['question'])} (Right answer: {html.escape(written['answer'])})</p>"
-            f"<dl>{blocks}</dl>")

@@ -116,8 +116,8 @@ def browser():
 
 PAGES = ["book/introduction", "book/method", "notebooks/what_an_sae_sees",
          "notebooks/fine_tuning_moves_few_latents", "notebooks/icl_foresees_fine_tuning",
-         "notebooks/transferability_score", "notebooks/what_a_forecast_costs", "notebooks/the_papers_numbers",
-         "book/glossary", "book/teachers_guide", "book/solutions", "book/references"]
+         "notebooks/transferability_score", "notebooks/baselines", "notebooks/what_a_forecast_costs",
+         "notebooks/the_papers_numbers", "book/glossary", "book/teachers_guide", "book/solutions", "book/references"]
 
 
 @pytest.mark.parametrize("width", [1280, 375], ids=["desktop", "phone"])
@@ -163,4 +163,19 @@ def test_a_glossary_term_leads_to_its_definition(book, browser):
     tab.wait_for_load_state()
     word = tab.evaluate("document.getElementById(location.hash.slice(1)).innerText")
     assert word.strip().lower() in tab.url.lower().replace("-", " ").replace("_", " ")
+    context.close()
+
+
+@pytest.mark.parametrize(("width", "hinted"), [(1280, False), (375, True)])
+def test_headers_stand_over_their_cells_and_wide_figures_have_a_hint_on_a_phone(book, browser, width, hinted):
+    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+    tab = context.new_page()
+    tab.goto((book.parent / "notebooks/what_a_forecast_costs.html").as_uri())
+    sides = tab.evaluate("[...document.querySelectorAll('.sts-scroll :is(th, td)')].map("
+                         "cell => getComputedStyle(cell).textAlign)")
+    assert set(sides) == {"left"}
+    figures = tab.evaluate("[...document.querySelectorAll('.cell_output figure')].map(figure => "
+                           "[figure.scrollWidth > figure.clientWidth, "
+                           "getComputedStyle(figure, '::before').content.includes('swipe')])")
+    assert len(figures) >= 3 and all(figure == [hinted, hinted] for figure in figures)
     context.close()

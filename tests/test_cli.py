@@ -3,12 +3,17 @@
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import typing
+from dataclasses import replace
 from pathlib import Path
 
+import pandas
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sts import book, cli, pipeline, stages
 from sts.config import ROOT, Run, available_runs
@@ -84,6 +89,63 @@ def test_values_have_the_type_that_they_look_like(sts, echo, value, expected):
     code, output, error = sts("stage", "echo", "--run", "smoke", "-p", *value)
     assert (code, error.count("sts:")) == (0, 0)
     assert echoed(output)[value[0]] == expected
+
+
+@pytest.mark.parametrize(("kind", "value"), [
+    ("json", {"x": [1, 2.5]}), ("parquet", pandas.DataFrame({"x": [1.5]})), ("tensors", {"x": torch.tensor([1.5])}),
+    ("folder", None)])
+def test_the_python_that_is_printed_opens_the_result(sts, monkeypatch, tmp_path, kind, value):
+    monkeypatch.setenv("STS_RESULTS", str(tmp_path))
+    monkeypatch.setattr(stages, "STAGES", dict(stages.STAGES))
+    calls = []
+
+    @stage(kind, uses=("seed", "domains"))
+    def made(run, report):
+        """Made."""
+        calls.append(run.settings.seed)
+        return run.scratch("made") if kind == "folder" else value
+
+    _, output, _ = sts("stage", "made", "--run", "smoke", "-p", "seed", "3", "-p", "domains=[law]")
+    line = next(line for line in output.splitlines() if line.startswith("In Python: "))
+    names = {}
+    exec(line.removeprefix("In Python: "), names)
+    path = Path(output.splitlines()[-1])
+    read = {"json": lambda: json.loads(path.read_text()), "parquet": lambda: pandas.read_parquet(path),
+            "tensors": lambda: load_file(path), "folder": lambda: path}[kind]()
+    assert type(names["made"]) is type(read) and str(names["made"]) == str(read)
+    assert calls == [3]  # loaded, not computed again
+
+
+def test_verify_compares_and_says_so_by_its_exit_status(sts, echo):
+    arguments = ("stage", "echo", "--run", "smoke", "-p", "seed", "7")
+    assert sts(*arguments)[0] == 0
+    code, output, _ = sts(*arguments, "--verify")
+    assert code == 0 and "agrees with the stored result" in output and "tolerance 1e-06" in output
+    summary = stages.STAGES["echo"]
+    stages.STAGES["echo"] = replace(summary, compute=lambda run, report: summary.compute(run, report) | {"seed": 8})
+    code, output, _ = sts(*arguments, "--verify", "--tolerance", "0.5")
+    assert code == 1 and "First difference: seed: stored 7, computed 8" in output and "tolerance 0.5" in output
+    assert echoed(sts(*arguments)[1])["seed"] == 7
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--verify"], "'echo' cannot be verified: run 'smoke' has no undamaged result"),
+    (["--tolerance", "1e-3"], "--tolerance says how closely --verify compares")])
+def test_what_cannot_be_verified_is_one_message(sts, echo, options, message):
+    code, output, error = sts("stage", "echo", "--run", "smoke", *options)
+    assert (code, output) == (2, "") and error.startswith("sts: ") and message in error
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("off_by", "0", "'off_by' is how far.*from 1.*to 1,000; got 0"),
+    ("off_by", ".nan", "'off_by' is how far.*got nan"),
+    ("demonstration_sets", "-1", "'demonstration_sets' must be a number from 1 to 1,000,000,000; got -1")])
+def test_the_cost_chapters_own_parameters_stop_it_before_anything_is_computed(sts, tmp_path, monkeypatch, name, value,
+                                                                              message):
+    monkeypatch.setenv("STS_RESULTS", str(tmp_path))
+    code, _, error = sts("run", "what_a_forecast_costs", "--run", "smoke", "-p", name, value)
+    assert code == 2 and re.search(message, error)
+    assert not list(tmp_path.glob("*/stages/*"))
 
 
 def test_parameters_may_be_repeated_and_stand_before_other_options(sts, echo):

@@ -4,7 +4,7 @@ import pydantic
 import pytest
 import yaml
 
-from sts.config import ROOT, Run, available_runs, load_run
+from sts.config import ROOT, Run, available_runs, load_run, read_yaml
 from sts.errors import StsError
 
 PROFILES = sorted(path.stem for path in (ROOT / "runs").iterdir())
@@ -59,6 +59,23 @@ def test_broken_yaml_is_one_clear_error(tmp_path, text):
     with pytest.raises(StsError, match="broken.yaml is not valid YAML") as error:
         load_run(str(path))
     assert "line 1" in str(error.value) or "line 2" in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "key", "lines"), [
+    ("seed: 1\nmodel: x\nseed: 2\n", "'seed'", "lines 1 and 3"),
+    ("sae_text:\n  web: 5\n  web: 6\n", "'web'", "lines 2 and 3"),
+    ("seed: 1\n'seed': 1\n", "'seed'", "lines 1 and 2"),
+    ("text_data: [{a: 1, a: 2}]\n", "'a'", "lines 1 and 1")])
+def test_a_key_that_stands_twice_is_an_error_that_names_it(tmp_path, text, key, lines):
+    path = tmp_path / "twice.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(StsError, match=f"twice.yaml .*key {key} stands twice, on {lines}; keep one"):
+        load_run(str(path))
+
+
+def test_the_same_key_in_different_mappings_and_a_merged_one_are_fine():
+    assert read_yaml("a: {x: 1}\nb: {x: 2}\n") == {"a": {"x": 1}, "b": {"x": 2}}
+    assert read_yaml("a: &a {x: 1, y: 1}\nb:\n  <<: *a\n  x: 2\n")["b"] == {"x": 2, "y": 1}
 
 
 @pytest.mark.parametrize("text", ["- model\n- layer\n", "just words\n", ""])

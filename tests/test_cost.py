@@ -163,9 +163,26 @@ def test_sharing_demonstrations_never_costs_more():
     assert cost.forecast_cost(TOY, SMALL, few).tokens == cost.forecast_cost(TOY, SMALL, few, cached=False).tokens
 
 
-def test_an_assumption_below_one_is_refused():
-    with pytest.raises(StsError, match="'question_tokens' must be at least 1; got 0"):
-        cost.Assumptions(question_tokens=0)
+@pytest.mark.parametrize("name", [field.name for field in fields(cost.Assumptions) if field.type == "int"])
+@pytest.mark.parametrize("value", [0, -1, 10**10, math.nan])
+def test_an_impossible_assumption_is_refused(name, value):
+    with pytest.raises(StsError, match=f"'{name}' must be a number from 1 to 1,000,000,000; got {value}"):
+        cost.Assumptions(**{name: value})
+
+
+@pytest.mark.parametrize("factor", [0, -2.0, 0.5, 1e4, math.nan, math.inf])
+def test_a_factor_that_is_none_is_refused(factor):
+    with pytest.raises(StsError, match="'off_by' is how far .* from 1 .*; got"):
+        cost.check_factor(factor)
+    with pytest.raises(StsError, match="'factor' is how far"):
+        cost.sensitivity(SMALL, ASSUMED, factor=factor, architectures=[TOY])
+
+
+def test_the_largest_values_that_are_accepted_give_finite_numbers():
+    largest = cost.Assumptions(*[cost.LARGEST] * 6)
+    varied = cost.sensitivity(cost.Settings(), largest, factor=cost.LARGEST_FACTOR)
+    assert varied[["ratio", "low", "high"]].map(math.isfinite).all(axis=None)
+    assert (varied["low"] <= varied["ratio"]).all() and (varied["ratio"] <= varied["high"]).all()
 
 
 def test_sensitivity_holds_the_plan_and_all_at_once_is_widest():
@@ -350,8 +367,10 @@ def test_a_benchmark_is_shown_as_recorded(tmp_path):
     tables = pages_speed.speed_tables(one)
     assert list(tables) == ["Every token of a text", "Memory with a wide SAE"]
     by_text, by_memory = (table.loc[0] for table in tables.values())
-    assert by_text["seconds"] == "2.00 (1.00 to 4.00, n = 3)" and by_text["peak memory (MB)"] == ""
-    assert by_memory["seconds"] == "" and by_memory["peak memory (MB)"] == "12"
+    assert by_text["seconds"] == "2.00 (1.00 to 4.00, n = 3)" and by_memory["peak memory (MB)"] == "12"
+    # A column with nothing in it is left out: memory was not measured with the text, time means nothing for memory.
+    assert list(by_text.index) == ["route", "tokens", "latents", "seconds", "tokens a second"]
+    assert list(by_memory.index) == ["route", "tokens", "latents", "peak memory (MB)", "note"]
     assert list(pages_speed.requirement_table(one)["held"]) == ["yes", "no"]
     assert "TFLOP" not in text
     shaped = {**MADE_UP, "shapes": [{"shape": "made-up", "tflops": 12.34, "share_of_peak": 0.5}]}
@@ -362,6 +381,17 @@ def test_a_benchmark_is_shown_as_recorded(tmp_path):
     assert [axis.patches[0].get_width() for axis in figure.axes] == [50.0, 12.5]
     points = [line for line in figure.axes[0].lines if line.get_marker() == "."][0]
     assert sorted(points.get_xdata()) == [25.0, 50.0, 100.0]
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(0.99, "adds nothing to that: 6.50%"), (1.4, "adds to that: 6.50%")])
+def test_rounding_is_said_with_its_numbers(tmp_path, ratio, said):
+    distance = "sum over latents of |difference from float32| / sum"
+    rows = [{**MADE_UP["rows"][1], "workload": "precision", "route": route, "note": f"{distance}: {value}"}
+            for route, value in (("float32", "0.00%"), ("whole", "7.25%"), ("ours", "6.50%"))]
+    ratios = [{**MADE_UP["ratios"][0], "what": "distance from float32, cache reused / whole prompts", "value": ratio}]
+    text = pages_speed.precision_sentence(recorded(tmp_path, {**MADE_UP, "rows": rows, "ratios": ratios}))
+    assert "are 7.25% away" in text and said in text and f"{ratio:.2f} times" in text
+    assert pages_speed.precision_sentence(recorded(tmp_path)) == ""
 
 
 def test_a_missing_benchmark_is_one_sentence(tmp_path):

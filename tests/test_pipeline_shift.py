@@ -6,12 +6,10 @@ import pytest
 import torch
 
 import sts
-from sts import beside_paper, shift_results
+from sts import beside_paper, shift_results, verdicts
 from sts.errors import StsError
-from sts.evaluate import evaluate
 from sts.finetune import load_tuned
-from sts.models import decoder_layers
-from sts.pipeline_shift import draws_of, of_kind, sets_to_zero, shift_questions
+from sts.pipeline_shift import draws_of, of_kind, other_domain_sets, shift_questions
 from sts.stats import pearson
 
 
@@ -45,7 +43,7 @@ def test_the_actual_shift_is_between_the_tuned_and_the_untuned_model(run, tuned)
 
 def test_estimate_and_actual_shift_count_the_same_tokens(run):
     tokens = of_kind(run.get("sft_shift"), "sae")["tokens"]
-    assert tokens == run.get("shift")["tokens"] == run.get("raw_shift")["tokens"]
+    assert tokens == run.get("shift")["tokens"] == run.get("shift_controls")["raw/tokens"]
 
 
 def test_a_pass_for_both_kinds_gives_what_each_alone_gives(run):
@@ -58,9 +56,28 @@ def test_a_pass_for_both_kinds_gives_what_each_alone_gives(run):
                                 settings.seed)
     group = make_group(run.lm.tokenizer, questions, tuple(draws[1]), tokens=settings.overlap_tokens)
     alone = paired_stats(run.lm, run.sae(), settings.layer, [group], masks(run))
-    torch.testing.assert_close(run.get("shift_by_draw")["sae"][1], alone.squared_difference_L, rtol=1e-5, atol=1e-9)
-    assert run.get("shift_by_draw")["raw"].shape == (2, 64)
+    found = run.get("shift_by_draw")
+    torch.testing.assert_close(found["sae/squared_difference_RL"][1], alone.squared_difference_L, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(found["sae/base_fired_L"], alone.base.fired_L)
+    torch.testing.assert_close(found["sae/base_square_sum_L"], alone.base.square_sum_L, rtol=1e-5, atol=1e-9)
+    assert found["raw/squared_difference_RL"].shape == (2, 64)
+    assert found["random/squared_difference_RL"].shape == (2, 128)
+    other = paired_stats(run.lm, run.sae(), settings.layer, [make_group(
+        run.lm.tokenizer, questions, tuple(other_domain_sets(run)[1]), tokens=settings.overlap_tokens)], masks(run))
+    torch.testing.assert_close(run.get("shift_by_other_domain")["sae/squared_difference_RL"][1],
+                               other.squared_difference_L, rtol=1e-5, atol=1e-9)
     assert run.get("shift_by_demonstrations")["sae/2"].shape == (1, 128)
+
+
+def test_control_demonstrations_come_from_other_domains(run):
+    sets = other_domain_sets(run)
+    assert len(sets) == run.settings.overlap_draws
+    for chosen in sets:
+        assert len(chosen) == run.settings.shift_demonstrations and len({example.domain for example in chosen}) == 1
+        assert chosen[0].domain != "math"
+    assert len({chosen[0].domain for chosen in sets}) == len(sets)
+    with pytest.raises(StsError, match="other than math; no domain has so many"):
+        other_domain_sets(sts.open_run("smoke", results=run.results, domains=["math"]))
 
 
 def test_sets_of_demonstrations_are_disjoint_and_not_asked(run):
@@ -71,50 +88,6 @@ def test_sets_of_demonstrations_are_disjoint_and_not_asked(run):
     assert draws_of(examples, 3, 4, seed=6)[0] != draws
     with pytest.raises(StsError, match="4 sets of 4 demonstrations were asked of 16"):
         draws_of(examples, 4, 4, seed=0)
-
-
-def test_ablation_scores_the_tuned_model_with_these_latents_taken_out(run, tuned):
-    rows, stats = run.get("ablation"), of_kind(run.get("sft_shift"), "sae")
-    assert set(zip(rows["kind"], rows["latents"], strict=True)) == {
-        ("none", 0), *((kind, count) for kind in ("most_shifted", "random", "matched") for count in (4, 16))}
-    examples = run.sft_examples("held_out")[:4]
-    most = np.argsort(-stats["squared_difference_L"].numpy(), kind="stable")[:16]
-    sae = run.sae()
-
-    def hook(module, args, output):
-        with torch.no_grad():
-            latents = sae.encode(output[:, 1:])
-            part = torch.zeros_like(latents)
-            part[..., most] = latents[..., most]
-            return torch.cat([output[:, :1], output[:, 1:] - part @ sae.W_dec], dim=1)
-
-    for kind, count in (("none", 0), ("most_shifted", 16)):
-        handle = decoder_layers(tuned.model)[0].register_forward_hook(hook) if count else None
-        found = evaluate(tuned, examples).set_index("example_id")
-        if handle:
-            handle.remove()
-        expected = -found["loglikelihood"] / np.log(2) / found["characters"]
-        own = rows[(rows["kind"] == kind) & (rows["latents"] == count)].set_index("example_id")["bits"]
-        assert own.to_dict() == pytest.approx(expected.to_dict(), abs=1e-5)
-    rate = (stats["icl_fired_L"] / stats["tokens"])[most.copy()].mean().item()
-    assert rows[(rows["kind"] == "most_shifted") & (rows["latents"] == 16)]["rate"].iloc[0] == pytest.approx(rate)
-
-
-def test_random_sets_hold_none_of_the_most_shifted():
-    generator = torch.Generator().manual_seed(0)
-    change_L, rate_L = torch.rand(200, generator=generator), torch.rand(200, generator=generator)
-    sets = sets_to_zero(change_L, rate_L, [5, 20], 3, seed=1)
-    assert len(sets) == 1 + 2 * (1 + 2 * 3)
-    for kind, count, _, latents in sets[1:]:
-        assert len(set(latents.tolist())) == count
-        most = set(change_L.topk(count).indices.tolist())
-        assert set(latents.tolist()) == most if kind == "most_shifted" else not set(latents.tolist()) & most
-
-
-def test_answers_are_written_by_the_changed_model(run):
-    written = run.get("ablated_answers")
-    assert [one["zeroed"] for one in written["answers"]] == ["none", "most_shifted", "random", "matched"]
-    assert [one["latents"] for one in written["answers"]] == [0, 16, 16, 16]
 
 
 def test_extremes_are_the_ends_of_the_absolute_shift(run):
@@ -159,17 +132,18 @@ def test_asking_for_a_key_trains_nothing(tmp_path):
 def test_keys_of_the_shift_stages_follow_what_they_read(run):
     def keys(**changed):
         other = sts.open_run("smoke", results=run.results, **changed)
-        names = ("sft_shift", "sft_shift_solutions", "raw_shift", "shift_by_draw", "shift_by_demonstrations",
-                 "ablation", "ablated_answers", "extreme_correlations", "correlations_by_seed")
+        names = ("sft_shift", "sft_shift_solutions", "shift_controls", "shift_by_draw", "shift_by_other_domain",
+                 "shift_by_demonstrations", "ablation", "ablated_answers", "extreme_correlations",
+                 "correlations_by_seed")
         return {name for name in names if other.key(name) != run.key(name)}
 
     assert keys(ablation_latents=[4]) == {"ablation"}
-    assert keys(overlap_draws=3) == {"shift_by_draw"}
+    assert keys(overlap_draws=3) == {"shift_by_draw", "shift_by_other_domain"}
     assert keys(sft_lr=1e-3) == {"sft_shift", "sft_shift_solutions", "ablation", "ablated_answers",
                                  "extreme_correlations", "correlations_by_seed"}
     assert keys(seeds=[1, 2]) == {"correlations_by_seed"}
     assert keys(ablation_model="base") == {"ablation", "ablated_answers"}
-    assert "raw_shift" in keys(shift_tokens=100) and "raw_shift" not in keys(sae_k=4)
+    assert "shift_controls" in keys(shift_tokens=100) and "shift_controls" not in keys(overlap_tokens=100)
 
 
 @pytest.mark.parametrize(("setting", "value"), [("overlap_demonstrations", []), ("overlap_demonstrations", [2, 2]),
@@ -181,36 +155,56 @@ def test_lists_that_make_no_sense_are_refused(setting, value, tmp_path):
 
 # --- what the pages make of it ------------------------------------------------------------------------------------
 
-def test_effects_are_paired_by_problem_and_average_draws_first():
-    def row(kind, latents, draw, item, bits):
-        return {"kind": kind, "latents": latents, "draw": draw, "rate": 0.5, "example_id": item, "bits": bits}
-
-    rows = [row("none", 0, 0, item, bits) for item, bits in (("a", 1.0), ("b", 2.0))]
-    rows += [row("most_shifted", 5, 0, item, bits) for item, bits in (("a", 1.4), ("b", 2.6))]
-    rows += [row("random", 5, draw, item, bits) for draw, item, bits in (
-        (0, "a", 1.0), (1, "a", 1.2), (0, "b", 2.0), (1, "b", 2.2))]
-    rows += [row("matched", 5, draw, item, bits) for draw in (0, 1) for item, bits in (("a", 1.5), ("b", 2.5))]
-    effects = shift_results.ablation_effects(pandas.DataFrame(rows), resamples=200).set_index("kind")
-    assert effects["mean"].to_dict() == pytest.approx({
-        "most_shifted": 0.5, "random": 0.1, "matched": 0.5, "most_shifted - random": 0.4,
-        "most_shifted - matched": 0.0})
-    # Two problems, 0.4 and 0.6: 0.5 with a standard error of 0.1, times Student's t of one degree of freedom.
-    assert (effects.loc["most_shifted", "low"], effects.loc["most_shifted", "high"]) == pytest.approx(
-        (0.5 - 1.27062, 0.5 + 1.27062), abs=1e-5)
-    assert effects.loc["random", "draws"] == 2 and effects.loc["random", "n"] == 2
-
-
 def test_overlap_at_n_is_the_sets_overlap(run):
     n = run.settings.top_n
     estimate, goal = (set(np.argsort(-change.numpy(), kind="stable")[:n]) for change in (
         run.get("shift")["squared_difference_L"], of_kind(run.get("sft_shift"), "sae")["squared_difference_L"]))
     assert shift_results.overlap_at(run, "sae")["overlap"] == len(estimate & goal)
-    assert shift_results.equal_numbers(run) == {"sae": 16, "raw": 8}
+    assert shift_results.equal_numbers(run) == {"sae": 16, "random": 16, "raw": 8}
     curve = shift_results.overlap_curve(run, "sae").set_index("n")
     assert curve.loc[n, "overlap"] == len(estimate & goal) and curve.loc[128, "share"] == 1
     by_draw = shift_results.overlap_by_draw(run)
-    first = set(np.argsort(-run.get("shift_by_draw")["sae"][0].numpy(), kind="stable")[:n])
+    first = set(np.argsort(-run.get("shift_by_draw")["sae/squared_difference_RL"][0].numpy(), kind="stable")[:n])
     assert by_draw[by_draw["kind"] == "sae"]["share"].iloc[0] == pytest.approx(len(first & goal) / n)
+
+
+def test_baselines_are_the_busiest_latents_and_the_leads_their_distance(run):
+    n, stats = run.settings.top_n, run.get("shift_by_draw")
+    goal = set(np.argsort(-of_kind(run.get("sft_shift"), "sae")["squared_difference_L"].numpy(), kind="stable")[:n])
+
+    def share(values):
+        return len(set(np.argsort(-values.numpy(), kind="stable")[:n]) & goal) / n
+
+    table = shift_results.baselines_by_draw(run).pivot(index="draw", columns="baseline", values="share")
+    assert set(table["rate"]) == {share(stats["sae/base_fired_L"])}
+    assert set(table["energy"]) == {share(stats["sae/base_square_sum_L"])}
+    others = [share(change) for change in run.get("shift_by_other_domain")["sae/squared_difference_RL"]]
+    assert table["other_domain"].tolist() == others
+    own = [share(change) for change in stats["sae/squared_difference_RL"]]
+    lead = shift_results.leads(run)
+    assert set(lead) == {"rate", "energy", "other_domain", "raw", "random"}
+    assert lead["energy"].mean == pytest.approx(np.mean(own) - share(stats["sae/base_square_sum_L"]))
+    assert lead["other_domain"].mean == pytest.approx(np.mean(own) - np.mean(others)) and lead["rate"].n == 2
+    curve = shift_results.baseline_curves(run)["rate"].set_index("n")
+    assert curve.loc[n, "share"] == share(run.get("shift")["base_fired_L"])
+
+
+def test_the_energy_curve_is_the_squared_activation_before_training(run):
+    squares = of_kind(run.get("sft_shift"), "sae")["base_square_sum_L"].numpy()
+    curve = shift_results.energy_curve(run)
+    assert curve[9] == pytest.approx(np.sort(squares)[-10:].sum() / squares.sum()) and curve[-1] == pytest.approx(1)
+
+
+def test_sentences_say_the_numbers_that_decide(run):
+    lead, by_draw = shift_results.leads(run), shift_results.overlap_by_draw(run)
+    told = verdicts.foreseen_sentence(run)
+    for name in shift_results.BASELINES:
+        assert f"{100 * lead[name].mean:+.0f}" in told
+    random = by_draw[by_draw["kind"] == "random"]["share"].mean()
+    assert f"{random:.0%} of a random code" in verdicts.better_sentence(run)
+    share = shift_results.concentration_of(run, "sae").at(1)
+    assert f"these carry {verdicts._percent(share)}" in verdicts.few_sentence(run)
+    assert f"carry {shift_results.energy_curve(run)[15]:.0%} of the squared activation" in verdicts.beyond_sentence(run)
 
 
 def test_tables_beside_the_papers_hold_its_numbers(run):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import topk_sae
 from safetensors.torch import load_file
 
 from sts import saes
@@ -247,3 +248,22 @@ def test_the_committed_sae_is_what_its_card_says():
     assert held_out["dead"] <= 0.10 * held_out["latents"]
     assert math.isfinite(held_out["splice"]["spliced"])
     assert all(torch.isfinite(tensor).all() for tensor in sae.state_dict().values())
+
+
+def test_a_random_code_is_as_sparse_as_the_sae_token_by_token():
+    sae = topk_sae(16, latents=40, k=6)
+    residual_TD = torch.randn(30, 16, generator=torch.Generator().manual_seed(1))
+    code = saes.random_code(sae, seed=3)
+    latents_TL = code.encode(residual_TD)
+    assert latents_TL.shape == (30, 40) and (latents_TL >= 0).all()
+    assert ((latents_TL > 0).sum(1) == (sae.encode(residual_TD) > 0).sum(1)).all()
+    # What is kept are the largest projections on unit vectors.
+    projection_TL = (residual_TD - sae.b_dec) @ code.directions_DL
+    torch.testing.assert_close(code.directions_DL.norm(dim=0), torch.ones(40))
+    for latents_L, projection_L in zip(latents_TL, projection_TL, strict=True):
+        kept = latents_L > 0
+        torch.testing.assert_close(latents_L[kept], projection_L[kept])
+        assert projection_L[kept].min() > projection_L[~kept].max()
+    assert not torch.equal(saes.random_code(sae, seed=4).directions_DL, code.directions_DL)
+    torch.testing.assert_close(saes.random_code(sae, seed=3).encode(residual_TD), latents_TL)
+    assert code.encode(residual_TD[:0]).shape == (0, 40)

@@ -349,3 +349,23 @@ def test_nothing_in_the_store_is_a_pickle(tmp_path, calls):
     assert {path.suffix for path in files} == {".json", ".parquet", ".safetensors", ".txt"}
     # Pickles start with 0x80, torch.save's archives with PK.
     assert [path.name for path in files if path.read_bytes()[:1] == b"\x80" or path.read_bytes()[:2] == b"PK"] == []
+
+
+# --- settings that the SAE rules out ---
+
+@pytest.mark.parametrize("sae", ["train", "folder"])
+def test_more_latents_than_the_sae_has_are_refused_when_the_run_is_opened(tmp_path, sae):
+    changes = {}
+    if sae == "folder":
+        (tmp_path / "cfg.json").write_text('{"d_sae": 128}')
+        (tmp_path / "sae_weights.safetensors").write_bytes(b"")
+        changes = {"sae": str(tmp_path)}
+    assert open_run("smoke", results=tmp_path / "results", top_n=128, **changes).settings.top_n == 128
+    with pytest.raises(StsError, match="129 most shifted latents were asked for; the SAE has 128.*between 1 and 128"):
+        open_run("smoke", results=tmp_path / "results", top_n=129, **changes)
+
+
+def test_an_sae_whose_width_is_not_known_beforehand_is_checked_when_it_is_loaded(tmp_path):
+    settings = open_run("smoke").settings.model_copy(update={"top_n": 129})
+    with pytest.raises(StsError, match="the SAE has 128"):
+        stages.OpenRun(settings, results=tmp_path).sae()

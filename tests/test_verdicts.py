@@ -1,13 +1,17 @@
 """Verdicts follow their rules; figures draw the numbers they are given."""
 
+import json
+from types import SimpleNamespace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas
 import pytest
 import torch
 
-from sts import plots_shift, verdicts
+from sts import learned, plots_shift, verdicts
 from sts.shift_stats import concentrations, overlap_rows
+from sts.stats import MeanInterval
 
 
 @pytest.mark.parametrize(("low", "high", "verdict"), [
@@ -16,46 +20,80 @@ def test_few_latents_carry_the_change(low, high, verdict):
     assert verdicts.few_verdict({"low": low, "high": high}) == verdict
 
 
-@pytest.mark.parametrize(("sae", "raw", "verdict"), [
-    ((0.4, 0.5), (0.2, 0.3), "held"), ((0.1, 0.15), (0.2, 0.3), "reversed"), ((0.25, 0.5), (0.2, 0.3), "not shown")])
-def test_raw_dimensions_share_it_more_evenly(sae, raw, verdict):
-    assert verdicts.even_verdict(*({"low": low, "high": high} for low, high in (sae, raw))) == verdict
+@pytest.mark.parametrize(("low", "high", "verdict"), [
+    (0.5, 0.6, "held"), (0.3, 0.4, "not shown"), (0.1, 0.2, "reversed")])
+def test_more_concentrated_than_the_activity(low, high, verdict):
+    assert verdicts.beyond_verdict({"low": low, "high": high}, 0.35) == verdict
 
 
-@pytest.mark.parametrize(("random", "matched", "verdict"), [
-    (0.1, 0.1, "held"), (0.1, -0.1, "held against random latents only"), (0.1, 0.0, "held against random latents only"),
-    (-0.1, 0.1, "not shown"), (0.0, 0.1, "not shown")])
-def test_zeroing_the_most_shifted_hurts_more(random, matched, verdict):
-    effects = pandas.DataFrame([
-        {"kind": f"most_shifted - {kind}", "latents": count, "low": low if count == 10 else -1.0}
-        for kind, low in (("random", random), ("matched", matched)) for count in (5, 10)])
-    assert verdicts.zero_verdict(effects, 10) == verdict
-    assert verdicts.zero_verdict(effects, 5) == "not shown"
+@pytest.mark.parametrize(("sae", "raw", "random", "verdict"), [
+    ((0.4, 0.5), (0.2, 0.3), (0.1, 0.3), "held"),
+    ((0.4, 0.5), (0.2, 0.3), (0.3, 0.4), "held against raw dimensions only"),
+    ((0.1, 0.15), (0.2, 0.3), (0.0, 0.01), "reversed"), ((0.25, 0.5), (0.2, 0.3), (0.0, 0.1), "not shown")])
+def test_raw_dimensions_share_it_more_evenly(sae, raw, random, verdict):
+    shares = ({"low": low, "high": high} for low, high in (sae, raw, random))
+    assert verdicts.even_verdict(*shares) == verdict
 
 
-@pytest.mark.parametrize(("p", "verdict"), [(0.01, "held"), (0.05, "not shown"), (None, "not shown")])
-def test_demonstrations_foresee_the_shift(p, verdict):
-    # The test among active latents decides, not the easier one among all.
-    assert verdicts.foreseen_verdict({"p": 1e-9, "active_p": p}) == verdict
+def lead(low, high=0.9, n=6):
+    return MeanInterval((low + high) / 2, 0.1, low, high, 0.95, n, "t")
 
 
-@pytest.mark.parametrize(("sae", "raw", "verdict"), [
-    ((0.5, 0.6), (0.4, 0.5), "held"), ((0.5, 0.6), (0.4, 0.6), "not shown"), ((0.1, 0.2), (0.4, 0.6), "reversed")])
-def test_better_than_raw_dimensions(sae, raw, verdict):
-    frame = pandas.DataFrame([{"draw": draw, "kind": kind, "share": share}
-                              for kind, own in (("sae", sae), ("raw", raw)) for draw, share in enumerate(own)])
-    assert verdicts.better_verdict(frame) == verdict
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(("p", "lows", "verdict"), [
+    (0.01, (0.1, 0.1, 0.1), "held"), (0.01, (-0.1, 0.1, 0.1), "beyond chance only"),
+    (0.01, (0.1, 0.0, 0.1), "beyond chance only"), (0.01, (0.1, 0.1, -0.2), "beyond chance only"),
+    (0.01, (0.1, 0.1, NAN), "beyond chance only"), (0.05, (-0.1, 0.1, 0.1), "not shown"),
+    (None, (-0.1, -0.1, -0.1), "not shown")])
+def test_demonstrations_foresee_the_shift(p, lows, verdict):
+    # Chance is not enough, and the test among active latents counts, not the easier one among all.
+    leads = {name: lead(low) for name, low in zip(("rate", "energy", "other_domain"), lows, strict=True)}
+    assert verdicts.foreseen_verdict({"p": 1e-9, "active_p": p}, leads) == verdict
+
+
+@pytest.mark.parametrize(("raw", "random", "verdict"), [
+    ((0.1, 0.2), (0.1, 0.2), "held"), ((0.1, 0.2), (-0.1, 0.2), "held against raw dimensions only"),
+    ((-0.1, 0.1), (0.1, 0.2), "not shown"), ((-0.3, -0.1), (0.1, 0.2), "reversed"),
+    ((NAN, NAN), (0.1, 0.2), "not shown")])
+def test_better_than_raw_dimensions(raw, random, verdict):
+    assert verdicts.better_verdict({"raw": lead(*raw), "random": lead(*random)}) == verdict
+
+
+@pytest.mark.parametrize(("interval", "verdict"), [
+    ((0.1, 0.2), "held"), ((-0.1, 0.2), "not shown"), ((-0.2, -0.1), "reversed"), ((NAN, NAN), "not shown")])
+def test_more_demonstrations_foresee_more(interval, verdict):
+    assert verdicts.more_verdict(lead(*interval)) == verdict
+
+
+class Stub:
+    """A run whose fine-tuning ended at this held-out loss, from 2."""
+
+    def __init__(self, folder, after):
+        (folder / "training.json").write_text(json.dumps({"held_out_before": 2.0, "held_out_after": after}))
+        self.folder, self.settings = folder, SimpleNamespace(sft_held_out=8)
+
+    def get(self, name):
+        assert name == "sft"
+        return self.folder
+
+
+def test_a_run_that_learned_nothing_is_not_judged(tmp_path):
+    assert learned.judged(Stub(tmp_path, 1.79), "held") == "held"
+    assert "fell by 10%" in learned.learned_sentence(Stub(tmp_path, 1.79))
+    assert "held" not in learned.judged(Stub(tmp_path, 1.81), "held")
+    assert "**did not learn**" in learned.learned_sentence(Stub(tmp_path, 1.81))
+    assert "rose by 5%" in learned.learned_sentence(Stub(tmp_path, 2.1))
+
+
+def test_narrow_intervals_get_a_digit():
+    assert verdicts._percent({"held_out": 0.342, "low": 0.338, "high": 0.344}) == "34.2% (95% interval 33.8% to 34.4%)"
+    assert verdicts._percent({"held_out": 0.342, "low": 0.3, "high": 0.4}) == "34% (95% interval 30% to 40%)"
 
 
 def test_the_papers_overlap_is_read_from_its_numbers():
     assert verdicts._published_overlap() == 0.57
-
-
-def test_answers_are_escaped():
-    page = verdicts.answers_html({"question": "1 < 2?", "answer": "yes", "answers": [
-        {"zeroed": "matched", "latents": 3, "answer": "<script>"}, {"zeroed": "none", "latents": 0, "answer": ""}]})
-    assert "<script>" not in page and "1 &lt; 2?" in page and "like firing rates (3 latents)" in page
-    assert "nothing written" in page
 
 
 CHANGE_FL = torch.rand(4, 60, generator=torch.Generator().manual_seed(0)) ** 4
@@ -67,7 +105,9 @@ def lines(axis):
 
 def test_concentration_figures_draw_the_shares():
     found, raw = concentrations(CHANGE_FL, 7), concentrations(CHANGE_FL[:, :20])
-    axis = plots_shift.concentration_curve(found, 7).axes[0]
+    energy_L = np.linspace(1 / 60, 1, 60) ** 0.5
+    axis = plots_shift.concentration_curve(found, energy_L, 7).axes[0]
+    assert list(lines(axis)["squared activation, most active"].get_ydata()) == list(energy_L[found.counts_K - 1])
     drawn = lines(axis)["most shifted on other questions"]
     assert list(drawn.get_ydata()) == list(found.held_out_K) and list(drawn.get_xdata()) == list(found.counts_K)
     assert list(lines(axis)["random order"].get_ydata()) == pytest.approx(found.counts_K / 60)
@@ -75,29 +115,21 @@ def test_concentration_figures_draw_the_shares():
     assert list(lines(right)["raw dimensions (20)"].get_xdata()) == pytest.approx(raw.counts_K / 20)
 
 
-def test_zeroing_figure_draws_means_and_intervals():
-    effects = pandas.DataFrame([{"kind": kind, "latents": count, "mean": mean, "low": mean - 1, "high": mean + 2}
-                                for kind, mean in (("most_shifted", 5.0), ("random", 0.5), ("matched", 1.0))
-                                for count in (10, 100)])
-    axis = plots_shift.zeroing(effects).axes[0]
-    drawn = {container.get_label(): container for container in axis.containers}
-    assert list(drawn["most shifted"].lines[0].get_ydata()) == [5.0, 5.0]
-    assert [segment[:, 1].tolist() for segment in drawn["random"].lines[2][0].get_segments()] == [[-0.5, 2.5]] * 2
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["10", "100"]
-
-
 def test_overlap_figures_draw_the_shares():
     first, second = CHANGE_FL[0], CHANGE_FL[1]
     frame = pandas.DataFrame(overlap_rows(first, second, [1, 5, 20, 60]))
     curves = {"sae": frame.assign(fraction=frame["n"] / 60), "raw": frame.assign(fraction=frame["n"] / 60)}
-    left, right = plots_shift.overlap_curves(curves, 5).axes
-    assert list(lines(left)["SAE latents"].get_ydata()) == list(frame["share"])
+    busy = pandas.DataFrame(overlap_rows(CHANGE_FL[2], second, [1, 5, 20, 60]))
+    left, right = plots_shift.overlap_curves(curves, {"rate": busy}, 5).axes
+    assert list(lines(left)["by demonstrations"].get_ydata()) == list(frame["share"])
+    assert list(lines(left)["by firing rate"].get_ydata()) == list(busy["share"])
     assert list(lines(left)["chance, all latents"].get_ydata()) == pytest.approx([1 / 60, 5 / 60, 20 / 60, 1])
     assert list(lines(right)["raw dimensions"].get_xdata()) == list(frame["n"] / 60)
     shares = pandas.DataFrame([{"demonstrations": number, "draw": draw, "kind": kind, "chance": 0.1,
                                 "share": 0.1 * number + 0.1 * draw}
                                for number in (1, 2) for draw in (0, 1) for kind in ("sae", "raw")])
-    axis = plots_shift.overlap_by_number(shares).axes[0]
+    axis = plots_shift.overlap_by_number(shares, {"energy": 0.42}).axes[0]
+    assert list(lines(axis)["SAE latents by energy"].get_ydata()) == [0.42, 0.42]
     assert list(lines(axis)["SAE latents"].get_ydata()) == pytest.approx([0.15, 0.25])
     points = [line for line in axis.lines if line.get_linestyle() == "None"]
     assert sorted(points[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.2, 0.3])
@@ -145,8 +177,12 @@ def test_figure_3_marks_the_extremes_and_fits_both_lines():
 def test_every_figure_fits_a_phone_and_is_closed():
     shares = pandas.DataFrame([{"draw": draw, "kind": kind, "share": 0.3, "chance": 0.1}
                                for draw in (1, 2) for kind in ("sae", "raw")])
-    found = concentrations(CHANGE_FL)
-    for figure in (plots_shift.concentration_curve(found, 3), plots_shift.overlap_by_set(shares),
+    found, energy_L = concentrations(CHANGE_FL), np.linspace(0, 1, 60)
+    others = pandas.DataFrame([{"draw": draw, "baseline": name, "share": 0.1 * draw}
+                               for draw in (1, 2) for name in ("rate", "energy", "other_domain")])
+    by_set = plots_shift.overlap_by_set(shares, others)
+    assert list(lines(by_set.axes[1])["other domains' demonstrations"].get_ydata()) == [0.1, 0.2]
+    for figure in (plots_shift.concentration_curve(found, energy_L, 3), by_set,
                    plots_shift.concentration_by_kind({"sae": found, "raw": found})):
         assert figure.get_figwidth() <= 7
         assert all(text.get_fontsize() >= 9 for axis in figure.axes for text in axis.get_xticklabels())
