@@ -18,7 +18,7 @@ import torch
 from sts.errors import StsError, one_of
 from sts.score import score_domain
 from sts.shift import shifted_dimensions
-from sts.shift_stats import matched_latents, random_latents
+from sts.zero_sets import matched_latents, random_latents
 
 Stats = dict[str, torch.Tensor]
 

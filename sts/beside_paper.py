@@ -5,16 +5,14 @@ from __future__ import annotations
 import pandas
 
 from sts import paper
+from sts.learned import judged
 from sts.pages import correlation_verdict, p_phrase
+from sts.pages_measures import ACCURACIES, NAMES, NOTHING_ELSE
 from sts.pipeline_shift import EXTREMES
 from sts.score import VARIANTS
 from sts.stages import OpenRun
 from sts.stats import spearman
 
-#: measure -> how the tables call it
-NAMES = {"accuracy": "accuracy", "accuracy_norm": "accuracy by option text",
-         "accuracy_generated": "accuracy of generated answers",
-         "p_right": "p(right option)", "bits": "bits per character"}
 SCORES = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
 
 
@@ -25,6 +23,8 @@ def _find(rows: list[dict], measure: str, score: str, variant: str = "paper") ->
 def shifts_beside(run: OpenRun) -> pandas.DataFrame:
     """Tables 2 to 4 beside the run: signed change by domain, accuracy in percentage points, the run's also in bits.
 
+    Of the run, what was evaluated: accuracy by the options' letters (else by their texts), bits, or both.
+
     Domains in the order of the paper's mean absolute change; blank where one side does not have the domain.
     """
     published = paper.accuracy_shifts()
@@ -32,13 +32,32 @@ def shifts_beside(run: OpenRun) -> pandas.DataFrame:
     wide = wide[[name for name in paper.MODELS.values() if name in wide.columns]]
     own = run.get("domain_shift").pivot(index="domain", columns="measure", values="shift")
     frame = pandas.DataFrame(index=wide.index.union(own.index))
-    for measure, digits, label in (("accuracy", 1, "this run, accuracy"), ("bits", 3, "this run, bits")):
-        values = own[measure].reindex(frame.index) if measure in own.columns else pandas.Series(index=frame.index)
-        frame[label] = [_signed(value, digits) for value in values]
+    for measure, digits, label in ((_accuracy(own.columns), 1, ""), ("bits", 3, "bits")):
+        if measure in own.columns:
+            frame[f"this run, {label or NAMES[measure]}"] = [_signed(value, digits)
+                                                             for value in own[measure].reindex(frame.index)]
     for name in wide.columns:
         frame[f"paper, {name}"] = [_signed(value, 2) for value in wide[name].reindex(frame.index)]
     order = published.groupby("domain")["abs_shift_pct"].mean().reindex(frame.index).sort_values(ascending=False)
     return frame.loc[order.index].rename_axis("domain").reset_index()
+
+
+def _accuracy(evaluated) -> str:
+    """The accuracy that stands beside the paper's, of the measures that were evaluated; "" if none was."""
+    return next((measure for measure in ACCURACIES if measure in set(evaluated)), "")
+
+
+def accuracy_sentence(run: OpenRun) -> str:
+    """How accuracy is measured here and in the paper (its section on the setting of the evaluation)."""
+    ours = {"accuracy": "the right option's letter is the likeliest of the letters",
+            "accuracy_norm": "the right option's text is the likeliest by character", "": ""}[
+        _accuracy(run.get("domain_shift")["measure"])]
+    paper_way = ("the paper's counts answers that the model generates behind five worked examples, with a chain of "
+                 "thought (5-shot, MMLU-Pro's official script)")
+    if not ours:
+        return f"Accuracy was not evaluated here; {paper_way}."
+    return (f"The two accuracies are not the same measure: ours is zero-shot and generates nothing, it counts "
+            f"questions where {ours}; {paper_way}.")
 
 
 def _signed(value: float, digits: int) -> str:
@@ -75,12 +94,14 @@ def correlations_beside(run: OpenRun, statistic: str) -> pandas.DataFrame:
 def shifts_sentence(run: OpenRun) -> str:
     """How the run's changes of accuracy compare with the paper's: how many are losses, and which domains move."""
     published, own = paper.accuracy_shifts(), run.get("domain_shift")
-    own = own[own["measure"] == "accuracy"].set_index("domain")["shift"]
+    measure = _accuracy(own["measure"])
+    own = own[own["measure"] == measure].set_index("domain")["shift"]
     losses = ", ".join(f"{(part['shift_pct'] < 0).sum()} of {len(part)} with {paper.MODELS[model]}"
                        for model, part in published.groupby("model", sort=False))
     mean = published.groupby("domain")["abs_shift_pct"].mean()
     shared = own.index.intersection(mean.index)
-    sentence = f"Domains that lost accuracy: {(own < 0).sum()} of {len(own)} here; in the paper {losses}."
+    here = f"{(own < 0).sum()} of {len(own)} here ({NAMES[measure]})" if measure else "not evaluated here"
+    sentence = f"Domains that lost accuracy: {here}; in the paper {losses}."
     if len(shared) > 2 and own.loc[shared].abs().nunique() > 1:
         sentence += (f" The rank correlation of the absolute changes here with the paper's mean over its models is "
                      f"{spearman(own.loc[shared].abs(), mean.loc[shared]):.2f} (n = {len(shared)}).")
@@ -89,23 +110,28 @@ def shifts_sentence(run: OpenRun) -> str:
 
 def extremes_sentence(run: OpenRun, measure: str) -> str:
     """What keeping only the extremes does to the correlation in this run, and what is expected of it."""
+    if not measure:
+        return NOTHING_ELSE
     parts = []
     for score, label in SCORES.items():
         every, kept = (_find(run.get(stage), measure, score) for stage in ("correlations", "extreme_correlations"))
         if "undefined" in every or "undefined" in kept:
             parts.append(f"{label}: undefined ({(every.get('undefined') or kept['undefined']).rstrip('.')})")
             continue
-        parts.append(f"{label}: r = {every['pearson']:.2f} on all {every['n']} domains ({correlation_verdict(every)}), "
-                     f"{kept['pearson']:.2f} on the {kept['n']} extremes ({correlation_verdict(kept)}, exact p "
-                     f"{p_phrase(kept['p'])}), where the absolute change has {kept['spread_ratio']:.2f} times the "
+        of_every, of_kept = (judged(run, correlation_verdict(row)) for row in (every, kept))
+        parts.append(f"{label}: r = {every['pearson']:.2f} on all {every['n']} domains ({of_every}), "
+                     f"{kept['pearson']:.2f} on the {kept['n']} extremes ({of_kept}, exact p {p_phrase(kept['p'])}), "
+                     f"where the absolute change has {kept['spread_ratio']:.2f} times the "
                      f"standard deviation; undoing that by Thorndike's formula gives {kept['all_domains']:.2f}")
     return f"Change in {NAMES[measure]}. " + ". ".join(parts) + "."
 
 
 def claim_sentence(run: OpenRun, measure: str) -> str:
     """Whether the paper's claim of Figure 3 held on all domains of this run, for either score in either variant."""
+    if not measure:
+        return NOTHING_ELSE
     rows = run.get("correlations")
-    verdicts = [f"{label} ({variant}) **{correlation_verdict(_find(rows, measure, score, variant))}**"
+    verdicts = [f"{label} ({variant}) **{judged(run, correlation_verdict(_find(rows, measure, score, variant)))}**"
                 for variant in VARIANTS for score, label in SCORES.items()]
     return (f"The paper's claim, a positive correlation with the absolute change, here in {NAMES[measure]} on all "
             f"domains: {', '.join(verdicts)}.")

@@ -78,6 +78,7 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
           tolerance: Annotated[float | None, typer.Option(help="with --verify: largest relative difference of two "
                                                                "floats that counts as equal")] = None) -> None:
     """Compute (or load) the stage NAME and say where its result lies, or verify the stored one."""
+    from sts import processes
     from sts.stages import open_run
 
     if tolerance is not None and not verify:
@@ -91,6 +92,9 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
         print(verification.report(name, found))
         raise typer.Exit(0 if found.agrees else 1)
     opened.get(name)
+    processes.leave()
+    if not processes.is_main():
+        return
     record = opened.provenance(name)
     key, kind = opened.key(name), opened._spec(name).kind
     print(f"{name} [{key}], computed {record['finished']} in {record['seconds']} s")

@@ -93,9 +93,10 @@ class Run(BaseModel):
                                               description="numbers of demonstrations to compare")
     ablation_model: Literal["tuned", "base"] = Field("tuned", description="model whose latents are zeroed")
     ablation_examples: int = Field(16, ge=1, description="held-out training-domain problems scored with latents zeroed")
-    ablation_latents: list[int] = Field(default_factory=lambda: [10, 50, 100, 500],
+    ablation_latents: list[int] = Field(default_factory=lambda: [10, 100, 500],
                                         description="numbers of latents to zero")
-    ablation_draws: int = Field(2, ge=1, description="random sets of latents of each kind and number")
+    ablation_draws: int = Field(5, ge=2, description="random sets of latents of each kind and number; at least two, to "
+                                                     "see how much they differ")
 
     # Fine-tuning
     sft_examples: int = Field(300, ge=1, description="training examples")

@@ -101,7 +101,7 @@ def _requests(lm: LanguageModel, example: Example) -> list[dict]:
 def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: int,
                            report: Callable[[float], None] = lambda fraction: None,
                            work: Work | None = None) -> list[float]:
-    """Log-likelihoods (nats) of `target` after `context`, by lm-evaluation-harness.
+    """Log-likelihoods (nats) of `target` after `context`, a text made by `prompts.render`, by lm-evaluation-harness.
 
     Raises:
         StsError: a log-likelihood is not a finite number.
@@ -110,7 +110,7 @@ def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: in
 
     from sts.harness import open_harness
 
-    harness = open_harness(lm, batch=batch, report=report, work=work)
+    harness = open_harness(lm, batch=batch, chat=bool(lm.tokenizer.chat_template), report=report, work=work)
     instances = [Instance(request_type="loglikelihood", doc={}, arguments=(row["context"], row["target"]), idx=index)
                  for index, row in enumerate(requests)]
     values = [value for value, _ in harness.loglikelihood(instances, disable_tqdm=True)]
@@ -157,15 +157,15 @@ def _best_is_right(rows: pandas.DataFrame, score: pandas.Series) -> pandas.Serie
 
 def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, *, resamples: int = 5000,
                   seed: int = 0) -> pandas.DataFrame:
-    """Change of every measure in every domain, paired by item, with a bootstrap interval over items.
+    """Change of every measure in every domain, paired by item, with an interval over items.
 
     Args:
         before, after: what `evaluate` returned for the same examples.
 
     Returns:
-        One row per domain and measure that was evaluated: domain, measure, n, before, after, shift, low, high,
-        standard_error, mcnemar_p (McNemar's exact test that items turn right as often as wrong; NaN unless the measure
-        is one of `BINARY`).
+        One row per domain and measure that was evaluated: domain, measure, n, before, after, shift, low, high (NaN for
+        one item), interval (its kind, see `stats.MeanInterval`), standard_error, mcnemar_p (McNemar's exact test that
+        items turn right as often as wrong; NaN unless the measure is one of `BINARY`).
     """
     return item_shifts(item_measures(before), item_measures(after), resamples=resamples, seed=seed)
 
@@ -186,6 +186,6 @@ def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples:
             change = paired_mean_interval((new - old).to_numpy(), resamples=resamples, seed=seed)
             rows.append({"domain": domain, "measure": measure, "n": len(old), "before": old.mean(),
                          "after": new.mean(), "shift": change.mean, "low": change.low, "high": change.high,
-                         "standard_error": change.standard_error,
+                         "interval": change.kind, "standard_error": change.standard_error,
                          "mcnemar_p": mcnemar_p(old > 0, new > 0) if measure in BINARY else math.nan})
     return pandas.DataFrame(rows)

@@ -1,7 +1,12 @@
-"""Fine-tuning by TRL's SFTTrainer with PEFT's LoRA (or in full); the loss is on the solution alone."""
+"""Fine-tuning by TRL's SFTTrainer with PEFT's LoRA (or in full); the loss is on the solution alone.
+
+On several GPUs: `accelerate launch --num_processes 4 -m sts.cli stage sft --run X`. Every process holds a copy of the
+model and takes its share of each batch; the main one writes.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -10,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from sts import processes
 from sts.data import Example
 from sts.errors import StsError
 from sts.models import LanguageModel, decoder_layers
@@ -19,7 +25,10 @@ from sts.work import Work
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Settings of one supervised fine-tuning run (AdamW, cosine schedule with 10% warm-up, gradients clipped at 1)."""
+    """Settings of one supervised fine-tuning run (AdamW, cosine schedule with 10% warm-up, gradients clipped at 1).
+
+    `batch` is the examples of one optimiser step over all processes, `micro_batch` those in memory of one at once.
+    """
 
     epochs: int
     lr: float
@@ -40,11 +49,32 @@ def conversation(tokenizer, example: Example) -> dict:
     return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {solution}"}
 
 
+def divide_batch(batch: int, micro_batch: int, count: int) -> tuple[int, int]:
+    """(examples in memory at once, passes added up to a step) of each of `count` processes; batch is their product.
+
+    The first is at most `micro_batch`, and less where that does not divide a process's share.
+
+    Raises:
+        StsError: a batch that cannot be divided among the processes.
+    """
+    if batch % count:
+        raise StsError(f"sft_batch is {batch}, which {count} processes cannot share equally. Use a multiple of "
+                       f"{count}, such as {math.ceil(batch / count) * count}, or launch another number of processes.")
+    share = batch // count
+    micro = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
+    return micro, share // micro
+
+
 def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], settings: FineTuning, folder: Path, *,
               report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> dict:
     """Fine-tune a copy of the model on worked solutions and save the adapter (or the whole model) to `folder`.
 
-    Checkpoints lie in `folder/checkpoints` while training runs; a killed run goes on from the last one.
+    Checkpoints lie in `folder/checkpoints` while training runs; a killed run goes on from the last one, and ends as it
+    would have without the interruption.
+
+    Launched as several processes, all call this with the same arguments and get the same result; a step holds the same
+    examples as with one process, but for an epoch's last one, which is filled up with the epoch's first examples where
+    the processes cannot share it equally. The main process alone writes to `folder`, which all must see.
 
     Args:
         lm: the base model; its weights are changed in memory, so load it for this purpose alone.
@@ -57,21 +87,23 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         problems), "steps", "trained_parameters"}.
 
     Raises:
-        StsError: an example whose question alone fills `max_length`.
+        StsError: an example whose question alone fills `max_length`, or a batch that the processes cannot share.
     """
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig, get_peft_model
     from transformers import PrinterCallback, TrainerCallback
     from transformers.utils import logging as transformers_logging
     from trl import SFTConfig, SFTTrainer
 
     transformers_logging.disable_progress_bar()
+    disable_progress_bars()
     for example in [*train, *held_out]:
         length = len(lm.tokenizer(render(lm.tokenizer, question_text(example)), add_special_tokens=False)["input_ids"])
         if length >= settings.max_length:
             raise StsError(f"Training example {example.example_id}: its question has {length} tokens and "
                            f"sft_max_length is {settings.max_length}, so nothing of the solution is left to learn. "
                            "Raise sft_max_length.")
+    micro, accumulated = divide_batch(settings.batch, settings.micro_batch, processes.count())
     on_cpu = lm.device.type == "cpu"
     # Seed before the adapters get their random start.
     torch.manual_seed(settings.seed)
@@ -80,9 +112,7 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     if settings.lora_rank:
         model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha,
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
-    micro = min(settings.micro_batch, settings.batch)
-    accumulated = math.ceil(settings.batch / micro)
-    steps = settings.epochs * math.ceil(math.ceil(len(train) / micro) / accumulated)
+    steps = settings.epochs * math.ceil(len(train) / settings.batch)
     checkpoints = folder / "checkpoints"
 
     class Progress(TrainerCallback):
@@ -106,16 +136,16 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         train_dataset=Dataset.from_list([conversation(lm.tokenizer, example) for example in train]),
         eval_dataset=Dataset.from_list([conversation(lm.tokenizer, example) for example in held_out]))
     trainer.remove_callback(PrinterCallback)  # it prints every step into the notebook
-    # The trainer writes its state last: a checkpoint without it was cut short.
-    for checkpoint in checkpoints.glob("checkpoint-*"):
-        if not (checkpoint / "trainer_state.json").is_file():
-            shutil.rmtree(checkpoint)
+    main, meet = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
+    if main:
+        for checkpoint in checkpoints.glob("checkpoint-*"):
+            if not _whole(checkpoint):
+                shutil.rmtree(checkpoint)
+    meet()  # before anyone looks for checkpoints
     resumable = list(checkpoints.glob("checkpoint-*"))
-    before_file = folder / "held_out_before.txt"
-    if not resumable or not before_file.is_file():
-        before = trainer.evaluate()["eval_loss"]
-        folder.mkdir(parents=True, exist_ok=True)
-        before_file.write_text(repr(before))
+    # Inside `train`: evaluated before it, the model would be taken for prepared, and several processes would train a
+    # copy each without adding up their gradients.
+    trainer.args.eval_on_start = not resumable
     trainer.train(resume_from_checkpoint=bool(resumable) or None)
     after = trainer.evaluate()["eval_loss"]
     if work is not None:
@@ -124,13 +154,26 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
                            for data in (trainer.train_dataset, trainer.eval_dataset))
         work.add(settings.epochs * trained, settings.epochs * trained, layers * (2 if settings.lora_rank else 3))
         work.add(2 * scored, 2 * scored, layers)
-    (trainer.model if settings.lora_rank else model).save_pretrained(folder / "adapter")
+    if main:
+        (trainer.model if settings.lora_rank else model).save_pretrained(folder / "adapter")
+    meet()
+    history = trainer.state.log_history
     return {
-        "curve": [{"step": row["step"], "loss": row["loss"]} for row in trainer.state.log_history if "loss" in row],
-        "held_out_before": float(before_file.read_text()), "held_out_after": after,
+        "curve": [{"step": row["step"], "loss": row["loss"]} for row in history if "loss" in row],
+        "held_out_before": next(row["eval_loss"] for row in history if "eval_loss" in row), "held_out_after": after,
         "steps": trainer.state.global_step,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether training can go on from a checkpoint: its state, which is written last, holds the loss before training.
+    """
+    try:
+        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return any("eval_loss" in row for row in history)
 
 
 def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:

@@ -147,7 +147,8 @@ def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
     """Let a model answer in words, greedily, and score its answers.
 
     Args:
-        engine: a model of the harness: `harness.open_harness(...)` or `open_vllm(...)`.
+        engine: a model of the harness: `harness.open_harness(...)` or `open_vllm(...)`. Its `add_bos_token` is set to
+            what the benchmark's prompts need.
         benchmark: a key of `BENCHMARKS`, which says how questions are put and answers scored.
         examples, demonstrations: see `benchmark_examples` and `build_tasks`.
 
@@ -161,10 +162,13 @@ def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
     """
     from lm_eval.evaluator import evaluate as run_harness
 
+    from sts.harness import add_bos
+
     # The harness's bars would end up in notebooks.
     with contextlib.redirect_stderr(io.StringIO()):
         tasks = build_tasks(benchmark, examples, demonstrations, shots=shots, max_tokens=max_tokens)
         chat = BENCHMARKS[benchmark].chat and bool(engine.tokenizer.chat_template)
+        engine.add_bos_token = add_bos(chat=chat)
         how = {"apply_chat_template": chat, "fewshot_as_multiturn": True}
         for task in tasks.values():
             _check_lengths(engine, task, chat)

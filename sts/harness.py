@@ -261,14 +261,23 @@ class SharedContextLM(HFLM):
         return whole_BP
 
 
-def open_harness(lm: LanguageModel, *, batch: int, report: Callable[[float], None] = lambda fraction: None,
-                 work: Work | None = None) -> SharedContextLM:
+def add_bos(*, chat: bool) -> bool | None:
+    """The harness's `add_bos_token` for prompts that a chat template rendered (`chat`), or for plain text.
+
+    A chat template writes BOS itself, or means none to be there; before plain text belongs what the tokenizer puts
+    there by default (None), which the harness leaves out where the text begins with BOS already.
+    """
+    return False if chat else None
+
+
+def open_harness(lm: LanguageModel, *, batch: int, chat: bool = False,
+                 report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> SharedContextLM:
     """A loaded model as the harness takes it, its log lines silenced (they say what is chosen on purpose here).
 
     Args:
         batch: contexts in one batch.
+        chat: whether the prompts are rendered by the chat template; else they are plain text. See `add_bos`.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # A chat template writes BOS itself.
     return SharedContextLM(lm.model, tokenizer=lm.tokenizer, batch_size=batch, max_length=lm.context_length,
-                           add_bos_token=False if lm.tokenizer.chat_template else None, report=report, work=work)
+                           add_bos_token=add_bos(chat=chat), report=report, work=work)

@@ -7,6 +7,8 @@ import json
 
 import pandas
 
+from sts import learned
+from sts.pages_measures import ACCURACIES, NAMES, measures_shown, p_value
 from sts.paper import published_correlations
 from sts.progress import duration
 from sts.stages import OpenRun
@@ -113,11 +115,6 @@ def correlation_table(correlations: list[dict]) -> pandas.DataFrame:
     return pandas.DataFrame(rows).fillna("")
 
 
-def p_value(p: float) -> str:
-    """A p-value as text; never "0.000", which no test on a finite sample gives."""
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def p_phrase(p: float) -> str:
     """What follows "p" in a sentence: "<0.001" or "= 0.012"."""
     text = p_value(p)
@@ -177,24 +174,10 @@ def sft_sentence(run: OpenRun, log: dict) -> str:
     if run.settings.sft_data == "gsm_symbolic":
         sentence += (" They come from the same templates as the training problems, with other numbers and names, so a "
                      "part of this is learning the templates.")
-    if fall < 0.1:
+    if fall < learned.SMALLEST_FALL:
         sentence += (" **That is less than a tenth: this run hardly learned, and nothing below should be read as a "
                      "test.**")
     return sentence
-
-
-def shift_table(shifts: pandas.DataFrame) -> pandas.DataFrame:
-    """Change with interval, one row a domain, one column a measure, with the number of questions."""
-    names = {"bits": "bits per character", "p_right": "p(right option), points", "accuracy": "accuracy, points"}
-    frame = pandas.DataFrame({"domain": sorted(shifts["domain"].unique())}).set_index("domain")
-    counts = shifts.groupby("domain")["n"].max()
-    frame["questions"] = counts
-    for measure, label in names.items():
-        own = shifts[shifts["measure"] == measure].set_index("domain")
-        digits = 3 if measure == "bits" else 1
-        frame[label] = ["" if domain not in own.index else "{:+.{d}f} ({:+.{d}f} to {:+.{d}f})".format(
-            *own.loc[domain, ["shift", "low", "high"]], d=digits) for domain in frame.index]
-    return frame.reset_index()
 
 
 def _find(run: OpenRun, measure: str, score: str, variant: str = "paper") -> dict:
@@ -203,27 +186,37 @@ def _find(run: OpenRun, measure: str, score: str, variant: str = "paper") -> dic
                 {"undefined": "not evaluated; see the setting eval_kinds"})
 
 
-def _said(result: dict) -> str:
+def _said(run: OpenRun, result: dict) -> str:
     if "undefined" in result:
         return f"undefined ({result['undefined']})"
     interval, p = result["pearson_interval"], p_value(result["p"])
+    verdict = learned.judged(run, correlation_verdict(result))
     return (f"r = {result['pearson']:.2f} (95% interval {interval['low']:.2f} to {interval['high']:.2f}, permutation "
-            f"p {p if p.startswith('<') else '= ' + p}, n = {result['n']} domains): **{correlation_verdict(result)}**")
+            f"p {p if p.startswith('<') else '= ' + p}, n = {result['n']} domains): **{verdict}**")
 
 
 def forecast_summary(run: OpenRun) -> str:
     """The chapter's first paragraph: whether the paper's central claim held in this run."""
-    bits = {score: _find(run, "bits", score) for score in ("sts_act", "sts_icl")}
-    accuracy = {score: _find(run, "accuracy", score) for score in ("sts_act", "sts_icl")}
+    finest, _, accuracy = measures_shown(run.get("domain_shift"))
     settings, published = run.settings, published_correlations()["pearson"]
+
+    def line(measure: str) -> str:
+        name = NAMES[measure] + (", the kind of measure that the paper uses" if measure in ACCURACIES else "")
+        return (f"- change in {name}: STS_act {_said(run, _find(run, measure, 'sts_act'))}; STS_ICL "
+                f"{_said(run, _find(run, measure, 'sts_icl'))}.")
+
+    told = learned.learned_sentence(run)
+    lines = "\n".join([f"- {told[0].upper()}{told[1:]}",
+                       *(line(measure) for measure in (finest, accuracy) if measure)])
+    if not {finest, accuracy} & set(ACCURACIES):
+        lines += "\n- change in accuracy, the kind of measure that the paper uses: not evaluated (`eval_kinds`)."
     return (
         "**The answer of this run.** The paper claims that the score correlates with the absolute change of a domain. "
         f"On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on `{settings.domain_data}`:\n\n"
-        f"- change in bits per character: STS_act {_said(bits['sts_act'])}; STS_ICL {_said(bits['sts_icl'])}.\n"
-        f"- change in accuracy, the paper's measure: STS_act {_said(accuracy['sts_act'])}; STS_ICL "
-        f"{_said(accuracy['sts_icl'])}.\n\n"
-        f"{CORRELATION_RULE} {_multiplicity(run)} Seed {settings.seed}, one training run. For comparison, the paper "
-        f"reports {published.min():.2f} to {published.max():.2f} on eight selected domains of three models.")
+        f"{lines}\n\n"
+        f"{learned.RULE} {CORRELATION_RULE} {_multiplicity(run)} Seed {settings.seed}, one training run. For "
+        f"comparison, the paper reports {published.min():.2f} to {published.max():.2f} on eight selected domains of "
+        "three models.")
 
 
 def _multiplicity(run: OpenRun) -> str:
@@ -246,8 +239,7 @@ def forecast_conclusion(run: OpenRun) -> str:
     shifts = run.get("domain_shift")
     domains = shifts["domain"].nunique()
     lines = []
-    for measure, label in (("bits", "bits per character"), ("p_right", "probability of the right option"),
-                           ("accuracy", "accuracy")):
+    for measure, label in NAMES.items():
         own = shifts[shifts["measure"] == measure]
         if own.empty:
             continue
@@ -255,15 +247,16 @@ def forecast_conclusion(run: OpenRun) -> str:
         up = (own["shift"] > 0).sum()
         lines.append(f"- {label}: {clear} of {len(own)} domains moved by more than their interval's noise; {up} went "
                      f"up, {(own['shift'] < 0).sum()} down. STS_ICL against the absolute change: "
-                     f"{_said(_find(run, measure, 'sts_icl'))}.")
+                     f"{_said(run, _find(run, measure, 'sts_icl'))}.")
     trained = {example.domain for example in run.sft_examples("train")} & set(shifts["domain"])
-    bits = shifts[shifts["measure"] == "bits"].set_index("domain")["shift"].abs().drop(
+    finest = measures_shown(shifts)[0]
+    moved = shifts[shifts["measure"] == finest].set_index("domain")["shift"].abs().drop(
         index=list(trained), errors="ignore")
-    if trained and len(bits) > 3:
-        own = run.get("scores").query("variant == 'paper'").set_index("domain").loc[bits.index]
+    if trained and len(moved) > 3 and moved.nunique() > 1:
+        own = run.get("scores").query("variant == 'paper'").set_index("domain").loc[moved.index]
         lines.append(f"- The domain trained on ({', '.join(sorted(trained))}) is one of the points. Without it, the "
-                     f"correlation with the change in bits is {pearson(own['sts_act'], bits):.2f} for STS_act and "
-                     f"{pearson(own['sts_icl'], bits):.2f} for STS_ICL (n = {len(bits)}).")
+                     f"correlation with the change in {NAMES[finest]} is {pearson(own['sts_act'], moved):.2f} for "
+                     f"STS_act and {pearson(own['sts_icl'], moved):.2f} for STS_ICL (n = {len(moved)}).")
     if domains < 4:
         return "\n".join([*lines, f"- {domains} domains are too few for any statement about correlation."])
     detectable = smallest_detectable_correlation(domains)

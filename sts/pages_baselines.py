@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pandas
 
-from sts import paper
+from sts import learned, paper
 from sts.baselines import PREDICTORS, RANDOM
 from sts.beside_paper import NAMES
 from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase, p_value
@@ -316,7 +316,9 @@ def by_measure(run: OpenRun, sentence: Callable[[OpenRun, str], str]) -> str:
 def summary(run: OpenRun) -> str:
     """First paragraph of the chapter: what the score adds to simpler forecasts in this run."""
     first = measures(run)[0]
+    told = learned.learned_sentence(run)
     listed = "\n".join([
+        f"- {told[0].upper()}{told[1:]}" + ("" if learned.learned(run) else " **None of the verdicts below counts.**"),
         f"- {score_sentence(run, first)}", f"- {comparison_sentence(run, first)}",
         f"- Does the choice of latents matter? {choice_sentence(run, first)}",
         f"- Does a probe forecast the change? {probe_sentence(run, first)}",
@@ -324,5 +326,5 @@ def summary(run: OpenRun) -> str:
     settings = run.settings
     return (f"**The answer of this run.** On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on "
             f"`{settings.domain_data}`:\n\n{listed}\n\n{CORRELATION_RULE} Here r is the mean over seeds, and "
-            f"the interval is over questions, domains and seeds. {BASELINE_RULE} {CHOICE_RULE} {PROBE_RULE} "
-            f"{CONFOUND_RULE}")
+            f"the interval is over questions, domains and seeds. {learned.RULE} {BASELINE_RULE} {CHOICE_RULE} "
+            f"{PROBE_RULE} {CONFOUND_RULE}")

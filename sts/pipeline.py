@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas
 import torch
 
-from sts import saes
+from sts import processes, saes
 from sts.activations import Masks, paired_stats, row_paired_stats
 from sts.cost import prompt_tokens
 from sts.data import CORPORA, Example, load_examples, load_texts
@@ -19,7 +19,15 @@ from sts.evaluate import MEASURES, domain_shifts, evaluate
 from sts.finetune import FineTuning, fine_tune, load_tuned
 from sts.latents import latent_statistics, spread_by_rate, top_contexts
 from sts.models import LanguageModel
-from sts.prompts import PromptGroup, demonstration_draws, make_group, question_text, render, solution_text
+from sts.prompts import (
+    PromptGroup,
+    demonstration_draws,
+    make_group,
+    own_questions,
+    question_text,
+    render,
+    solution_text,
+)
 from sts.sae_quality import activation_mean, reconstruction_quality, spliced_loss
 from sts.sae_training import SaeTraining, collect_activations, save_sae, shard_paths, token_chunks, train_sae
 from sts.score import VARIANTS, score_domains
@@ -179,15 +187,24 @@ def masks(run: OpenRun) -> Masks:
 
 
 def shift_groups(run: OpenRun) -> list[PromptGroup]:
-    """Questions of the training domain behind each draw of demonstrations; every draw gets its own questions."""
+    """Questions of the training domain behind each draw of demonstrations; no question is read behind two draws.
+
+    Raises:
+        StsError: too few examples for the demonstrations, or for a question behind each draw.
+    """
     settings = run.settings
     examples = run.sft_examples("train")
     draws = demonstration_draws(examples, settings.shift_demonstrations, settings.demonstration_draws,
                                 seed=settings.seed, what=f"The training set {settings.sft_data!r}")
+    parts = own_questions(draws)
+    if not all(parts):
+        raise StsError(f"The training set {settings.sft_data!r} has {len(examples)} examples, too few for a question "
+                       f"behind each of {len(draws)} draws of {settings.shift_demonstrations} demonstrations. Lower "
+                       "demonstration_draws or shift_demonstrations, or raise sft_examples.")
     share = settings.shift_tokens // len(draws)
-    return [make_group(run.lm.tokenizer, questions[index::len(draws)], demonstrations,
-                       context_length=run.lm.context_length, tokens=max(1, share))
-            for index, (demonstrations, questions) in enumerate(draws)]
+    return [make_group(run.lm.tokenizer, questions, demonstrations, context_length=run.lm.context_length,
+                       tokens=max(1, share))
+            for (demonstrations, _), questions in zip(draws, parts, strict=True)]
 
 
 def domain_groups(run: OpenRun) -> dict[str, list[PromptGroup]]:
@@ -210,14 +227,14 @@ SHIFT = (*MODEL, *SAE, "shift_tokens", "shift_demonstrations", "demonstration_dr
 DOMAIN = (*MODEL, *SAE, "score_tokens", "demonstrations", "demonstration_draws", "seed")
 
 
-@stage("tensors", version=2, uses=(*SHIFT, *MASKS), inputs=("model", "sae", "sft_train"))
+@stage("tensors", version=3, uses=(*SHIFT, *MASKS), inputs=("model", "sae", "sft_train"))
 def shift(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """Paired statistics of the training domain's questions without and behind demonstrations."""
     return paired_stats(run.lm, run.sae(), run.settings.layer, shift_groups(run), masks(run),
                         tokens_per_batch=run.settings.tokens_per_batch, report=report, work=report.work).to_tensors()
 
 
-@stage("tensors", uses=(*SHIFT, "official_rows"), inputs=("model", "sae", "sft_train"))
+@stage("tensors", version=2, uses=(*SHIFT, "official_rows"), inputs=("model", "sae", "sft_train"))
 def shift_rows(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """The same, paired by row index as in the official code."""
     return row_paired_stats(run.lm, run.sae(), run.settings.layer, shift_groups(run), run.settings.official_rows,
@@ -277,7 +294,7 @@ def variant_overlap(run: OpenRun, report) -> dict:
     return {"overlap": overlap(*sets), "top_n": top_n, "latents": len(run.get("shift")["squared_difference_L"])}
 
 
-@stage("json", uses=("model", "model_revision", "shift_tokens", "shift_demonstrations", "score_tokens",
+@stage("json", version=2, uses=("model", "model_revision", "shift_tokens", "shift_demonstrations", "score_tokens",
                      "demonstrations", "demonstration_draws", "seed"),
        inputs=("model", "sft_train", "domain_data", "demonstrations"))
 def forecast_tokens(run: OpenRun, report) -> dict:
@@ -288,9 +305,9 @@ def forecast_tokens(run: OpenRun, report) -> dict:
 
 # --- what really happens ------------------------------------------------------------------------------------------
 
-@stage("folder", uses=("model", "model_revision", "dtype", "sft_epochs", "sft_lr", "sft_batch", "sft_micro_batch",
-                       "sft_max_length",
-                       "lora_rank", "lora_alpha", "seed"), inputs=("model", "sft_train", "sft_held_out"))
+@stage("folder", version=2, uses=("model", "model_revision", "dtype", "sft_epochs", "sft_lr", "sft_batch",
+                                  "sft_micro_batch", "sft_max_length", "lora_rank", "lora_alpha", "seed"),
+       inputs=("model", "sft_train", "sft_held_out"), parallel=True)
 def sft(run: OpenRun, report) -> Path:
     """Fine-tune on the training domain's worked solutions: adapter, loss curve, held-out loss before and after."""
     settings = run.settings
@@ -301,10 +318,11 @@ def sft(run: OpenRun, report) -> Path:
                     FineTuning(settings.sft_epochs, settings.sft_lr, settings.sft_batch, settings.sft_micro_batch,
                                settings.sft_max_length, settings.lora_rank, settings.lora_alpha, settings.seed),
                     work, report=report, work=report.work)
-    _write(work / "training.json", log | {"train": len(run.sft_examples("train")),
-                                          "held_out": len(run.sft_examples("held_out"))})
-    # Renamed first: killed halfway through the removal, nobody takes the rest for checkpoints.
-    shutil.rmtree((work / "checkpoints").rename(work / "finished"))
+    if processes.is_main():
+        _write(work / "training.json", log | {"train": len(run.sft_examples("train")),
+                                              "held_out": len(run.sft_examples("held_out"))})
+        # Renamed first: killed halfway through the removal, nobody takes the rest for checkpoints.
+        shutil.rmtree((work / "checkpoints").rename(work / "finished"))
     return work
 
 
@@ -333,7 +351,7 @@ def evaluation_after(run: OpenRun, report) -> pandas.DataFrame:
     return _evaluation(run, load_tuned(run.load_model(), run.get("sft")), report)
 
 
-@stage("parquet", version=2, uses=("bootstrap", "seed"), needs=("evaluation_before", "evaluation_after"))
+@stage("parquet", version=3, uses=("bootstrap", "seed"), needs=("evaluation_before", "evaluation_after"))
 def domain_shift(run: OpenRun, report) -> pandas.DataFrame:
     """Change of every measure that `eval_kinds` gives, by domain, with intervals and McNemar's test."""
     return domain_shifts(run.get("evaluation_before"), run.get("evaluation_after"),

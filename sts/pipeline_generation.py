@@ -68,19 +68,19 @@ def _generation(run: OpenRun, report, *, tuned: bool) -> pandas.DataFrame:
     return pandas.concat(frames, ignore_index=True)
 
 
-@stage("parquet", uses=GENERATION, inputs=("model", "generation_data"))
+@stage("parquet", version=2, uses=GENERATION, inputs=("model", "generation_data"))
 def generation_before(run: OpenRun, report) -> pandas.DataFrame:
     """Generated answers to `eval_generate`, scored, by the untuned model."""
     return _generation(run, report, tuned=False)
 
 
-@stage("parquet", uses=GENERATION, needs=("sft",), inputs=("model", "generation_data"))
+@stage("parquet", version=2, uses=GENERATION, needs=("sft",), inputs=("model", "generation_data"))
 def generation_after(run: OpenRun, report) -> pandas.DataFrame:
     """The same by the tuned model."""
     return _generation(run, report, tuned=True)
 
 
-@stage("parquet", uses=("bootstrap", "seed"), needs=("generation_before", "generation_after"))
+@stage("parquet", version=2, uses=("bootstrap", "seed"), needs=("generation_before", "generation_after"))
 def generation_shift(run: OpenRun, report) -> pandas.DataFrame:
     """Change of the accuracy of generated answers, by benchmark and domain, with intervals and McNemar's test."""
     def items(frame: pandas.DataFrame) -> pandas.DataFrame:

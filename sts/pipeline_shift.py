@@ -1,28 +1,23 @@
-"""Stages of the chapters on what fine-tuning shifts, what demonstrations foresee of it, and what zeroing does."""
+"""Stages of the chapters on what fine-tuning shifts and what demonstrations foresee of it."""
 
 from __future__ import annotations
 
 import random
 
-import pandas
 import torch
 
-from sts.ablation import zeroed
-from sts.activations import norm_threshold, paired_stats
+from sts.activations import paired_stats
 from sts.data import Example
 from sts.errors import StsError
-from sts.evaluate import MEASURES, evaluate, item_measures
+from sts.evaluate import MEASURES
 from sts.finetune import load_tuned
 from sts.model_shift import folded, model_paired_folds
 from sts.models import LanguageModel
 from sts.paper import extremes, spread_ratio, with_selection
 from sts.pipeline import MASKS, MODEL, SAE, SHIFT, masks, shift_groups
-from sts.prompts import Prompt, make_group, make_prompt, question_text, solution_prompt
-from sts.residuals import Extractor
+from sts.prompts import Prompt, make_group, solution_prompt
 from sts.saes import SideBySide, identity_sae, random_code
 from sts.score import VARIANTS
-from sts.shift import shifted_dimensions
-from sts.shift_stats import matched_latents, random_latents
 from sts.stages import OpenRun, stage
 from sts.stats import correlate
 
@@ -30,8 +25,6 @@ from sts.stats import correlate
 FOLDS = 8
 #: Domains at either end that the paper's Figure 3 keeps.
 EXTREMES = 4
-#: Length of the answers that are written with latents zeroed.
-ANSWER_TOKENS = 72
 #: The codes that a change is read in: SAE latents, a random code as sparse, raw dimensions.
 KINDS = ("sae", "random", "raw")
 #: What a training set's domain is called among MMLU-Pro's, where the name differs.
@@ -191,82 +184,6 @@ def shift_by_demonstrations(run: OpenRun, report) -> dict[str, torch.Tensor]:
                 rows.setdefault(f"{kind}/{number}", []).append(found[f"{kind}/squared_difference_L"])
         report(done / len(draws))
     return {name: torch.stack(own) for name, own in rows.items()}
-
-
-# --- zeroing latents ----------------------------------------------------------------------------------------------
-
-def _to_ablate(run: OpenRun, report) -> tuple[LanguageModel, object, torch.Tensor, torch.Tensor, float]:
-    """The model to zero latents in, the SAE, the latents' change and firing rates, and the norm that marks sinks."""
-    settings, stats = run.settings, of_kind(run.get("sft_shift"), "sae")
-    tuned = settings.ablation_model == "tuned"
-    lm = _tuned(run) if tuned else run.lm
-    rate_L = stats[f"{'icl' if tuned else 'base'}_fired_L"] / stats["tokens"]
-    prompts = solution_prompts(run)[:8]
-    limit = norm_threshold(Extractor(lm, settings.layer, settings.tokens_per_batch, report.work),
-                           [prompt.ids for prompt in prompts], [prompt.question for prompt in prompts],
-                           settings.outlier_norm)
-    return lm, run.sae(), stats["squared_difference_L"], rate_L, limit
-
-
-@stage("parquet", uses=(*MODEL, *SAE, *MASKS, "ablation_model", "ablation_examples", "ablation_latents",
-                        "ablation_draws", "eval_batch", "seed"), needs=("sft_shift", "sft"),
-       inputs=("model", "sae", "sft_held_out"))
-def ablation(run: OpenRun, report) -> pandas.DataFrame:
-    """Bits per character of held-out training-domain solutions with latents zeroed: most shifted, random, matched.
-
-    One row per set of latents and problem: kind (none, most_shifted, random, matched), latents (number zeroed), draw,
-    rate (mean firing rate of the set on the questions of `sft_shift`), example_id, bits, accuracy where it has options.
-    """
-    settings = run.settings
-    examples = run.sft_examples("held_out")[:settings.ablation_examples]
-    lm, sae, change_L, rate_L, limit = _to_ablate(run, report)
-    chosen, frames = sets_to_zero(change_L, rate_L, settings.ablation_latents, settings.ablation_draws,
-                                  settings.seed), []
-    for done, (kind, count, draw, latents) in enumerate(chosen, 1):
-        with zeroed(lm, sae, settings.layer, latents, drop_first_positions=settings.drop_first_positions,
-                    norm_limit=limit):
-            items = item_measures(evaluate(lm, examples, batch=settings.eval_batch, work=report.work))
-        rate = rate_L[latents].mean().item() if len(latents) else 0.0
-        frames.append(items.reset_index().assign(kind=kind, latents=count, draw=draw, rate=rate))
-        report(done / len(chosen))
-    return pandas.concat(frames, ignore_index=True)
-
-
-@stage("json", uses=(*MODEL, *SAE, *MASKS, "ablation_model", "top_n", "seed"), needs=("sft_shift", "sft"),
-       inputs=("model", "sae", "sft_held_out"))
-def ablated_answers(run: OpenRun, report) -> dict:
-    """The first held-out problem answered (greedily) with no latents zeroed, the most shifted, and as many matched."""
-    settings, example = run.settings, run.sft_examples("held_out")[0]
-    lm, sae, change_L, rate_L, limit = _to_ablate(run, report)
-    ids = torch.tensor([make_prompt(lm.tokenizer, question_text(example)).ids], device=lm.device)
-    answers = []
-    for kind, _, _, latents in sets_to_zero(change_L, rate_L, [settings.top_n], 1, settings.seed):
-        with torch.inference_mode(), zeroed(lm, sae, settings.layer, latents, norm_limit=limit,
-                                            drop_first_positions=settings.drop_first_positions):
-            text = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS,
-                                     do_sample=False, pad_token_id=lm.tokenizer.pad_token_id)
-        answers.append({"zeroed": kind, "latents": len(latents),
-                        "answer": lm.tokenizer.decode(text[0, ids.shape[1]:], skip_special_tokens=True)})
-    return {"question": example.question, "answer": example.answer, "answers": answers}
-
-
-def sets_to_zero(change_L: torch.Tensor, rate_L: torch.Tensor, counts: list[int], draws: int,
-                 seed: int) -> list[tuple[str, int, int, torch.Tensor]]:
-    """(kind, number, draw, latents) of every set that is zeroed; first the empty one.
-
-    Args:
-        change_L: squared change by fine-tuning; `most_shifted` are its largest, the others hold none of them.
-        rate_L: firing rates, which `matched` sets imitate.
-    """
-    sets = [("none", 0, 0, torch.tensor([], dtype=torch.long))]
-    for count in counts:
-        most = shifted_dimensions(change_L, count)
-        sets.append(("most_shifted", count, 0, most))
-        for draw in range(draws):
-            own = 1000 * seed + draw
-            sets.append(("random", count, draw, random_latents(len(change_L), most, count, own)))
-            sets.append(("matched", count, draw, matched_latents(rate_L, most, own)))
-    return sets
 
 
 # --- the paper's selection of domains, and other seeds ------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from sts.evaluate import MEASURES
+from sts.pages_measures import NOTHING_ELSE
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 SCORE_LABELS = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
@@ -83,8 +84,23 @@ def domain_scores(scores: pandas.DataFrame) -> Figure:
     return _finished(figure)
 
 
+def not_evaluated() -> Figure:
+    """What stands in a figure's place where its measure was not evaluated."""
+    _theme()
+    figure, axis = plt.subplots(figsize=(6.5, 0.9), layout="constrained")
+    axis.text(0.5, 0.5, NOTHING_ELSE.replace("; ", ";\n"), ha="center", va="center")
+    axis.set_axis_off()
+    return _finished(figure)
+
+
 def domain_shifts(shifts: pandas.DataFrame, measure: str) -> Figure:
-    """Signed change by domain with its 95% interval; hollow where the interval includes zero."""
+    """Signed change by domain with its 95% interval; hollow where that includes zero or one item gives none.
+
+    Args:
+        measure: a key of `MEASURES`; "" draws `not_evaluated`.
+    """
+    if not measure:
+        return not_evaluated()
     _theme()
     own = shifts[shifts["measure"] == measure].sort_values("shift")
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
@@ -117,8 +133,13 @@ def score_scatter(scores: pandas.DataFrame, shifts: pandas.DataFrame, correlatio
                   variant: str = "paper") -> Figure:
     """Absolute shift against score, one panel a score, with least-squares line and interval of each shift.
 
-    Hollow points: the interval of the domain's shift includes zero.
+    Hollow points: the interval of the domain's shift includes zero, or one item gives none.
+
+    Args:
+        measure: a key of `MEASURES`; "" draws `not_evaluated`.
     """
+    if not measure:
+        return not_evaluated()
     _theme()
     own = scores[scores["variant"] == variant].set_index("domain")
     actual = shifts[shifts["measure"] == measure].set_index("domain")

@@ -17,8 +17,8 @@ KIND_STYLE = {"sae": ("SAE latents", BLUE, "-", "o"), "raw": ("raw dimensions", 
 #: baseline -> the same, see `shift_results.BASELINES`
 BASELINE_STYLE = {"rate": ("by firing rate", ORANGE, "--", "v"), "energy": ("by energy", GREEN, "-.", "^"),
                   "other_domain": ("other domains' demonstrations", GREY, ":", "x")}
-SET_STYLE = {"most_shifted": ("most shifted", BLUE, "-", "o"),
-             "matched": ("random, like firing rates", ORANGE, "--", "s"), "random": ("random", GREY, ":", "D")}
+SET_STYLE = {"most_shifted": ("most shifted", BLUE, "-", "o"), "most_active": ("most active", GREEN, "-.", "^"),
+             "matched": ("others of as much energy", ORANGE, "--", "s"), "random": ("random", GREY, ":", "D")}
 
 
 def concentration_curve(found: Concentration, energy_L: numpy.ndarray, top_n: int) -> Figure:
@@ -64,20 +64,27 @@ def concentration_by_kind(found: dict[str, Concentration]) -> Figure:
 
 
 def zeroing(effects: pandas.DataFrame) -> Figure:
-    """Figure 1b: change in bits per character against the number of latents zeroed, with intervals over problems."""
+    """Figure 1b: change in bits per character with its interval, left against the number of latents zeroed, right
+    against their share of all energy; kinds without a match have no point."""
     _theme()
-    figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.8), sharey=True, layout="constrained")
+    drawn = effects[effects["mean"].notna()].sort_values("latents")
     for place, (kind, (label, colour, style, marker)) in enumerate(SET_STYLE.items()):
-        own = effects[effects["kind"] == kind].sort_values("latents")
-        x = own["latents"] * 1.06 ** (place - 1)  # beside each other, so that the bars can be told apart
-        axis.errorbar(x, own["mean"], yerr=[own["mean"] - own["low"], own["high"] - own["mean"]], color=colour,
-                      linestyle=style, marker=marker, markersize=5, capsize=3, label=label)
+        own = drawn[drawn["kind"] == kind]
+        # By number, kinds stand beside each other, so that their bars can be told apart.
+        for axis, x in zip(axes, (own["latents"] * 1.06 ** (place - 1.5), 100 * own["share"]), strict=True):
+            axis.errorbar(x, own["mean"], yerr=[own["mean"] - own["low"], own["high"] - own["mean"]], color=colour,
+                          linestyle=style, marker=marker, markersize=5, capsize=3, label=label)
     counts = sorted(effects["latents"].unique())
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="latents zeroed", ylabel="change in bits per character\n(higher: worse)", xscale="log")
-    axis.set_xticks(counts, [str(count) for count in counts])
-    axis.minorticks_off()
-    axis.legend()
+    for axis in axes:
+        axis.axhline(0, color="black", linewidth=0.8)
+    axes[0].set(xlabel="latents zeroed", ylabel="change in bits per character\n(higher: worse)", xscale="log")
+    axes[0].set_xticks(counts, [str(count) for count in counts])
+    axes[0].minorticks_off()
+    axes[1].set(xlabel="their share of all latents' energy (%)")
+    axes[1].locator_params(axis="x", nbins=4)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return _finished(figure)
 
 

@@ -17,9 +17,14 @@ from sts.work import Work
 
 
 class Reporter:
-    """Reports one stage's progress: call it with a fraction between 0 and 1. `work` counts what the stage runs."""
+    """Reports one stage's progress: call it with a fraction between 0 and 1. `work` counts what the stage runs.
 
-    def __init__(self, stage: str):
+    Args:
+        shown: whether anyone is told; of several processes at one stage, one does.
+    """
+
+    def __init__(self, stage: str, *, shown: bool = True):
+        self.shown = shown
         self.stage, self.started, self.last = stage, time.monotonic(), 0.0
         self.work = Work()
         self._send("start", 0.0)
@@ -36,6 +41,8 @@ class Reporter:
         return time.monotonic() - self.started
 
     def _send(self, event: str, fraction: float) -> None:
+        if not self.shown:
+            return
         report = {"event": event, "stage": self.stage, "fraction": fraction,
                   "seconds": time.monotonic() - self.started}
         target = os.environ.get("STS_PROGRESS", "")

@@ -177,6 +177,20 @@ def demonstration_draws(examples: list[Example], count: int, draws: int, *, seed
     return pairs
 
 
+def own_questions(draws: list[tuple[tuple[Example, ...], list[Example]]]) -> list[list[Example]]:
+    """For each of `demonstration_draws`' draws, questions that no other draw reads: one in `len(draws)` of its own.
+
+    A draw's questions leave out its demonstrations, so the same place in two draws' lists may hold different questions;
+    what an earlier draw has taken is left out. With one or two draws nothing has to be.
+    """
+    taken: set[str] = set()
+    parts = []
+    for index, (_, questions) in enumerate(draws):
+        parts.append([example for example in questions[index::len(draws)] if example.example_id not in taken])
+        taken.update(example.example_id for example in parts[-1])
+    return parts
+
+
 def make_group(tokenizer: PreTrainedTokenizerBase, questions: list[Example], demonstrations: tuple[Example, ...], *,
                context_length: int = 0, tokens: int = 0) -> PromptGroup:
     """Prompts for questions without and with demonstrations, until the questions hold `tokens` tokens (0: all)."""

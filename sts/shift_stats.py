@@ -1,4 +1,4 @@
-"""How concentrated a shift is, how far two shifts agree, and random sets of latents to compare with.
+"""How concentrated a shift is, and how far two shifts agree.
 
 Shape suffixes: F folds (groups of questions), L latents, K numbers of latents, R resamples.
 """
@@ -15,10 +15,6 @@ from scipy import stats as scipy_stats
 from sts.errors import StsError
 from sts.shift import concentration, overlap, shifted_dimensions
 from sts.stats import overlap_p
-
-#: Latents whose firing rates differ by less than this factor are in one bin (half a power of ten).
-RATE_FACTOR = 10**0.5
-
 
 # --- concentration ------------------------------------------------------------------------------------------------
 
@@ -160,56 +156,3 @@ def overlap_rows(first_L: torch.Tensor, second_L: torch.Tensor, counts: Sequence
             row["active_p"] = overlap_p(row["active"], own, count, shared)
         rows.append(row)
     return rows
-
-
-# --- random sets --------------------------------------------------------------------------------------------------
-
-def random_latents(width: int, without: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """`count` latents drawn evenly from all but those in `without`.
-
-    Raises:
-        StsError: there are not so many.
-    """
-    others = np.setdiff1d(np.arange(width), without.numpy())
-    if count > len(others):
-        raise StsError(f"{count} random latents were asked for beside {len(without)} chosen ones; the SAE has "
-                       f"{width}. Use at most {width // 2} in ablation_latents.")
-    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(others, count, replace=False)))
-
-
-def matched_latents(rate_L: torch.Tensor, chosen: torch.Tensor, seed: int) -> torch.Tensor:
-    """As many latents as chosen, none of them chosen, of like firing rates.
-
-    Firing rates fall into bins half a power of ten wide; from each bin as many are drawn as were chosen in it. Where
-    a bin has too few others, the rest comes from those nearest in rate (in logarithm) that are still left, so that a
-    large set may be matched worse: compare the mean rates.
-
-    Args:
-        rate_L: share of tokens on which each latent fires.
-
-    Raises:
-        StsError: fewer latents are left than were chosen.
-    """
-    generator = np.random.default_rng(seed)
-    rates = rate_L.double().numpy()
-    floor = rates[rates > 0].min() / RATE_FACTOR**2 if (rates > 0).any() else 1.0
-    log_L = np.log(np.maximum(rates, floor)) / np.log(RATE_FACTOR)  # silent latents have a bin of their own
-    bins_L = np.floor(log_L + 1e-9)
-    chosen_K = chosen.numpy()
-    left = np.setdiff1d(np.arange(len(rates)), chosen_K)
-    if len(left) < len(chosen_K):
-        raise StsError(f"{len(chosen_K)} latents were chosen and {len(left)} others are left to match them. Use at "
-                       f"most {len(rates) // 2} in ablation_latents.")
-    found, short = [], []
-    for own in np.unique(bins_L[chosen_K]):
-        wanted = chosen_K[bins_L[chosen_K] == own]
-        others = generator.permutation(left[bins_L[left] == own])
-        found += list(others[:len(wanted)])
-        # Which of the chosen go without a partner is left to chance.
-        short += list(generator.permutation(wanted)[len(others):])
-    left = np.setdiff1d(left, found)
-    for latent in short:
-        nearest = left[np.argmin(np.abs(log_L[left] - log_L[latent]))]
-        found.append(nearest)
-        left = left[left != nearest]
-    return torch.from_numpy(np.sort(np.array(found, dtype=np.int64)))

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from sts import processes
 from sts.config import ROOT, Run, load_run
 from sts.data import Example, by_domain, digest, load_examples, load_mixture
 from sts.errors import StsError, one_of
@@ -55,6 +56,7 @@ class Stage:
     needs: tuple[str, ...]
     inputs: tuple[str, ...]
     version: int
+    parallel: bool
     summary: str
 
 
@@ -62,7 +64,7 @@ STAGES: dict[str, Stage] = {}
 
 
 def stage(kind: str, *, uses: tuple[str, ...] = (), needs: tuple[str, ...] = (), inputs: tuple[str, ...] = (),
-          version: int = 1) -> Callable:
+          version: int = 1, parallel: bool = False) -> Callable:
     """Register a function `(run, report) -> result` as a stage of its own name.
 
     Args:
@@ -71,10 +73,12 @@ def stage(kind: str, *, uses: tuple[str, ...] = (), needs: tuple[str, ...] = (),
         needs: stages that it calls for through `run.get`.
         inputs: what it reads from outside: see `OpenRun.identity`.
         version: raise it when the meaning of the result changes.
+        parallel: whether all processes of an `accelerate launch` compute it together. The main one's result is stored.
     """
     def register(function: Callable) -> Callable:
         summary = (function.__doc__ or "").strip().splitlines()[0]
-        STAGES[function.__name__] = Stage(function.__name__, function, kind, uses, needs, inputs, version, summary)
+        STAGES[function.__name__] = Stage(function.__name__, function, kind, uses, needs, inputs, version, parallel,
+                                          summary)
         return function
     return register
 
@@ -130,6 +134,10 @@ class OpenRun:
             return self._memory[f"{name}-{key}"]
         path = self.store.find(name, key, spec.kind)
         if path is None:
+            if processes.count() > 1 and not spec.parallel:
+                together = ", ".join(name for name, one in STAGES.items() if one.parallel)
+                raise StsError(f"Stage {name!r} runs in one process and {processes.count()} were launched. Start it "
+                               f"without accelerate launch; several processes compute these stages: {together}.")
             for need in self._needs(spec):
                 self.get(need)
             path = self._compute(spec, key)
@@ -172,6 +180,7 @@ class OpenRun:
             pipeline_generation,
             pipeline_shift,
             pipeline_sweeps,
+            pipeline_zero,
         )
 
         if name not in STAGES:
@@ -183,13 +192,26 @@ class OpenRun:
         return (*trained, *spec.needs)
 
     def _compute(self, spec: Stage, key: str) -> Path:
-        report = Reporter(spec.name)
+        together = processes.join(cpu=self.device == "cpu")
+        report = Reporter(spec.name, shown=processes.is_main())
         with warnings.catch_warnings():
             # Libraries' notes to their own developers would end up on the pages.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             value = spec.compute(self, report)
         seconds = report.done()
+        if together is None:
+            return self._write(spec, key, value, seconds, report)
+        if together.is_main_process:
+            self._write(spec, key, value, seconds, report)
+        together.wait_for_everyone()
+        path = self.store.find(spec.name, key, spec.kind)
+        if path is None:
+            raise StsError(f"Stage {spec.name!r} was computed and is not in {self.store.folder}. Machines that compute "
+                           "together must share the folder for results (STS_RESULTS).")
+        return path
+
+    def _write(self, spec: Stage, key: str, value: Any, seconds: float, report: Reporter) -> Path:
         return self.store.write(spec.name, key, spec.kind, value, {
             "stage": spec.name, "key": key, "version": spec.version, "run": self.settings.name,
             "settings": {setting: getattr(self.settings, setting) for setting in spec.uses},

@@ -22,6 +22,10 @@ Statistic = Callable[[np.ndarray, np.ndarray], float]
 CONSTANT = 1e-13
 #: Entries of one block of permutations or resamples; bounds memory to a few tens of MB.
 BLOCK = 1_000_000
+#: Fewest items for a bootstrap interval of a mean. Resampling a few items understates their spread, by (n - 1) / n in
+#: the variance, and takes no account of that spread being an estimate: with five normal items, a nominal 95% interval
+#: leaves the true mean out in 16% of samples.
+BOOTSTRAP_FROM = 16
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class MeanInterval:
-    """Mean of `n` values, its standard error (sample standard deviation over sqrt(n)) and a bootstrap interval."""
+    """Mean of `n` values, its standard error (sample standard deviation over sqrt(n)) and an interval.
+
+    `kind` is "bootstrap" (percentiles of `resamples` resamples), "t" (Student's) or "none" (one value; ends are NaN).
+    """
 
     mean: float
     standard_error: float
@@ -54,7 +61,8 @@ class MeanInterval:
     high: float
     level: float
     n: int
-    resamples: int
+    kind: str
+    resamples: int = 0
 
 
 @dataclass(frozen=True)
@@ -319,9 +327,12 @@ def bootstrap_interval(x: Sequence[float], y: Sequence[float], statistic: Statis
 
 def paired_mean_interval(differences: Sequence[float], *, level: float = 0.95, resamples: int = 5_000,
                          seed: int = 0) -> MeanInterval:
-    """Mean of paired differences (after minus before, one a test item), in their units, with a bootstrap over items.
+    """Mean of paired differences (after minus before, one a test item), in their units, with an interval over items.
 
-    One item says nothing about spread: for n = 1 the standard error and both ends of the interval are NaN.
+    From 16 items (`BOOTSTRAP_FROM`) the interval is the percentile bootstrap; for 2 to 15 it is Student's t, mean
+    +- t(n - 1) * standard error. That is exact for normal differences and too narrow for skewed ones (five exponential
+    items: it leaves the true mean out in 12% of samples, the bootstrap in 23%). One item says nothing about spread:
+    for n = 1 the standard error and both ends of the interval are NaN, and the sign counts as not resolved.
 
     Raises:
         StsError: no items, NaN or infinite values, or settings out of range.
@@ -333,13 +344,16 @@ def paired_mean_interval(differences: Sequence[float], *, level: float = 0.95, r
         raise StsError("No differences given; at least one paired item is needed, two for an interval.")
     mean = float(differences_N.mean())
     if n == 1:
-        return MeanInterval(mean, math.nan, math.nan, math.nan, level, 1, 0)
+        return MeanInterval(mean, math.nan, math.nan, math.nan, level, 1, "none")
+    standard_error = float(differences_N.std(ddof=1) / math.sqrt(n))
+    if n < BOOTSTRAP_FROM:
+        reach = float(scipy_stats.t.ppf((1 + level) / 2, n - 1)) * standard_error
+        return MeanInterval(mean, standard_error, mean - reach, mean + reach, level, n, "t")
     generator = np.random.default_rng(seed)
     means = np.concatenate([differences_N[generator.integers(0, n, (size, n))].mean(axis=1)
                             for size in _block_sizes(n, resamples)])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    standard_error = float(differences_N.std(ddof=1) / math.sqrt(n))
-    return MeanInterval(mean, standard_error, float(low), float(high), level, n, resamples)
+    return MeanInterval(mean, standard_error, float(low), float(high), level, n, "bootstrap", resamples)
 
 
 def mcnemar_p(before: Sequence[bool], after: Sequence[bool]) -> float:

@@ -5,14 +5,13 @@ A rule is fixed here, in words and in code side by side, before any number is kn
 
 from __future__ import annotations
 
-import html
-import json
 import math
 from collections.abc import Sequence
 
 import pandas
 
-from sts import shift_results
+from sts import learned, shift_results, zero_results
+from sts.learned import judged, learned_sentence
 from sts.pages import p_phrase, p_value
 from sts.paper import published_numbers
 from sts.stages import OpenRun
@@ -32,10 +31,6 @@ EVEN_RULE = ("*Raw dimensions share it more evenly* counts as **held** if the in
              "that of the same fraction of raw dimensions *and* of a random code as sparse as the SAE; as **held "
              "against raw dimensions only** if above the first alone, which sparsity by itself brings about; as "
              "**reversed** if it lies below that of raw dimensions; otherwise as **not shown**.")
-ZERO_RULE = ("*Zeroing the most shifted hurts more* counts as **held** if it costs more bits than zeroing as many "
-             "random latents *and* as many of like firing rates, both 95% intervals of the difference above zero; as "
-             "**held against random latents only** if the second interval includes zero or less; otherwise as "
-             "**not shown**.")
 FORESEEN_RULE = ("*Demonstrations foresee the shift* counts as **held** if the sets of demonstrations name more of the "
                  "actual top N than each of three lists that need none from the training domain (the latents that "
                  "fire most often on the same questions, those of largest energy, those that demonstrations of other "
@@ -49,10 +44,6 @@ BETTER_RULE = ("*Better than raw dimensions* counts as **held** if the share for
 MORE_RULE = ("*More demonstrations foresee more* counts as **held** if the share foreseen behind the largest number "
              "less that behind the smallest has its whole 95% interval over draws above zero, as **reversed** if "
              "below, otherwise as **not shown**.")
-LEARNED_RULE = ("A run **learned** if the loss on held-out problems of the training domain fell by a tenth of its "
-                "starting value or more; the claims are not judged in a run that did not.")
-#: See `LEARNED_RULE`.
-LEARNED = 0.1
 
 
 # --- the rules ----------------------------------------------------------------------------------------------------
@@ -78,14 +69,6 @@ def even_verdict(sae: dict[str, float], raw: dict[str, float], random: dict[str,
     return "reversed" if sae["high"] < raw["low"] else "not shown"
 
 
-def zero_verdict(effects: pandas.DataFrame, count: int) -> str:
-    """`ZERO_RULE`, from `shift_results.ablation_effects` at one number of latents."""
-    own = effects[effects["latents"] == count].set_index("kind")["low"]
-    if not own["most_shifted - random"] > 0:
-        return "not shown"
-    return "held" if own["most_shifted - matched"] > 0 else "held against random latents only"
-
-
 def foreseen_verdict(row: dict, lead: dict[str, MeanInterval]) -> str:
     """`FORESEEN_RULE`, from a row of `shift_stats.overlap_rows` and `shift_results.leads`."""
     if all(lead[name].low > 0 for name in shift_results.BASELINES):  # NaN, of a single set, is not above zero
@@ -105,25 +88,6 @@ def more_verdict(gain: MeanInterval) -> str:
     if gain.low > 0:
         return "held"
     return "reversed" if gain.high < 0 else "not shown"
-
-
-def loss_fall(run: OpenRun) -> float:
-    """By what share of its starting value fine-tuning lowered the loss on held-out training-domain problems."""
-    log = json.loads((run.get("sft") / "training.json").read_text(encoding="utf-8"))
-    return 1 - log["held_out_after"] / log["held_out_before"]
-
-
-def judged(run: OpenRun, verdict: str) -> str:
-    """The verdict, or that none is given, as the run did not learn (`LEARNED_RULE`)."""
-    return verdict if loss_fall(run) >= LEARNED else "not judged, as training taught nothing"
-
-
-def learned_sentence(run: OpenRun) -> str:
-    """Whether fine-tuning taught the model anything of its own domain."""
-    fall = loss_fall(run)
-    did = (f"fell by {fall:.0%}" if fall >= 0 else f"rose by {-fall:.0%}")
-    return (f"the loss on {run.settings.sft_held_out} held-out problems {did} of its starting value: the run "
-            f"**{'learned' if fall >= LEARNED else 'did not learn'}**.")
 
 
 def figure_note(run: OpenRun, n: str, interval: str, *stages: str, seeds: Sequence[int] = ()) -> str:
@@ -195,18 +159,8 @@ def even_sentence(run: OpenRun) -> str:
 
 def zero_sentence(run: OpenRun) -> str:
     """Whether zeroing the most shifted latents hurts more than zeroing others (Figure 1b)."""
-    effects, count = shift_results.run_effects(run), shift_results.zeroed_number(run)
-    own = effects[effects["latents"] == count].set_index("kind")
-
-    def cost(kind: str) -> str:
-        row = own.loc[kind]
-        return f"{row['mean']:+.2g} ({row['low']:+.2g} to {row['high']:+.2g})"
-
-    return (f"zeroing the {count} most shifted latents in the {run.settings.ablation_model} model changes the bits per "
-            f"character of {int(own['n'].iloc[0])} held-out solutions by {cost('most_shifted')}, zeroing as many "
-            f"random latents by {cost('random')}, as many of like firing rates by {cost('matched')} "
-            f"({counted(int(own.loc['random', 'draws']), 'set')} of each kind; 95% intervals over problems). "
-            f"Zeroing the most shifted hurts more: **{zero_verdict(effects, count)}**.")
+    verdict = judged(run, zero_results.run_verdict(run))
+    return f"{zero_results.run_sentence(run)} Zeroing the most shifted hurts more: **{verdict}**."
 
 
 def shift_summary(run: OpenRun) -> str:
@@ -214,8 +168,8 @@ def shift_summary(run: OpenRun) -> str:
     told = (few_sentence, beyond_sentence, even_sentence, zero_sentence)
     return (f"**The answer of this run.** {_tuned_on(run)}\n\n"
             f"{_listed(*(sentence(run) for sentence in (learned_sentence, *told)))}\n\n"
-            f"{LEARNED_RULE} {FEW_RULE} {BEYOND_RULE} {EVEN_RULE} {ZERO_RULE} Seed {run.settings.seed}, one training "
-            "run.")
+            f"{learned.RULE} {FEW_RULE} {BEYOND_RULE} {EVEN_RULE} {zero_results.ZERO_RULE} Seed {run.settings.seed}, "
+            "one training run.")
 
 
 def foreseen_sentence(run: OpenRun) -> str:
@@ -252,7 +206,7 @@ def foreseen_summary(run: OpenRun) -> str:
     """First paragraph of the chapter on what demonstrations foresee."""
     return (f"**The answer of this run.** {_tuned_on(run)}\n\n"
             f"{_listed(*(sentence(run) for sentence in (learned_sentence, foreseen_sentence, better_sentence)))}\n\n"
-            f"{LEARNED_RULE} {FORESEEN_RULE} {BETTER_RULE} Seed {run.settings.seed}, one training run.")
+            f"{learned.RULE} {FORESEEN_RULE} {BETTER_RULE} Seed {run.settings.seed}, one training run.")
 
 
 def sensitivity_sentence(run: OpenRun) -> str:
@@ -280,20 +234,6 @@ def demonstrations_sentence(run: OpenRun, by_number: pandas.DataFrame) -> str:
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
-ZEROED = {"none": "nothing", "most_shifted": "most shifted", "random": "random", "matched": "random, like firing rates",
-          "most_shifted - random": "difference: most shifted less random",
-          "most_shifted - matched": "difference: most shifted less like firing rates"}
-
-
-def effects_table(effects: pandas.DataFrame) -> pandas.DataFrame:
-    """`shift_results.ablation_effects` for a page."""
-    return pandas.DataFrame([{
-        "latents zeroed": row.latents, "which": ZEROED[row.kind],
-        "change in bits per character": f"{row.mean:+.2g} ({row.low:+.2g} to {row.high:+.2g})", "problems": row.n,
-        "sets": "" if pandas.isna(row.draws) else int(row.draws),
-        "mean firing rate": "" if pandas.isna(row.rate) else f"{row.rate:.2%}"} for row in effects.itertuples()])
-
-
 #: What lists of latents are called in tables.
 LISTS = {"sae": "SAE latents, demonstrations", "rate": "SAE latents, by firing rate",
          "energy": "SAE latents, by energy", "random": "random code, demonstrations",
@@ -315,12 +255,3 @@ def overlap_table(curves: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
                          "by chance, changing only": f"{row.active_chance * row.n:.1f}" if known else "",
                          "p, changing only": p_value(row.active_p) if known else ""})
     return pandas.DataFrame(rows)
-
-
-def answers_html(written: dict) -> str:
-    """Stage `ablated_answers` as HTML: the problem and each model's answer, escaped."""
-    blocks = "".join(f"<dt>Zeroed: {html.escape(ZEROED[one['zeroed']])} ({one['latents']} latents)</dt>"
-                     f"<dd><em>{html.escape(one['answer']) or 'nothing written'}</em></dd>"
-                     for one in written["answers"])
-    return (f"<p>{html.escape(written['question'])} (Right answer: {html.escape(written['answer'])})</p>"
-            f"<dl>{blocks}</dl>")

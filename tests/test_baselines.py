@@ -13,7 +13,7 @@ from sklearn.linear_model import Ridge
 from sts import baselines
 from sts.errors import StsError
 from sts.shift import shifted_dimensions
-from sts.shift_stats import matched_latents
+from sts.zero_sets import matched_latents
 
 
 def stats(seed, latents=40, tokens=50):

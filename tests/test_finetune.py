@@ -1,13 +1,21 @@
 """Fine-tuning learns, trains on the solution alone, can be resumed, and its adapter comes back as it was."""
 
 import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 
+import sts
+from sts.config import ROOT
 from sts.data import load_examples
 from sts.errors import StsError
-from sts.finetune import FineTuning, conversation, fine_tune, load_tuned
+from sts.finetune import FineTuning, conversation, divide_batch, fine_tune, load_tuned
 from sts.models import load_model
 from sts.prompts import render, solution_text
 
@@ -59,24 +67,50 @@ def test_only_adapters_are_trained_and_nothing_is_pickled_in_them(tuned):
     assert log["trained_parameters"] == 2 * sum(8 * (a + b) for a, b in shapes)
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint(tiny_models, tuned, tmp_path, monkeypatch):
-    _, uninterrupted = tuned
+class Killed(Exception):
+    pass
 
-    class Killed(Exception):
-        pass
 
-    def kill(fraction):
-        if fraction >= 0.75:
+def kill_at(step, steps):
+    """A progress report that ends the run after `step` of `steps`, before that step's own checkpoint is written."""
+    def report(fraction):
+        if fraction >= step / steps - 1e-9:
             raise Killed
+    return report
 
-    with pytest.raises(Killed):
-        fine_tune(fresh(tiny_models), EXAMPLES[:16], EXAMPLES[16:], SETTINGS, tmp_path, report=kill)
-    assert list((tmp_path / "checkpoints").glob("checkpoint-*"))
+
+def with_dropout(lm):
+    """The model with dropout on its attention weights, so that training draws random numbers at every step."""
+    for layer in lm.model.model.layers:
+        layer.self_attn.attention_dropout = 0.2
+    return lm
+
+
+@pytest.mark.parametrize("lora_rank", [8, 0], ids=["lora", "full"])
+def test_a_run_killed_within_an_epoch_ends_as_if_it_had_not_been(tiny_models, tmp_path, lora_rank):
+    # Two epochs of five steps, a checkpoint every second: steps 6 and 8 lie within the second epoch.
+    settings = replace(SETTINGS, lora_rank=lora_rank, lr=1e-2 if lora_rank else 1e-3)
+    train, held_out = load_examples("gsm_symbolic", limit=18, seed=5), EXAMPLES[16:]
+
+    def run(folder, *, random_state, **how):
+        # Another process starts with other generators.
+        for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+            seed(random_state)
+        return fine_tune(with_dropout(fresh(tiny_models)), train, held_out, settings, folder, **how)
+
+    whole = run(tmp_path / "whole", random_state=1)
+    for step in (4, 7, 9):  # within the first epoch, then twice within the second
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", random_state=step, report=kill_at(step, 10))
+        saved, = (tmp_path / "killed" / "checkpoints").glob("checkpoint-*")
+        assert saved.name == f"checkpoint-{2 * ((step - 1) // 2)}"
     fractions = []
-    resumed = fine_tune(fresh(tiny_models), EXAMPLES[:16], EXAMPLES[16:], SETTINGS, tmp_path, report=fractions.append)
-    assert fractions[0] > 0.5  # it did not start over
-    assert resumed["held_out_after"] == pytest.approx(uninterrupted["held_out_after"], rel=1e-3)
-    assert resumed["held_out_before"] == pytest.approx(uninterrupted["held_out_before"], rel=1e-6)
+    resumed = run(tmp_path / "killed", random_state=2, report=fractions.append)
+    assert fractions == [0.9, 1.0]
+    assert [row["step"] for row in resumed["curve"]] == list(range(1, 11))
+    assert [row["loss"] for row in resumed["curve"]] == pytest.approx([row["loss"] for row in whole["curve"]], abs=1e-5)
+    assert resumed["held_out_before"] == pytest.approx(whole["held_out_before"], abs=1e-5)
+    assert resumed["held_out_after"] == pytest.approx(whole["held_out_after"], abs=1e-5)
 
 
 def test_full_fine_tuning_trains_every_weight(tiny_models, tmp_path):
@@ -113,3 +147,55 @@ def test_a_question_that_leaves_no_room_for_its_solution_is_named(tiny_models, t
     settings = FineTuning(epochs=1, lr=1e-3, batch=4, micro_batch=2, max_length=40, lora_rank=4, lora_alpha=8, seed=0)
     with pytest.raises(StsError, match="gsm_symbolic-.* Raise sft_max_length"):
         fine_tune(fresh(tiny_models), EXAMPLES[:8], EXAMPLES[16:], settings, tmp_path)
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("batch", "micro", "count", "divided"), [
+    (8, 4, 1, (4, 2)), (8, 3, 1, (2, 4)), (4, 8, 1, (4, 1)), (8, 4, 2, (4, 1)), (8, 4, 8, (1, 1)), (24, 4, 4, (3, 2))])
+def test_the_batch_is_that_of_all_processes_together(batch, micro, count, divided):
+    assert divide_batch(batch, micro, count) == divided
+    assert divided[0] * divided[1] * count == batch
+
+
+def test_a_batch_that_cannot_be_shared_is_said(tiny_models, tmp_path, monkeypatch):
+    for name, value in (("WORLD_SIZE", "3"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StsError, match="sft_batch is 4, which 3 processes cannot share.* such as 6"):
+        fine_tune(fresh(tiny_models), EXAMPLES[:8], EXAMPLES[16:], SETTINGS, tmp_path)
+
+
+def test_other_stages_are_not_computed_several_times_at_once(tmp_path, monkeypatch):
+    run = sts.open_run("smoke", results=tmp_path)
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StsError, match="'scores' runs in one process and 2 were launched.*these stages: sft"):
+        run.get("scores")
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    # Seven held-out problems and two processes: one of them gets a problem twice, which must not count.
+    changed = {"device": "cpu", "sft_held_out": 7, "sft_examples": 24, "sft_micro_batch": 1, "sft_epochs": 2}
+    one = sts.open_run("smoke", results=tmp_path / "one", **changed)
+    alone = json.loads((one.get("sft") / "training.json").read_text())
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+               "-m", "sts.cli", "stage", "sft", "--run", "smoke"]
+    for name, value in changed.items():
+        command += ["-p", name, str(value)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={
+        **os.environ, "STS_RESULTS": str(tmp_path / "two"), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("sft: started") == 1 and done.stdout.count("sft [") == 1  # one of them speaks
+    stages = tmp_path / "two" / "smoke" / "stages"
+    assert [path.name for path in stages.glob("sft-*.json")] == [f"sft-{one.key('sft')}.provenance.json"]
+    assert not list((stages / "unfinished").iterdir())
+    together = json.loads((stages / f"sft-{one.key('sft')}" / "training.json").read_text())
+    assert together["steps"] == alone["steps"] == 12
+    for key in ("held_out_before", "held_out_after"):
+        assert together[key] == pytest.approx(alone[key], abs=1e-4)
+    # Every step, not the first alone: processes that do not add up their gradients part from the third step on.
+    losses, expected = ([row["loss"] for row in log["curve"]] for log in (together, alone))
+    assert losses == pytest.approx(expected, abs=1e-4)
+    two = sts.open_run("smoke", results=tmp_path / "two", **changed)
+    assert two.stored("sft")

@@ -10,13 +10,15 @@ import pytest
 import torch
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
+from tokenizers.processors import TemplateProcessing
 
 from sts import generation
 from sts.data import DOMAINS, LETTERS, Example, load_examples
 from sts.errors import StsError
 from sts.evaluate import evaluate
 from sts.generation import TASKS, benchmark_examples, build_tasks, generate_and_score, open_vllm
-from sts.harness import open_harness
+from sts.harness import SharedContextLM, open_harness
+from sts.prompts import make_prompt
 from sts.tasks.utils import extract_answer, extract_letter, is_same_answer
 
 # --- answers read from text ---------------------------------------------------------------------------------------
@@ -168,10 +170,66 @@ def test_a_limit_is_a_domain_and_drawn_by_seed(local):
     assert len(benchmark_examples("gsm8k")[0]) == 3
 
 
-# --- generating ---------------------------------------------------------------------------------------------------
+# --- the beginning of the sequence --------------------------------------------------------------------------------
 
 OPEN = [Example(f"open-{n}", "math", f"What is {n} plus 3?", (), -1, str(n + 3), f"{n} + 3 = {n + 3}")
         for n in range(5)]
+
+
+def with_bos(tiny_models, *, written: bool):
+    """A model whose tokenizer puts <s> before plain text and whose chat template writes it itself, or does not."""
+    from sts.models import load_model
+
+    lm = load_model(str(tiny_models["llama"]))
+    lm.tokenizer.add_special_tokens({"bos_token": "<s>"})
+    lm.model.resize_token_embeddings(len(lm.tokenizer))
+    lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", lm.tokenizer.bos_token_id)])
+    if written:
+        lm.tokenizer.chat_template = "{{ bos_token }}" + lm.tokenizer.chat_template
+    assert lm.tokenizer("text")["input_ids"][0] == lm.tokenizer.bos_token_id
+    return lm
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["template with BOS", "template without"])
+def test_every_prompt_begins_with_bos_once_if_at_all(tiny_models, monkeypatch, written):
+    lm, run = with_bos(tiny_models, written=written), []
+    bos = lm.tokenizer.bos_token_id
+    engine = open_harness(lm, batch=2)
+    monkeypatch.setattr(engine, "_model_generate", lambda context, **how: run.extend(
+        [token for token in row.tolist() if token != engine.tokenizer.pad_token_id] for row in context) or context)
+    questions = [Example(f"law-{n}", "law", f"Which is it, {n}?", ("one", "two"), 0, "one", "So it is.")
+                 for n in range(3)]
+    # Plain text: MMLU-Pro's chain of thought, and then problems in the chat template, and plain text again.
+    for benchmark, examples, worked in (("mmlu_pro", questions[1:], questions[:1]), ("gsm8k", OPEN[:2], ()),
+                                        ("mmlu_pro", questions[1:], questions[:1])):
+        run.clear()
+        generate_and_score(engine, benchmark, examples, worked, max_tokens=4)
+        assert len(run) == 2
+        for ids in run:
+            expected = 1 if benchmark == "mmlu_pro" or written else 0
+            assert ids.count(bos) == expected and (ids[0] == bos) == bool(expected)
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["template with BOS", "template without"])
+def test_what_is_evaluated_begins_as_the_books_own_prompts_do(tiny_models, monkeypatch, written):
+    lm, run = with_bos(tiny_models, written=written), []
+    bos = lm.tokenizer.bos_token_id
+    score = SharedContextLM._loglikelihood_tokens
+    monkeypatch.setattr(SharedContextLM, "_loglikelihood_tokens", lambda self, requests, **how: run.extend(
+        [*context, *target] for _, context, target in requests) or score(self, requests, **how))
+    for plain in (False, True):
+        if plain:
+            lm.tokenizer.chat_template = None
+        run.clear()
+        evaluate(lm, OPEN[:2])
+        begins = make_prompt(lm.tokenizer, OPEN[0].question).ids[0]
+        assert len(run) == 2
+        for ids in run:
+            assert ids[0] == begins and ids.count(bos) == int(plain or written)
+
+
+# --- generating ---------------------------------------------------------------------------------------------------
 
 
 def test_answers_are_what_the_model_generates(lm_of, monkeypatch):

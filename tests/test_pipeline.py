@@ -65,6 +65,29 @@ def test_demonstrations_never_stand_in_their_own_question(run):
             assert run.lm.tokenizer.decode(icl.ids).count(question) == 1
 
 
+@pytest.mark.parametrize(("draws", "demonstrations"), [(3, 2), (4, 3)])
+def test_every_draw_of_demonstrations_has_questions_of_its_own(run, draws, demonstrations):
+    many = sts.open_run("smoke", results=run.results, demonstration_draws=draws, shift_demonstrations=demonstrations,
+                        shift_tokens=100_000)
+    examples = {run.lm.tokenizer.decode(run.lm.tokenizer(example.question)["input_ids"]): example.example_id
+                for example in many.sft_examples("train")}
+    groups = shift_groups(many)
+    assert len(groups) == draws
+    read = []
+    for group in groups:
+        for base, icl in zip(group.base, group.icl, strict=True):
+            question = many.lm.tokenizer.decode(base.ids[base.question[0]:base.question[1]])
+            assert many.lm.tokenizer.decode(icl.ids).count(question) == 1  # not its own demonstration
+            read.append(examples[question])
+    assert len(read) == len(set(read)) >= len(examples) - draws
+
+
+def test_too_few_examples_for_the_draws_are_said(run):
+    few = sts.open_run("smoke", results=run.results, demonstration_draws=4, shift_demonstrations=3, sft_examples=4)
+    with pytest.raises(StsError, match="'gsm_symbolic' has 4 examples, too few.*Lower demonstration_draws"):
+        shift_groups(few)
+
+
 def test_held_out_problems_are_not_trained_on(run):
     train, held_out = ({example.question for example in run.sft_examples(part)} for part in ("train", "held_out"))
     assert not train & held_out

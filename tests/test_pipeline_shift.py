@@ -8,10 +8,8 @@ import torch
 import sts
 from sts import beside_paper, shift_results, verdicts
 from sts.errors import StsError
-from sts.evaluate import evaluate
 from sts.finetune import load_tuned
-from sts.models import decoder_layers
-from sts.pipeline_shift import draws_of, of_kind, other_domain_sets, sets_to_zero, shift_questions
+from sts.pipeline_shift import draws_of, of_kind, other_domain_sets, shift_questions
 from sts.stats import pearson
 
 
@@ -92,50 +90,6 @@ def test_sets_of_demonstrations_are_disjoint_and_not_asked(run):
         draws_of(examples, 4, 4, seed=0)
 
 
-def test_ablation_scores_the_tuned_model_with_these_latents_taken_out(run, tuned):
-    rows, stats = run.get("ablation"), of_kind(run.get("sft_shift"), "sae")
-    assert set(zip(rows["kind"], rows["latents"], strict=True)) == {
-        ("none", 0), *((kind, count) for kind in ("most_shifted", "random", "matched") for count in (4, 16))}
-    examples = run.sft_examples("held_out")[:4]
-    most = np.argsort(-stats["squared_difference_L"].numpy(), kind="stable")[:16]
-    sae = run.sae()
-
-    def hook(module, args, output):
-        with torch.no_grad():
-            latents = sae.encode(output[:, 1:])
-            part = torch.zeros_like(latents)
-            part[..., most] = latents[..., most]
-            return torch.cat([output[:, :1], output[:, 1:] - part @ sae.W_dec], dim=1)
-
-    for kind, count in (("none", 0), ("most_shifted", 16)):
-        handle = decoder_layers(tuned.model)[0].register_forward_hook(hook) if count else None
-        found = evaluate(tuned, examples).set_index("example_id")
-        if handle:
-            handle.remove()
-        expected = -found["loglikelihood"] / np.log(2) / found["characters"]
-        own = rows[(rows["kind"] == kind) & (rows["latents"] == count)].set_index("example_id")["bits"]
-        assert own.to_dict() == pytest.approx(expected.to_dict(), abs=1e-5)
-    rate = (stats["icl_fired_L"] / stats["tokens"])[most.copy()].mean().item()
-    assert rows[(rows["kind"] == "most_shifted") & (rows["latents"] == 16)]["rate"].iloc[0] == pytest.approx(rate)
-
-
-def test_random_sets_hold_none_of_the_most_shifted():
-    generator = torch.Generator().manual_seed(0)
-    change_L, rate_L = torch.rand(200, generator=generator), torch.rand(200, generator=generator)
-    sets = sets_to_zero(change_L, rate_L, [5, 20], 3, seed=1)
-    assert len(sets) == 1 + 2 * (1 + 2 * 3)
-    for kind, count, _, latents in sets[1:]:
-        assert len(set(latents.tolist())) == count
-        most = set(change_L.topk(count).indices.tolist())
-        assert set(latents.tolist()) == most if kind == "most_shifted" else not set(latents.tolist()) & most
-
-
-def test_answers_are_written_by_the_changed_model(run):
-    written = run.get("ablated_answers")
-    assert [one["zeroed"] for one in written["answers"]] == ["none", "most_shifted", "random", "matched"]
-    assert [one["latents"] for one in written["answers"]] == [0, 16, 16, 16]
-
-
 def test_extremes_are_the_ends_of_the_absolute_shift(run):
     shifts, scores = run.get("domain_shift"), run.get("scores")
     row = next(row for row in run.get("extreme_correlations")
@@ -200,24 +154,6 @@ def test_lists_that_make_no_sense_are_refused(setting, value, tmp_path):
 
 
 # --- what the pages make of it ------------------------------------------------------------------------------------
-
-def test_effects_are_paired_by_problem_and_average_draws_first():
-    def row(kind, latents, draw, item, bits):
-        return {"kind": kind, "latents": latents, "draw": draw, "rate": 0.5, "example_id": item, "bits": bits}
-
-    rows = [row("none", 0, 0, item, bits) for item, bits in (("a", 1.0), ("b", 2.0))]
-    rows += [row("most_shifted", 5, 0, item, bits) for item, bits in (("a", 1.4), ("b", 2.6))]
-    rows += [row("random", 5, draw, item, bits) for draw, item, bits in (
-        (0, "a", 1.0), (1, "a", 1.2), (0, "b", 2.0), (1, "b", 2.2))]
-    rows += [row("matched", 5, draw, item, bits) for draw in (0, 1) for item, bits in (("a", 1.5), ("b", 2.5))]
-    effects = shift_results.ablation_effects(pandas.DataFrame(rows), resamples=200).set_index("kind")
-    assert effects["mean"].to_dict() == pytest.approx({
-        "most_shifted": 0.5, "random": 0.1, "matched": 0.5, "most_shifted - random": 0.4,
-        "most_shifted - matched": 0.0})
-    # Two problems: every resample is one of them twice, or both.
-    assert (effects.loc["most_shifted", "low"], effects.loc["most_shifted", "high"]) == pytest.approx((0.4, 0.6))
-    assert effects.loc["random", "draws"] == 2 and effects.loc["random", "n"] == 2
-
 
 def test_overlap_at_n_is_the_sets_overlap(run):
     n = run.settings.top_n

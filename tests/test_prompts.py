@@ -14,6 +14,7 @@ from sts.prompts import (
     demonstration_draws,
     make_group,
     make_prompt,
+    own_questions,
     paired_positions,
     question_text,
     render,
@@ -267,6 +268,26 @@ def test_demonstrations_and_questions_are_disjoint_and_draws_differ(data):
     assert len({frozenset(demonstrations) for demonstrations, _ in found}) == draws
     if count * draws <= len(examples):  # enough examples: no demonstration is used twice
         assert len({example for demonstrations, _ in found for example in demonstrations}) == count * draws
+
+
+@given(st.data())
+def test_no_question_is_read_behind_two_draws_or_behind_itself(data):
+    count, draws = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
+    examples = items(data.draw(st.integers(count + 1, 60)))
+    found = demonstration_draws(examples, count, draws, seed=data.draw(st.integers(0, 5)), what="it")
+    parts = own_questions(found)
+    read = [example for part in parts for example in part]
+    assert len(parts) == draws and len(set(read)) == len(read)
+    assert len(read) >= len(examples) - draws * (count + 1)  # few are left unread
+    for (demonstrations, _), part in zip(found, parts, strict=True):
+        assert not set(demonstrations) & set(part)
+
+
+def test_one_or_two_draws_read_every_question_or_every_other_one():
+    (_, questions), = one = demonstration_draws(items(30), 3, 1, seed=0, what="it")
+    assert own_questions(one) == [questions]
+    two = demonstration_draws(items(30), 3, 2, seed=0, what="it")
+    assert own_questions(two) == [two[0][1][0::2], two[1][1][1::2]]
 
 
 def test_draws_are_fixed_by_the_seed():

@@ -1,4 +1,4 @@
-"""Concentration, overlap and random sets against naive computations and scipy."""
+"""Concentration and overlap against naive computations and scipy."""
 
 import numpy as np
 import pytest
@@ -6,14 +6,7 @@ import scipy.stats
 import torch
 
 from sts.errors import StsError
-from sts.shift_stats import (
-    concentrations,
-    matched_latents,
-    overlap_rows,
-    random_latents,
-    ratio_interval,
-    same_fraction,
-)
+from sts.shift_stats import concentrations, overlap_rows, ratio_interval, same_fraction
 
 CHANGE_FL = torch.tensor([[8.0, 1, 0, 1], [6, 2, 1, 1], [1, 9, 0, 0]])
 
@@ -101,41 +94,6 @@ def test_chance_and_p_by_simulation():
     assert row["p"] == pytest.approx((drawn >= row["overlap"]).mean(), abs=0.015)
     assert (drawn / 20 < row["chance_low"]).mean() <= 0.025 and (drawn / 20 > row["chance_high"]).mean() <= 0.03
     assert row["p"] == pytest.approx(scipy.stats.hypergeom(80, 20, 20).sf(row["overlap"] - 1))
-
-
-def test_random_sets_leave_the_chosen_out_and_are_even():
-    chosen = torch.tensor([0, 3, 9])
-    counts = np.zeros(10)
-    for seed in range(700):
-        found = random_latents(10, chosen, 3, seed)
-        assert len(set(found.tolist())) == 3
-        counts[found] += 1
-    assert counts[[0, 3, 9]].sum() == 0
-    assert scipy.stats.chisquare(np.delete(counts, [0, 3, 9])).pvalue > 0.001
-    with pytest.raises(StsError, match="8 random latents"):
-        random_latents(10, chosen, 8, 0)
-
-
-def test_matched_sets_have_the_chosen_ones_firing_rates():
-    generator = np.random.default_rng(1)
-    rate_L = torch.from_numpy(10 ** generator.uniform(-4, -0.5, 2000))
-    chosen = torch.argsort(rate_L, descending=True)[:400:4]  # 100 of the 400 busiest
-    found = matched_latents(rate_L, chosen, seed=0)
-    assert len(set(found.tolist())) == 100 and not set(found.tolist()) & set(chosen.tolist())
-    edges = 10 ** (np.arange(-8, 1) / 2)
-    assert np.histogram(rate_L[found], edges)[0].tolist() == np.histogram(rate_L[chosen], edges)[0].tolist()
-    evenly = random_latents(2000, chosen, 100, 0)
-    assert rate_L[evenly].mean() < 0.5 * rate_L[chosen].mean() < 0.75 * rate_L[found].mean()
-    assert matched_latents(rate_L, chosen, seed=1).tolist() != found.tolist()
-
-
-def test_where_no_partner_is_left_the_nearest_rate_is_taken():
-    rate_L = torch.tensor([0.9, 0.8, 0.09, 0.05, 0.001, 0.001, 0.0, 0.0])
-    assert matched_latents(rate_L, torch.tensor([0]), 0).tolist() == [1]
-    assert matched_latents(rate_L, torch.tensor([0, 1]), 0).tolist() == [2, 3]
-    assert set(matched_latents(rate_L, torch.tensor([6]), 0).tolist()) == {7}  # silent with silent
-    with pytest.raises(StsError, match="5 latents were chosen and 3 others"):
-        matched_latents(rate_L, torch.arange(5), 0)
 
 
 def test_equal_fractions_of_different_widths():

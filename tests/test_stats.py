@@ -197,7 +197,40 @@ def test_paired_interval_is_about_the_normal_one_for_many_items():
 
 def test_one_item_has_a_mean_but_no_interval():
     result = stats.paired_mean_interval([2.0])
-    assert result.mean == 2.0 and math.isnan(result.standard_error) and math.isnan(result.low + result.high)
+    assert result.mean == 2.0 and math.isnan(result.standard_error) and result.kind == "none"
+    assert math.isnan(result.low) and math.isnan(result.high)
+    assert not (result.low > 0 or result.high < 0)  # as every reader asks whether the sign is resolved
+
+
+@pytest.mark.parametrize("n", [2, 5, 15])
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_few_items_get_students_interval(n, level):
+    differences = np.random.default_rng(n).exponential(size=n)
+    result = stats.paired_mean_interval(differences, level=level)
+    oracle = scipy_stats.ttest_1samp(differences, 0).confidence_interval(level)
+    assert (result.low, result.high) == pytest.approx((oracle.low, oracle.high))
+    assert (result.kind, result.resamples) == ("t", 0)
+
+
+def test_from_sixteen_items_the_interval_is_scipys_percentile_bootstrap():
+    differences = np.random.default_rng(4).exponential(size=16)
+    result = stats.paired_mean_interval(differences, resamples=20_000)
+    oracle = scipy_stats.bootstrap((differences,), np.mean, method="percentile", n_resamples=20_000, rng=1)
+    assert (result.low, result.high) == pytest.approx(tuple(oracle.confidence_interval), rel=0.02)
+    assert (result.kind, result.resamples) == ("bootstrap", 20_000)
+
+
+@pytest.mark.parametrize(("shape", "most"), [("normal", 0.075), ("exponential", 0.14)])
+def test_an_interval_of_five_items_leaves_the_true_mean_out_about_as_often_as_it_says(shape, most):
+    generator = np.random.default_rng(0)
+    samples = getattr(generator, shape)(size=(2000, 5)) - (shape == "exponential")  # true mean zero
+    found = [stats.paired_mean_interval(sample, resamples=100) for sample in samples]
+    left_out = np.mean([result.low > 0 or result.high < 0 for result in found])
+    assert 0.03 < left_out < most
+    # What five items' bootstrap would do, so that the rule has a reason to be there.
+    picked = generator.integers(0, 5, (400, 5))
+    low, high = np.quantile(samples[:, picked].mean(-1), [0.025, 0.975], axis=1)
+    assert ((low > 0) | (high < 0)).mean() > 2 * 0.07
 
 
 def test_equal_differences_leave_no_uncertainty():

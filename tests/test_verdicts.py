@@ -9,7 +9,7 @@ import pandas
 import pytest
 import torch
 
-from sts import plots_shift, verdicts
+from sts import learned, plots_shift, verdicts
 from sts.shift_stats import concentrations, overlap_rows
 from sts.stats import MeanInterval
 
@@ -35,19 +35,8 @@ def test_raw_dimensions_share_it_more_evenly(sae, raw, random, verdict):
     assert verdicts.even_verdict(*shares) == verdict
 
 
-@pytest.mark.parametrize(("random", "matched", "verdict"), [
-    (0.1, 0.1, "held"), (0.1, -0.1, "held against random latents only"), (0.1, 0.0, "held against random latents only"),
-    (-0.1, 0.1, "not shown"), (0.0, 0.1, "not shown")])
-def test_zeroing_the_most_shifted_hurts_more(random, matched, verdict):
-    effects = pandas.DataFrame([
-        {"kind": f"most_shifted - {kind}", "latents": count, "low": low if count == 10 else -1.0}
-        for kind, low in (("random", random), ("matched", matched)) for count in (5, 10)])
-    assert verdicts.zero_verdict(effects, 10) == verdict
-    assert verdicts.zero_verdict(effects, 5) == "not shown"
-
-
 def lead(low, high=0.9, n=6):
-    return MeanInterval((low + high) / 2, 0.1, low, high, 0.95, n, 0)
+    return MeanInterval((low + high) / 2, 0.1, low, high, 0.95, n, "t")
 
 
 NAN = float("nan")
@@ -91,11 +80,11 @@ class Stub:
 
 
 def test_a_run_that_learned_nothing_is_not_judged(tmp_path):
-    assert verdicts.judged(Stub(tmp_path, 1.79), "held") == "held"
-    assert "fell by 10%" in verdicts.learned_sentence(Stub(tmp_path, 1.79))
-    assert "held" not in verdicts.judged(Stub(tmp_path, 1.81), "held")
-    assert "**did not learn**" in verdicts.learned_sentence(Stub(tmp_path, 1.81))
-    assert "rose by 5%" in verdicts.learned_sentence(Stub(tmp_path, 2.1))
+    assert learned.judged(Stub(tmp_path, 1.79), "held") == "held"
+    assert "fell by 10%" in learned.learned_sentence(Stub(tmp_path, 1.79))
+    assert "held" not in learned.judged(Stub(tmp_path, 1.81), "held")
+    assert "**did not learn**" in learned.learned_sentence(Stub(tmp_path, 1.81))
+    assert "rose by 5%" in learned.learned_sentence(Stub(tmp_path, 2.1))
 
 
 def test_narrow_intervals_get_a_digit():
@@ -105,13 +94,6 @@ def test_narrow_intervals_get_a_digit():
 
 def test_the_papers_overlap_is_read_from_its_numbers():
     assert verdicts._published_overlap() == 0.57
-
-
-def test_answers_are_escaped():
-    page = verdicts.answers_html({"question": "1 < 2?", "answer": "yes", "answers": [
-        {"zeroed": "matched", "latents": 3, "answer": "<script>"}, {"zeroed": "none", "latents": 0, "answer": ""}]})
-    assert "<script>" not in page and "1 &lt; 2?" in page and "like firing rates (3 latents)" in page
-    assert "nothing written" in page
 
 
 CHANGE_FL = torch.rand(4, 60, generator=torch.Generator().manual_seed(0)) ** 4
@@ -131,17 +113,6 @@ def test_concentration_figures_draw_the_shares():
     assert list(lines(axis)["random order"].get_ydata()) == pytest.approx(found.counts_K / 60)
     right = plots_shift.concentration_by_kind({"sae": found, "raw": raw}).axes[1]
     assert list(lines(right)["raw dimensions (20)"].get_xdata()) == pytest.approx(raw.counts_K / 20)
-
-
-def test_zeroing_figure_draws_means_and_intervals():
-    effects = pandas.DataFrame([{"kind": kind, "latents": count, "mean": mean, "low": mean - 1, "high": mean + 2}
-                                for kind, mean in (("most_shifted", 5.0), ("random", 0.5), ("matched", 1.0))
-                                for count in (10, 100)])
-    axis = plots_shift.zeroing(effects).axes[0]
-    drawn = {container.get_label(): container for container in axis.containers}
-    assert list(drawn["most shifted"].lines[0].get_ydata()) == [5.0, 5.0]
-    assert [segment[:, 1].tolist() for segment in drawn["random"].lines[2][0].get_segments()] == [[-0.5, 2.5]] * 2
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["10", "100"]
 
 
 def test_overlap_figures_draw_the_shares():
