@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pandas
 
-from sts import paper
-from sts.beside_paper import NAMES
+from sts import learned, paper
 from sts.pages import CORRELATION_RULE, p_phrase, p_value
 from sts.pages_baselines import SCORE_NAMES, _range, _two, _verdict
+from sts.pages_measures import NAMES
 from sts.stages import OpenRun
 from sts.sweeps import AXES, SCORES
 from sts.verdicts import counted
@@ -160,14 +160,14 @@ def claims_table(run: OpenRun) -> pandas.DataFrame:
                     claim = own[0]
                     line |= {"compared": f"{claim['last']} less {claim['first']}",
                              "r, difference": _signed(claim['mean']), "95% interval": _range(claim["interval"]),
-                             "p": p_value(claim["p"]), "verdict": ends_verdict(claim)}
+                             "p": p_value(claim["p"]), "verdict": learned.judged(run, ends_verdict(claim))}
                 elif AXES[axis].ends:
                     line |= {"compared": "ends", "r, difference": "undefined", "verdict": "undefined"}
                 else:
                     rows = rows_of(run, measure, axis=axis, score=score)
                     held = [row["value"] for row in rows if _verdict(row) == "held"]
                     line |= {"compared": f"held at {len(held)} of {len(rows)}" + (
-                        f": {', '.join(held)}" if held else ""), "verdict": layers_verdict(rows)}
+                        f": {', '.join(held)}" if held else ""), "verdict": learned.judged(run, layers_verdict(rows))}
                 lines.append(line)
     return pandas.DataFrame(lines).fillna("")
 
@@ -309,10 +309,12 @@ def summary(run: OpenRun) -> str:
     first, settings = measures(run)[0], run.settings
     rows = rows_of(run, first)
     listed = "\n".join([
+        f"- {_capital(learned.learned_sentence(run))}",
         f"- Which settings matter? {_capital(difference_sentence(run, first))}",
         f"- The paper's claims. {claims_sentence(run, first)}",
         f"- Would picking the best help? {_capital(best_sentence(run, first))}"])
-    rules = "\n".join(f"- {rule}" for rule in (CORRELATION_RULE, SETTING_RULE, CLAIM_RULE, BEST_RULE))
+    rules = "\n".join(f"- {rule}" for rule in (learned.RULE, CORRELATION_RULE, SETTING_RULE,
+                                                     CLAIM_RULE, BEST_RULE))
     return (f"**The rules**, fixed before any number was known.\n\n{rules}\n\n"
             f"**The answer of this run**, for the change in {NAMES[first]} on `{settings.model}`, fine-tuned on "
             f"`{settings.sft_data}` and tested on `{settings.domain_data}`: n = {rows[0]['n']} domains, "
