@@ -16,6 +16,7 @@ from sts.models import decoder_layers
 from sts.pipeline_shift import of_kind, solution_prompts
 from sts.prompts import make_prompt, question_text
 from sts.zero_sets import sets_to_zero
+from tests.helpers import topk_sae
 
 KINDS = ("most_shifted", "most_active", "random", "matched")
 
@@ -86,10 +87,18 @@ def test_bits_rates_and_energies_are_those_of_the_latents_taken_out(run, tuned):
     assert set(rows[rows["bits"].notna()]["kind"]) == wanted >= {"none", "most_shifted", "most_active", "random"}
 
 
-def test_energy_is_the_squared_length_of_what_a_latent_adds(run, tuned):
-    states_TD, sae = solution_states(run, tuned), run.sae()
+@pytest.mark.parametrize("fold_norms", [True, False])
+def test_energy_is_the_squared_length_of_what_a_latent_adds(run, tuned, tmp_path, fold_norms):
+    other = run
+    if not fold_norms:  # decoder rows of many lengths, so that a latent's value is not the length of what it adds
+        sae = topk_sae(64, latents=128)
+        sae.W_dec.data *= torch.linspace(2, 20, 128)[:, None]
+        sae.save_model(tmp_path)
+        other = sts.open_run("smoke", results=run.results, sae=str(tmp_path), fold_norms=False)
+    states_TD, sae = solution_states(other, tuned), other.sae()
+    assert ((sae.W_dec.norm(dim=1) - 1).abs() < 1e-3).all() == fold_norms
     values_TL = sae.encode(states_TD)
-    energies = zero_results.activity(run).energy_L
+    energies = zero_results.activity(other).energy_L
     for latent in values_TL.square().sum(0).topk(3).indices:
         added_TD = values_TL[:, latent, None] * sae.W_dec[latent]
         assert energies[latent].item() == pytest.approx(added_TD.double().square().sum(1).mean().item(), rel=1e-3)
