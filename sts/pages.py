@@ -216,7 +216,9 @@ def forecast_summary(run: OpenRun) -> str:
         "**The answer of this run.** The paper claims that the score correlates with the absolute change of a domain. "
         f"On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on `{settings.domain_data}`:\n\n"
         f"{lines}\n\n"
-        f"{learned.RULE} {CORRELATION_RULE} {_multiplicity(run)} Seed {settings.seed}, one training run. For "
+        f"{learned.RULE} {CORRELATION_RULE} {_multiplicity(run)} The intervals here resample domains alone. "
+        "The chapter on baselines resamples the questions within them as well, which is wider, and may come to another "
+        f"verdict; trust the wider one. Seed {settings.seed}, one training run. For "
         f"comparison, the paper reports {published.min():.2f} to {published.max():.2f} on eight selected domains of "
         "three models.")
 
@@ -255,7 +257,8 @@ def forecast_conclusion(run: OpenRun) -> str:
         clear = ((own["low"] > 0) | (own["high"] < 0)).sum()
         up = (own["shift"] > 0).sum()
         lines.append(f"- {label}: {clear} of {len(own)} domains moved by more than their interval's noise; {up} went "
-                     f"up, {(own['shift'] < 0).sum()} down. STS_ICL against the absolute change: "
+                     f"up, {(own['shift'] < 0).sum()} down. Against the absolute change: STS_act "
+                     f"{_said(run, _find(run, measure, 'sts_act'))}; STS_ICL "
                      f"{_said(run, _find(run, measure, 'sts_icl'))}.")
     trained = _trained_domains(run) & set(shifts["domain"])
     finest = measures_shown(shifts)[0]

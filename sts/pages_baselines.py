@@ -20,9 +20,12 @@ CONTROL_NAMES = {"base_bits": "bits before", "question_tokens": "length"}
 BASELINE_RULE = ("The score counts as **better** than a baseline if the 95% interval of the difference of their "
                  "correlations, taken from the same resamples, lies above zero; as **worse** if it lies below; "
                  "otherwise as **not told apart** from it.")
+#: Matched sets are a control if they come this near to the chosen latents' firing rate or energy.
+MATCH = 0.1
 CHOICE_RULE = ("*The choice of latents matters* counts as **held** for a score if at most 5% of random sets of like "
-               "firing rates, and at most 5% of sets of like energy, reach its correlation; otherwise as **not "
-               "shown**.")
+               "firing rates, and at most 5% of sets of like energy, reach its correlation, which is above zero, and "
+               f"these sets come within {MATCH:.0%} of the chosen latents' firing rate and energy; where they do not, "
+               "activity is not ruled out and the claim counts as **not shown** too; otherwise as **not shown**.")
 PROBE_RULE = ("*A probe forecasts the change* counts as **held** if at most 5% of shuffled targets give it a "
               "correlation as high; otherwise as **not shown**.")
 CONFOUND_RULE = ("*The score says more than hardness and length* counts as **held** if the 95% interval of its partial "
@@ -46,7 +49,11 @@ def choice_verdict(nulls: list[dict]) -> str:
     own = {row["null"]: row for row in nulls}
     if any("undefined" in own[kind] for kind in ("rate", "energy")):
         return "undefined"
-    return "held" if max(own[kind]["p"] for kind in ("rate", "energy")) <= 0.05 else "not shown"
+    both = [own[kind] for kind in ("rate", "energy")]
+    if any(abs(row["matched"] - row["chosen"]) > MATCH * row["chosen"] for row in both):
+        return "not shown, as no sets match"
+    reached = max(row["p"] for row in both)
+    return "held" if reached <= 0.05 and own["rate"]["observed"] > 0 else "not shown"
 
 
 def probe_verdict(null: dict) -> str:

@@ -208,9 +208,10 @@ def better_sentence(run: OpenRun) -> str:
     return (f"single sets of demonstrations foresee {means['sae']:.0%} of the top latents on average, "
             f"{means['raw']:.0%} of the same fraction of raw dimensions and {means['random']:.0%} of a random code's "
             f"latents; activity alone tells {alone['sae']:.0%}, {alone['raw']:.0%} and {alone['random']:.0%}. What "
-            f"demonstrations add to that, in percentage points, is {_points(lead['raw'])} more for latents than for "
-            f"raw dimensions and {_points(lead['random'])} more than for the random code (95% interval over "
-            f"{counted(lead['raw'].n, 'set')}). Better than raw dimensions: **{judged(run, better_verdict(lead))}**.")
+            f"demonstrations add to that for latents, less what they add for raw dimensions, is {_points(lead['raw'])} "
+            f"percentage points, and less what they add for the random code {_points(lead['random'])} (95% interval "
+            f"over {counted(lead['raw'].n, 'set')}). Better than raw dimensions: "
+            f"**{judged(run, better_verdict(lead))}**.")
 
 
 def foreseen_summary(run: OpenRun) -> str:

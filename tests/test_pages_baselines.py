@@ -18,8 +18,15 @@ def test_no_interval_is_no_verdict():
 @pytest.mark.parametrize(("rate", "energy", "verdict"), [(0.05, 0.01, "held"), (0.06, 0.01, "not shown"),
                                                          (0.01, 0.3, "not shown")])
 def test_the_choice_of_latents_must_beat_both_kinds_of_matched_sets(rate, energy, verdict):
-    rows = [{"null": "uniform", "p": 0.9}, {"null": "rate", "p": rate}, {"null": "energy", "p": energy}]
+    known = {"observed": 0.5, "matched": 0.95, "chosen": 1.0}
+    rows = [{"null": "uniform", "p": 0.9}, {"null": "rate", "p": rate, **known},
+            {"null": "energy", "p": energy, **known}]
     assert pages_baselines.choice_verdict(rows) == verdict
+    below = [row | ({"observed": -0.3} if row["null"] == "rate" else {}) for row in rows]
+    assert pages_baselines.choice_verdict(below) == "not shown"
+    for kind in (1, 2):  # sets that are not alike are no control
+        apart = [row | ({"matched": 0.6} if place == kind else {}) for place, row in enumerate(rows)]
+        assert pages_baselines.choice_verdict(apart) == "not shown, as no sets match"
     rows[1] = {"null": "rate", "undefined": "no correlation is defined"}
     assert pages_baselines.choice_verdict(rows) == "undefined"
 
