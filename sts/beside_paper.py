@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas
 
 from sts import paper
-from sts.learned import judged
+from sts.learned import judged, learned_sentence
 from sts.pages import correlation_verdict, p_phrase
 from sts.pages_measures import ACCURACIES, NAMES, NOTHING_ELSE
 from sts.pipeline_shift import EXTREMES
@@ -148,7 +148,7 @@ def seeds_table(run: OpenRun) -> pandas.DataFrame:
 
 
 def seeds_sentence(run: OpenRun) -> str:
-    """How far the correlations agree over seeds; says so if the run has one alone."""
+    """How far the correlations agree over seeds, and whether each learned; says so if the run has one alone."""
     seeds = [run.settings.seed, *run.other_seeds]
     if len(seeds) == 1:
         return (f"This run has one seed, {seeds[0]}, so it says nothing about how much of this is luck of the draw. "
@@ -157,6 +157,9 @@ def seeds_sentence(run: OpenRun) -> str:
     frame = pandas.DataFrame(run.get("correlations_by_seed"))
     own = frame[(frame["variant"] == "paper") & (frame["domains"] == "all") & frame["pearson"].notna()]
     parts = [f"{SCORES[score]} with the change in {NAMES[measure]} {part['pearson'].min():.2f} to "
-             f"{part['pearson'].max():.2f} ({(part['p'] < 0.05).sum()} of {len(part)} with p below 0.05)"
+             f"{part['pearson'].max():.2f} ("
+             + judged(run, f"{(part['p'] < 0.05).sum()} of {len(part)} with p below 0.05", every_seed=True) + ")"
              for (measure, score), part in own.groupby(["measure", "score"])]
-    return f"Over {len(seeds)} seeds ({', '.join(map(str, seeds))}), r on all domains is: {'; '.join(parts)}."
+    told = learned_sentence(run, every_seed=True)
+    return (f"{told[0].upper()}{told[1:]} Over {len(seeds)} seeds ({', '.join(map(str, seeds))}), r on all domains is: "
+            f"{'; '.join(parts)}.")

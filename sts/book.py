@@ -18,12 +18,12 @@ from sts.stages import results_folder
 
 #: Chapters in the order of the book: notebook files in notebooks/.
 CHAPTERS = ("what_an_sae_sees", "fine_tuning_moves_few_latents", "icl_foresees_fine_tuning", "transferability_score",
-            "baselines", "training_domains", "what_a_forecast_costs", "the_papers_numbers")
+            "baselines", "ablations", "training_domains", "what_a_forecast_costs", "the_papers_numbers")
 #: glibc gives large blocks back to the system and fetches them again, page by page, for every tensor; keeping them
 #: makes training on a CPU faster. Read when a process starts, so it is set for the notebooks' kernels.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**33),
                "MALLOC_TOP_PAD_": str(2**28)}
-PYTHON_TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+PYTHON_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
 
 
 def chapter_source(chapter: str) -> Path:

@@ -76,7 +76,9 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
           verify: Annotated[bool, typer.Option("--verify", help="compute it again and compare with what is stored; "
                                                                 "exit status 0 if they agree, 1 if not")] = False,
           tolerance: Annotated[float | None, typer.Option(help="with --verify: largest relative difference of two "
-                                                               "floats that counts as equal")] = None) -> None:
+                                                               "floats that counts as equal")] = None,
+          again: Annotated[bool, typer.Option("--again", help="compute it although it is stored or recorded")] = False,
+          ) -> None:
     """Compute (or load) the stage NAME and say where its result lies, or verify the stored one."""
     from sts import processes
     from sts.stages import open_run
@@ -91,6 +93,8 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
         found = verification.verify(opened, name, tolerance)
         print(verification.report(name, found))
         raise typer.Exit(0 if found.agrees else 1)
+    if again:
+        opened.compute(name)
     opened.get(name)
     processes.leave()
     if not processes.is_main():
@@ -110,6 +114,19 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
         if name not in Run.model_fields or name == "name":
             raise StsError(f"Setting {name!r} is not known. Valid: {', '.join(sorted(Run.model_fields))}.")
     return values
+
+
+@app.command()
+def record(run: RunOption = "full") -> None:
+    """Copy the run's results to data/recorded/, from which pages render without model and data."""
+    from sts.config import ROOT
+    from sts.recorded import record as record_results
+    from sts.stages import open_run
+
+    opened = open_run(run)
+    target = ROOT / "data" / "recorded" / opened.settings.name
+    names = record_results(opened, target)
+    print(f"{len(names)} results recorded in {target}")
 
 
 @app.command()

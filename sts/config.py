@@ -136,6 +136,27 @@ class Run(BaseModel):
     baseline_draws: int = Field(500, ge=19, description="random sets of latents of each kind, and shuffled targets of "
                                                         "the probes, that baselines are compared with")
 
+    # Ablations: other values of single settings, beside the run's own. An empty list leaves a sweep out.
+    sweep_bands: int = Field(5, ge=1, description="rank bands of top_n latents each that are scored by themselves")
+    sweep_top_n: list[int] = Field(default_factory=lambda: [10, 30, 100, 300, 1000],
+                                   description="other numbers of latents N; those beyond the SAE's are left out")
+    sweep_demonstrations: list[int] = Field(default_factory=list, description="other numbers of worked examples "
+                                                                              "before a domain's question")
+    sweep_shift_demonstrations: list[int] = Field(default_factory=list, description="other numbers of them before an "
+                                                                                    "SFT question")
+    sweep_tokens: list[int] = Field(default_factory=list, description="other values of score_tokens")
+    sweep_shift_tokens: list[int] = Field(default_factory=list, description="other values of shift_tokens")
+    sweep_masks: list[Literal["whole_prompt", "first_positions", "outliers", "none"]] = Field(
+        default_factory=list, description="masks to switch off: count the whole prompt; that and its first positions; "
+                                          "tokens of outlier norm; everything")
+    sweep_widths: list[int] = Field(default_factory=list, description="widths of SAEs to train beside sae_latents")
+    sweep_layers: list[int] = Field(default_factory=list, description="layers to train SAEs at beside layer")
+    sweep_k: list[int] = Field(default_factory=list, description="active latents per token of SAEs to train beside "
+                                                                 "sae_k")
+    sweep_sae_samples: int = Field(600_000, ge=1, description="training samples of each SAE of the sweep")
+    sweep_text_tokens: int = Field(400_000, ge=1000, description="tokens of sae_text that they all train on, its "
+                                                                 "sources in proportion")
+
     @model_validator(mode="after")
     def _consistent(self) -> Run:
         questions = {*SOURCES, *GENERATED}
@@ -170,7 +191,25 @@ class Run(BaseModel):
         for k, width in (("sae_k", "sae_latents"), ("small_sae_k", "small_sae_latents")):
             if getattr(self, k) > getattr(self, width):
                 raise ValueError(f"{k}: {getattr(self, k)} active latents of only {getattr(self, width)}")
+        self._check_sweeps()
         return self
+
+    def _check_sweeps(self) -> None:
+        for key in (name for name in type(self).model_fields if name.startswith("sweep_")):
+            values = getattr(self, key)
+            if not isinstance(values, list):
+                continue
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: {values} names a value twice")
+            least = 0 if key == "sweep_layers" else 1
+            if any(isinstance(value, int) and value < least for value in values):
+                raise ValueError(f"{key}: {values} must be numbers of at least {least}")
+        if (self.sweep_widths or self.sweep_layers or self.sweep_k) and not self.sae_text:
+            raise ValueError("sweep_widths, sweep_layers and sweep_k train SAEs, and sae_text names no text for that")
+        for key, k, width in (("sweep_k", max(self.sweep_k, default=0), self.sae_latents),
+                              ("sweep_widths", self.sae_k, min(self.sweep_widths, default=self.sae_k))):
+            if k > width:
+                raise ValueError(f"{key}: {k} active latents of only {width}")
 
 
 class _Loader(yaml.SafeLoader):

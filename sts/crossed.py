@@ -15,7 +15,8 @@ from sts.errors import StsError
 from sts.stats import MeanInterval
 
 
-def crossed_mean_interval(values_DP: Sequence[Sequence[float]], *, level: float = 0.95) -> MeanInterval:
+def crossed_mean_interval(values_DP: Sequence[Sequence[float]], *, level: float = 0.95,
+                          against_one: bool = False) -> MeanInterval:
     """Mean of a complete table, with Student's interval over both its rows and its columns.
 
     The half-width is the root of the summed squares of two half-widths: Student's over the row means and Student's
@@ -28,6 +29,9 @@ def crossed_mean_interval(values_DP: Sequence[Sequence[float]], *, level: float 
     Args:
         values_DP: one row a set (draw), one column a problem.
         level: of the interval.
+        against_one: the values are differences of a single set from each of these. Then the question is whether that
+            set lies beyond what one more such set would, and its own scatter counts as well: the variance of sets is
+            taken 1 + 1 / D times instead of 1 / D times, as in a prediction interval.
 
     Returns:
         n is the number of columns; standard error and both ends are NaN for one column; no resamples.
@@ -42,8 +46,9 @@ def crossed_mean_interval(values_DP: Sequence[Sequence[float]], *, level: float 
     mean, (rows, columns) = float(table_DP.mean()), table_DP.shape
     if columns == 1:
         return MeanInterval(mean, math.nan, math.nan, math.nan, level, 1, "none")
-    parts = [(table_DP.mean(axis=axis).var(ddof=1), number) for axis, number in ((0, columns), (1, rows)) if number > 1]
-    error = math.sqrt(sum(variance / number for variance, number in parts))
-    reach = math.sqrt(sum(variance / number * scipy_stats.t.ppf((1 + level) / 2, number - 1)**2
-                          for variance, number in parts))
+    weights = {0: 1 / columns, 1: 1 / rows + against_one}
+    parts = [(table_DP.mean(axis=axis).var(ddof=1) * weights[axis], number)
+             for axis, number in ((0, columns), (1, rows)) if number > 1]
+    error = math.sqrt(sum(variance for variance, _ in parts))
+    reach = math.sqrt(sum(variance * scipy_stats.t.ppf((1 + level) / 2, number - 1)**2 for variance, number in parts))
     return MeanInterval(mean, error, mean - reach, mean + reach, level, columns, "t")

@@ -119,6 +119,8 @@ SOURCES: dict[str, Source] = {
     "pubmedqa": Source(_pubmedqa, "pubmedqa", ("labelled",)),
     "roleplay": Source(_roleplay, "roleplay", ("all",)),
 }
+#: Question sets whose every example is of the domain "math".
+MATHEMATICS = {"gsm8k", "math", "limo", "gsm_symbolic"}
 #: Question sets from installed packages, and their splits.
 GENERATED = {"gsm_symbolic": ("train", "test"), "mmlu_exemplars": ("train",)}
 CORPORA = ("web", "books", "textbook")

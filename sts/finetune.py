@@ -182,11 +182,17 @@ def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:
     Args:
         lm: the base model in memory; it is wrapped, so load it for this purpose alone.
         folder: what `fine_tune` wrote.
+
+    Raises:
+        StsError: a recorded folder, which holds no weights.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     adapter = folder / "adapter"
+    if not adapter.is_dir():
+        raise StsError(f"{folder.name} was recorded without its weights. To compute it here: sts stage sft --again, "
+                       "with the same run and parameters.")
     if (adapter / "adapter_config.json").is_file():
         tuned = PeftModel.from_pretrained(lm.model, str(adapter))
         # The adapted layers sit inside the base model; that is what a harness expects to be handed.

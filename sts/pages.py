@@ -8,6 +8,7 @@ import json
 import pandas
 
 from sts import learned
+from sts.data import MATHEMATICS
 from sts.pages_measures import ACCURACIES, NAMES, measures_shown, p_value
 from sts.paper import published_correlations
 from sts.progress import duration
@@ -55,10 +56,11 @@ def provenance(run: OpenRun, *stages: str) -> str:
             "seed": record["seed"], "computed": f"{record['finished']} in {duration(record['seconds'])}, process peak "
                                                 f"{record['process_peak_memory_mb']} MB, {record['device']}",
             "work": _work(record.get("work", {})),
+            "not recorded": record.get("withheld", ""),
             "software": f"Python {record['python']}, {versions}", "code": record["commit"] or "not under git",
         }
         lines = "".join(f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>"
-                        for key, value in rows.items())
+                        for key, value in rows.items() if value != "")
         blocks.append(f"<details><summary>{html.escape(name)}</summary><table>{lines}</table></details>")
     return (f'<div class="sts-provenance"><p>Provenance: run <code>{html.escape(run.settings.name)}</code>, '
             f"{len(blocks)} stages.</p>{''.join(blocks)}</div>")
@@ -232,6 +234,13 @@ def _multiplicity(run: OpenRun) -> str:
             "proof.")
 
 
+def _trained_domains(run: OpenRun) -> set[str]:
+    """Domains of the training set; known without reading it where it is mathematics alone."""
+    if set(run.settings.sft_data.split("+")) <= MATHEMATICS:
+        return {"math"}
+    return {example.domain for example in run.sft_examples("train")}
+
+
 def forecast_conclusion(run: OpenRun) -> str:
     """What the scatter shows, how sure we are, and what this design could have seen at all."""
     from sts.stats import pearson, smallest_detectable_correlation
@@ -248,7 +257,7 @@ def forecast_conclusion(run: OpenRun) -> str:
         lines.append(f"- {label}: {clear} of {len(own)} domains moved by more than their interval's noise; {up} went "
                      f"up, {(own['shift'] < 0).sum()} down. STS_ICL against the absolute change: "
                      f"{_said(run, _find(run, measure, 'sts_icl'))}.")
-    trained = {example.domain for example in run.sft_examples("train")} & set(shifts["domain"])
+    trained = _trained_domains(run) & set(shifts["domain"])
     finest = measures_shown(shifts)[0]
     moved = shifts[shifts["measure"] == finest].set_index("domain")["shift"].abs().drop(
         index=list(trained), errors="ignore")

@@ -197,11 +197,16 @@ def beside_paper_table(run: OpenRun) -> pandas.DataFrame:
 
 # --- sentences ----------------------------------------------------------------------------------------------------
 
-def _said(row: dict) -> str:
+def _judged(run: OpenRun, verdict: str) -> str:
+    """The verdict, as everything here is averaged over seeds, if the run learned with all of them."""
+    return learned.judged(run, verdict, every_seed=True)
+
+
+def _said(run: OpenRun, row: dict) -> str:
     if row.get("pearson") is None:
         return f"undefined ({row['undefined'].rstrip('.')})"
     return (f"r = {_two(row['pearson'])} (95% interval {_range(row['pearson_interval'])}, p {p_phrase(row['p'])}): "
-            f"**{_verdict(row)}**")
+            f"**{_judged(run, _verdict(row))}**")
 
 
 def _seeds(run: OpenRun) -> str:
@@ -212,7 +217,7 @@ def score_sentence(run: OpenRun, measure: str) -> str:
     """The score's own correlation, mean over seeds."""
     found = correlations_of(run, measure)
     return (f"Change in {NAMES[measure]}, n = {found['sts_act']['n']} domains, {_seeds(run)}: " + "; ".join(
-        f"{name} {_said(found[score])}" for score, name in SCORE_NAMES.items()) + ".")
+        f"{name} {_said(run, found[score])}" for score, name in SCORE_NAMES.items()) + ".")
 
 
 def comparison_sentence(run: OpenRun, measure: str) -> str:
@@ -224,8 +229,9 @@ def comparison_sentence(run: OpenRun, measure: str) -> str:
     for score, label in SCORE_NAMES.items():
         verdicts = [comparison_verdict(row["less"][score]) for row in rivals.values() if score in row["less"]]
         if verdicts:
-            parts.append(f"{label} is better than {verdicts.count('better')} of {len(verdicts)}, worse than "
-                         f"{verdicts.count('worse')}, and not told apart from {verdicts.count('not told apart')}")
+            told = (f"better than {verdicts.count('better')} of {len(verdicts)}, worse than "
+                    f"{verdicts.count('worse')}, and not told apart from {verdicts.count('not told apart')}")
+            parts.append(f"{label} is {_judged(run, told)}")
     if not parts:
         return f"In {NAMES[measure]} no comparison is defined."
     best = max(rivals, key=lambda name: rivals[name]["pearson"])
@@ -246,7 +252,8 @@ def choice_sentence(run: OpenRun, measure: str) -> str:
             continue
         parts.append(f"{label} has r = {_two(own['rate']['observed'])}; sets of like firing rates have "
                      f"{_two(own['rate']['mean'])} on average ({own['rate']['p']:.0%} of them reach it), sets of like "
-                     f"energy {_two(own['energy']['mean'])} ({own['energy']['p']:.0%}): **{choice_verdict(nulls)}**")
+                     f"energy {_two(own['energy']['mean'])} ({own['energy']['p']:.0%}): "
+                     f"**{_judged(run, choice_verdict(nulls))}**")
     return ". ".join(parts) + "."
 
 
@@ -272,7 +279,7 @@ def probe_sentence(run: OpenRun, measure: str) -> str:
         null = own[0]
         parts.append(f"On {label}: r = {_two(null['observed'])}; with shuffled targets {_two(null['mean'])} on "
                      f"average (95% of them {_range(null)}), p {p_phrase(null['p'])}; out-of-sample R² "
-                     f"{_two(null['r_squared'])}: **{probe_verdict(null)}**")
+                     f"{_two(null['r_squared'])}: **{_judged(run, probe_verdict(null))}**")
     return ". ".join(parts) + "."
 
 
@@ -285,7 +292,7 @@ def confound_sentence(run: OpenRun, measure: str) -> str:
         row = own[score]
         said = "undefined" if "undefined" in row else (
             f"partial r = {_two(row['pearson'])} (95% interval {_range(row['pearson_interval'])}, p "
-            f"{p_phrase(row['p'])}): **{confound_verdict(row)}**")
+            f"{p_phrase(row['p'])}): **{_judged(run, confound_verdict(row))}**")
         parts.append(f"{label} {said}")
     return "; ".join(parts) + "."
 
@@ -316,15 +323,14 @@ def by_measure(run: OpenRun, sentence: Callable[[OpenRun, str], str]) -> str:
 def summary(run: OpenRun) -> str:
     """First paragraph of the chapter: what the score adds to simpler forecasts in this run."""
     first = measures(run)[0]
-    told = learned.learned_sentence(run)
+    told = learned.learned_sentence(run, every_seed=True)
     listed = "\n".join([
-        f"- {told[0].upper()}{told[1:]}" + ("" if learned.learned(run) else " **None of the verdicts below counts.**"),
-        f"- {score_sentence(run, first)}", f"- {comparison_sentence(run, first)}",
+        f"- {told[0].upper()}{told[1:]}", f"- {score_sentence(run, first)}", f"- {comparison_sentence(run, first)}",
         f"- Does the choice of latents matter? {choice_sentence(run, first)}",
         f"- Does a probe forecast the change? {probe_sentence(run, first)}",
         f"- Does the score say more than hardness and length? {confound_sentence(run, first)}"])
     settings = run.settings
     return (f"**The answer of this run.** On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on "
             f"`{settings.domain_data}`:\n\n{listed}\n\n{CORRELATION_RULE} Here r is the mean over seeds, and "
-            f"the interval is over questions, domains and seeds. {learned.RULE} {BASELINE_RULE} {CHOICE_RULE} "
-            f"{PROBE_RULE} {CONFOUND_RULE}")
+            f"the interval is over questions, domains and seeds. {learned.RULE} {learned.EVERY_SEED_RULE} "
+            f"{BASELINE_RULE} {CHOICE_RULE} {PROBE_RULE} {CONFOUND_RULE}")

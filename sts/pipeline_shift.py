@@ -15,7 +15,7 @@ from sts.model_shift import folded, model_paired_folds
 from sts.models import LanguageModel
 from sts.paper import extremes, spread_ratio, with_selection
 from sts.pipeline import MASKS, MODEL, SAE, SHIFT, masks, shift_groups
-from sts.prompts import Prompt, make_group, solution_prompt
+from sts.prompts import Prompt, make_group, solution_prompt, without_options
 from sts.saes import SideBySide, identity_sae, random_code
 from sts.score import VARIANTS
 from sts.stages import OpenRun, stage
@@ -145,6 +145,8 @@ def shift_by_draw(run: OpenRun, report) -> dict[str, torch.Tensor]:
 def other_domain_sets(run: OpenRun) -> list[list[Example]]:
     """As many sets as `overlap_draws`, each from one domain other than the training set's own, as a control.
 
+    They are put as the training set's examples are: without options where those have none.
+
     Raises:
         StsError: no other domain has enough examples.
     """
@@ -158,24 +160,27 @@ def other_domain_sets(run: OpenRun) -> list[list[Example]]:
                        "fewer shift_demonstrations, or more domains.")
     generator = random.Random(settings.seed)
     order = generator.sample(large, len(large))
-    return [generator.sample(pool[order[draw % len(order)]], settings.shift_demonstrations)
+    sets = [generator.sample(pool[order[draw % len(order)]], settings.shift_demonstrations)
             for draw in range(settings.overlap_draws)]
+    if any(example.options for example in run.sft_examples("train")):
+        return sets
+    return [[without_options(example) for example in chosen] for chosen in sets]
 
 
-@stage("tensors", uses=(*OVERLAP, "overlap_draws", "shift_demonstrations"),
+@stage("tensors", version=2, uses=(*OVERLAP, "overlap_draws", "shift_demonstrations"),
        inputs=("model", "sae", "sft_train", "domain_data", "demonstrations"))
 def shift_by_other_domain(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """Stage `shift_by_draw` with demonstrations from other domains before the same questions: a control."""
     return _shifts_behind(run, other_domain_sets(run), overlap_draws(run)[1], report)
 
 
-@stage("tensors", version=2, uses=(*OVERLAP, "overlap_demonstrations", "demonstration_draws"),
+@stage("tensors", version=3, uses=(*OVERLAP, "overlap_demonstrations", "overlap_draws"),
        inputs=("model", "sae", "sft_train"))
 def shift_by_demonstrations(run: OpenRun, report) -> dict[str, torch.Tensor]:
     """Squared change behind 1, 2, ... demonstrations, each set holding the smaller ones; kind/number -> draws x L."""
     settings = run.settings
     numbers = settings.overlap_demonstrations
-    draws, questions = draws_of(run.sft_examples("train"), max(numbers), settings.demonstration_draws, settings.seed)
+    draws, questions = draws_of(run.sft_examples("train"), max(numbers), settings.overlap_draws, settings.seed)
     rows: dict[str, list] = {}
     for done, demonstrations in enumerate(draws, 1):
         for number in numbers:

@@ -55,7 +55,8 @@ def change_by_latent(run: OpenRun) -> torch.Tensor:
 
 def chosen_sets(run: OpenRun, counts: list[int], draws: int) -> list[ZeroSet]:
     """`sets_to_zero` of a run."""
-    return sets_to_zero(change_by_latent(run), activity(run).energy_L, counts, draws, run.settings.seed)
+    active = activity(run)
+    return sets_to_zero(change_by_latent(run), active.energy_L, counts, draws, run.settings.seed, active.rate_L)
 
 
 def _to_ablate(run: OpenRun, report) -> tuple[LanguageModel, float]:
@@ -69,13 +70,13 @@ def _to_ablate(run: OpenRun, report) -> tuple[LanguageModel, float]:
     return lm, limit
 
 
-@stage("parquet", version=2, uses=(*MODEL, *SAE, *MASKS, "ablation_model", "ablation_examples", "ablation_latents",
+@stage("parquet", version=3, uses=(*MODEL, *SAE, *MASKS, "ablation_model", "ablation_examples", "ablation_latents",
                                    "ablation_draws", "eval_batch", "seed"), needs=NEEDS,
        inputs=("model", "sae", "sft_held_out"))
 def ablation(run: OpenRun, report) -> pandas.DataFrame:
     """Bits per character of held-out training-domain solutions with latents zeroed, most shifted and others.
 
-    One row per set of latents and problem: kind (none, most_shifted, most_active, random, matched), latents (number
+    One row per set of latents and problem: kind (of `ZeroSet`), latents (number
     zeroed), draw, rate (mean firing rate of the set), energy (sum of the set's, per token), share (of all latents'
     energy), example_id, bits, accuracy where it has options. A matched set that failed to match has one row, without
     example_id and bits.
@@ -101,7 +102,7 @@ def ablation(run: OpenRun, report) -> pandas.DataFrame:
     return pandas.concat(frames, ignore_index=True)
 
 
-@stage("json", version=2, uses=(*MODEL, *SAE, *MASKS, "ablation_model", "top_n", "seed"), needs=NEEDS,
+@stage("json", version=3, uses=(*MODEL, *SAE, *MASKS, "ablation_model", "top_n", "seed"), needs=NEEDS,
        inputs=("model", "sae", "sft_held_out"))
 def ablated_answers(run: OpenRun, report) -> dict:
     """The first held-out problem answered (greedily) with nothing zeroed, the most shifted, and as many others."""

@@ -18,7 +18,8 @@ KIND_STYLE = {"sae": ("SAE latents", BLUE, "-", "o"), "raw": ("raw dimensions", 
 BASELINE_STYLE = {"rate": ("by firing rate", ORANGE, "--", "v"), "energy": ("by energy", GREEN, "-.", "^"),
                   "other_domain": ("other domains' demonstrations", GREY, ":", "x")}
 SET_STYLE = {"most_shifted": ("most shifted", BLUE, "-", "o"), "most_active": ("most active", GREEN, "-.", "^"),
-             "matched": ("others of as much energy", ORANGE, "--", "s"), "random": ("random", GREY, ":", "D")}
+             "matched": ("others of as much energy", ORANGE, "--", "s"),
+             "like_rate": ("others that fire as often", "#CC79A7", "--", "v"), "random": ("random", GREY, ":", "D")}
 
 
 def concentration_curve(found: Concentration, energy_L: numpy.ndarray, top_n: int) -> Figure:
@@ -71,8 +72,10 @@ def zeroing(effects: pandas.DataFrame) -> Figure:
     drawn = effects[effects["mean"].notna()].sort_values("latents")
     for place, (kind, (label, colour, style, marker)) in enumerate(SET_STYLE.items()):
         own = drawn[drawn["kind"] == kind]
+        if own.empty:  # no such set could be made
+            continue
         # By number, kinds stand beside each other, so that their bars can be told apart.
-        for axis, x in zip(axes, (own["latents"] * 1.06 ** (place - 1.5), 100 * own["share"]), strict=True):
+        for axis, x in zip(axes, (own["latents"] * 1.06 ** (place - 2), 100 * own["share"]), strict=True):
             axis.errorbar(x, own["mean"], yerr=[own["mean"] - own["low"], own["high"] - own["mean"]], color=colour,
                           linestyle=style, marker=marker, markersize=5, capsize=3, label=label)
     counts = sorted(effects["latents"].unique())

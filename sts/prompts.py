@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -53,6 +53,14 @@ def solution_text(example: Example) -> str:
         return worked or example.answer
     worked = re.sub(r"\s*(So |Thus,? |Therefore,? |Hence,? )?[Tt]he answer is \(?[A-J]\)?\.?\s*$", "", worked)
     return f"{worked} The answer is ({LETTERS[example.answer_index]}) {example.answer.rstrip('.')}.".strip()
+
+
+def without_options(example: Example) -> Example:
+    """A question with options as an open one: the same solution, ending with the right answer without its letter."""
+    if not example.options:
+        return example
+    solution = solution_text(example).replace(f"({LETTERS[example.answer_index]}) ", "")
+    return replace(example, options=(), answer_index=-1, solution=solution)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: tuple[Example, ...] = (),

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from sts.errors import StsError
-from sts.models import LanguageModel, check_layer, decoder_layers, residual_stream
+from sts.models import LanguageModel, check_layer, decoder_layers, resid_post, residual_stream
 from sts.shared_prefix import NO_PREFIX, Prefix, attending, joins_prefix, why_not_reusable
 from sts.work import Work
 
@@ -158,3 +158,31 @@ class Extractor:
         if self.lm.device.type == "cuda":
             return tensor.pin_memory().to(self.lm.device, non_blocking=True)
         return tensor.to(self.lm.device)
+
+
+class LayersExtractor(Extractor):
+    """An `Extractor` of several layers in one pass: their residual streams stand side by side in the last dimension.
+
+    Attributes:
+        layers: in the order given.
+    """
+
+    def __init__(self, lm: LanguageModel, layers: Sequence[int], tokens_per_batch: int, work: Work | None = None):
+        for layer in layers:
+            check_layer(lm.model, layer)
+        super().__init__(lm, max(layers), tokens_per_batch, work)
+        self.layers = tuple(layers)
+
+    def _forward(self, ids_BP: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        modules, found = decoder_layers(self.lm.model), {}
+
+        def keep(layer: int):
+            return lambda module, args, output: found.__setitem__(layer, resid_post(output))
+
+        handles = [modules[layer].register_forward_hook(keep(layer)) for layer in self.layers if layer != self.layer]
+        try:
+            found[self.layer] = super()._forward(ids_BP, **inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.cat([found[layer] for layer in self.layers], dim=-1)

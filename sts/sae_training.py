@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from sts.errors import StsError
 from sts.models import LanguageModel, bf16_is_fast
-from sts.residuals import Extractor
+from sts.residuals import LayersExtractor
 from sts.work import Work
 
 #: A position whose residual norm exceeds this multiple of the median norm is an attention sink, not content.
@@ -48,38 +48,57 @@ def collect_activations(lm: LanguageModel, layer: int, pieces: list[list[int]], 
         `folder`, holding `shard-00000.safetensors` and so on, each with `activations_TD` and, row for row, the
         `piece_T` (index into `pieces`) and `position_T` that it came from.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    extractor = Extractor(lm, layer, tokens_per_batch, work)
+    collect_layers(lm, {layer: folder}, pieces, tokens_per_batch=tokens_per_batch, pieces_per_shard=pieces_per_shard,
+                   report=report, work=work)
+    return folder
+
+
+def collect_layers(lm: LanguageModel, folders: Mapping[int, Path], pieces: list[list[int]], *,
+                   tokens_per_batch: int = 8192, pieces_per_shard: int = 512,
+                   report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> None:
+    """`collect_activations` of several layers in one pass through the model.
+
+    Args:
+        folders: layer -> where its shards go. A layer's outlier norms are its own.
+    """
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    extractor = LayersExtractor(lm, tuple(folders), tokens_per_batch, work)
     shards = math.ceil(len(pieces) / pieces_per_shard)
     for index in range(shards):
-        path = folder / f"shard-{index:05d}.safetensors"
-        if not path.is_file():
+        paths = {layer: folder / f"shard-{index:05d}.safetensors" for layer, folder in folders.items()}
+        if not all(path.is_file() for path in paths.values()):
             own = [place for place in range(len(pieces))[index * pieces_per_shard:(index + 1) * pieces_per_shard]
                    if len(pieces[place]) > 1]
             parts = [_content_positions(extractor, pieces, [own[place] for place in batch])
                      for batch in extractor.batches([len(pieces[place]) for place in own])]
             if lm.device.type == "cuda":
                 torch.cuda.synchronize()
-            activations, piece, position = (torch.cat(column) for column in zip(*parts, strict=True))
-            partial = path.with_suffix(".partial")
-            save_file({"activations_TD": activations, "piece_T": piece, "position_T": position}, partial)
-            partial.rename(path)
+            for place, path in enumerate(paths.values()):
+                columns = zip(*(part[place] for part in parts), strict=True)
+                activations, piece, position = (torch.cat(column) for column in columns)
+                partial = path.with_suffix(".partial")
+                save_file({"activations_TD": activations, "piece_T": piece, "position_T": position}, partial)
+                partial.rename(path)
         report((index + 1) / shards)
-    return folder
 
 
-def _content_positions(extractor: Extractor, pieces: list[list[int]],
-                       batch: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _content_positions(extractor: LayersExtractor, pieces: list[list[int]],
+                       batch: list[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each layer: activations, piece and position of the tokens that count."""
     lengths_B = torch.tensor([len(pieces[index]) - 1 for index in batch])
-    residual_TD = extractor.tokens([pieces[index] for index in batch], [(1, len(pieces[index])) for index in batch])
-    norm_T = residual_TD.float().norm(dim=-1)
-    keep_T = norm_T <= OUTLIER_NORM * norm_T.median()
-    # To pinned memory, without waiting for the copy; `collect_activations` waits before it writes.
-    activations_TD = residual_TD[keep_T].to(torch.bfloat16).to("cpu", non_blocking=True)
-    keep_T = keep_T.cpu()
-    piece_T = torch.tensor(batch).repeat_interleave(lengths_B)
-    position_T = torch.cat([torch.arange(1, length + 1) for length in lengths_B.tolist()])
-    return activations_TD, piece_T[keep_T].to(torch.int32), position_T[keep_T].to(torch.int32)
+    layers_TD = extractor.tokens([pieces[index] for index in batch], [(1, len(pieces[index])) for index in batch])
+    piece_T = torch.tensor(batch).repeat_interleave(lengths_B).to(torch.int32)
+    position_T = torch.cat([torch.arange(1, length + 1) for length in lengths_B.tolist()]).to(torch.int32)
+    found = []
+    for residual_TD in layers_TD.chunk(len(extractor.layers), dim=-1):
+        norm_T = residual_TD.float().norm(dim=-1)
+        keep_T = norm_T <= OUTLIER_NORM * norm_T.median()
+        # To pinned memory, without waiting for the copy; `collect_layers` waits before it writes.
+        activations_TD = residual_TD[keep_T].to(torch.bfloat16).to("cpu", non_blocking=True)
+        keep_T = keep_T.cpu()
+        found.append((activations_TD, piece_T[keep_T], position_T[keep_T]))
+    return found
 
 
 def shard_paths(folder: Path) -> list[Path]:

@@ -120,17 +120,34 @@ def baselines_by_draw(run: OpenRun) -> pandas.DataFrame:
                              for draw, own in enumerate(lists, 1) for name, value_L in own.items()])
 
 
+def activity_shares(run: OpenRun) -> dict[str, float]:
+    """For each code, the share of its actual top N in the better of two lists made without demonstrations.
+
+    The lists are by firing rate and by energy, on the questions behind the sets. Codes differ in how far activity
+    alone tells what will change, so a code's share foreseen is compared with this.
+    """
+    found, numbers = {}, equal_numbers(run)
+    for kind in KINDS:
+        stats, goal_L = of_kind(run.get("shift_by_draw"), kind), actual(run, kind)
+        found[kind] = max(_share(stats[name], goal_L, numbers[kind])["share"]
+                          for name in ("base_fired_L", "base_square_sum_L"))
+    return found
+
+
 def leads(run: OpenRun) -> dict[str, MeanInterval]:
     """By how much the sets' share foreseen exceeds each baseline's, and each other code's; intervals over sets.
 
     Returns:
-        Keys of `BASELINES`, and "raw" and "random"; each the mean difference of shares.
+        Keys of `BASELINES`: mean difference of shares. "raw" and "random": of what either code's share exceeds its own
+        `activity_shares` by.
     """
-    by_draw = overlap_by_draw(run).pivot(index="draw", columns="kind", values="share")
+    by_draw, alone = overlap_by_draw(run).pivot(index="draw", columns="kind", values="share"), activity_shares(run)
     baselines = baselines_by_draw(run).pivot(index="draw", columns="baseline", values="share")
-    others = {**{name: baselines[name] for name in BASELINES}, "raw": by_draw["raw"], "random": by_draw["random"]}
-    return {name: paired_mean_interval((by_draw["sae"] - share).to_numpy(), resamples=run.settings.bootstrap,
-                                       seed=run.settings.seed) for name, share in others.items()}
+    gain = by_draw - pandas.Series(alone)
+    differences = {name: by_draw["sae"] - baselines[name] for name in BASELINES}
+    differences |= {kind: gain["sae"] - gain[kind] for kind in KINDS if kind != "sae"}
+    return {name: paired_mean_interval(values.to_numpy(), resamples=run.settings.bootstrap, seed=run.settings.seed)
+            for name, values in differences.items()}
 
 
 def _share(change_L: torch.Tensor, goal_L: torch.Tensor, count: int) -> dict[str, float]:

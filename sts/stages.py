@@ -32,10 +32,16 @@ from sts.data import Example, by_domain, digest, load_examples, load_mixture
 from sts.errors import StsError, one_of
 from sts.models import LanguageModel, bf16_is_fast, check_layer, load_model, resolve_model
 from sts.progress import Reporter
+from sts.recorded import recorded_key
 from sts.saes import check_fits, known_width, load_sae, sae_folder, sae_identity
 from sts.shift import check_top_n
 from sts.store import Store, read
 
+#: What runs that differ in their seed or in settings of the forecast have in common.
+SHARED = ("lm", "loaded_sae", "identity:model", "identity:sae_text")
+#: Settings of the forecast that leave the model, the SAE and the data as they are.
+FORECAST = ("top_n", "shift_tokens", "shift_demonstrations", "score_tokens", "demonstrations", "question_tokens_only",
+            "drop_first_positions", "outlier_norm")
 PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math-verify", "reasoning-gym", "scipy",
             "scikit-learn")
 
@@ -109,13 +115,20 @@ class OpenRun:
         """The stage's key under the present settings: twelve hexadecimal digits."""
         if name == "sae" and self._first is not self:
             return self._first.key(name)
-        spec = self._spec(name)
-        content = {
-            "stage": name, "version": spec.version, "kind": spec.kind,
-            "uses": {setting: getattr(self.settings, setting) for setting in spec.uses},
-            "needs": {need: self.key(need) for need in self._needs(spec)},
-            "inputs": {what: self.identity(what) for what in spec.inputs},
-        }
+        return self._once(f"key:{name}", lambda: self._key(self._spec(name)))
+
+    def _key(self, spec: Stage) -> str:
+        uses = {setting: getattr(self.settings, setting) for setting in spec.uses}
+        needs = {need: self.key(need) for need in self._needs(spec)}
+        try:
+            inputs = {what: self.identity(what) for what in spec.inputs}
+        except StsError:  # the model or the data are not here; recorded results do not need them
+            recorded = recorded_key(self, spec, uses, needs)
+            if recorded is None:
+                raise
+            return recorded
+        content = {"stage": spec.name, "version": spec.version, "kind": spec.kind, "uses": uses, "needs": needs,
+                   "inputs": inputs}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     def get(self, name: str) -> Any:
@@ -127,17 +140,24 @@ class OpenRun:
             self._used.append(name)
         if f"{name}-{key}" in self._memory:
             return self._memory[f"{name}-{key}"]
-        path = self.store.find(name, key, spec.kind)
-        if path is None:
-            if processes.count() > 1 and not spec.parallel:
-                together = ", ".join(name for name, one in STAGES.items() if one.parallel)
-                raise StsError(f"Stage {name!r} runs in one process and {processes.count()} were launched. Start it "
-                               f"without accelerate launch; several processes compute these stages: {together}.")
-            for need in self._needs(spec):
-                self.get(need)
-            path = self._compute(spec, key)
+        path = self.store.find(name, key, spec.kind) or self.compute(name)
         self._memory[f"{name}-{key}"] = result = read(path, spec.kind)
         return result
+
+    def compute(self, name: str) -> Path:
+        """Compute the stage, and first what it needs and is not there; the path of the result, which is stored.
+
+        Raises:
+            StsError: several processes were launched for a stage that one computes.
+        """
+        spec, key = self._spec(name), self.key(name)
+        if processes.count() > 1 and not spec.parallel:
+            together = ", ".join(name for name, one in STAGES.items() if one.parallel)
+            raise StsError(f"Stage {name!r} runs in one process and {processes.count()} were launched. Start it "
+                           f"without accelerate launch; several processes compute these stages: {together}.")
+        for need in self._needs(spec):
+            self.get(need)
+        return self._compute(spec, key)
 
     def stored(self, name: str) -> bool:
         """Whether the stage's result is there under the present settings."""
@@ -175,6 +195,7 @@ class OpenRun:
             pipeline_domains,
             pipeline_generation,
             pipeline_shift,
+            pipeline_sweeps,
             pipeline_zero,
         )
 
@@ -222,6 +243,13 @@ class OpenRun:
         """A digest of something a stage reads: model, sae, or the data sets named by a setting."""
         return self._once(f"identity:{what}", lambda: self._identity(what))
 
+    def known_identity(self, what: str) -> str | None:
+        """`identity`, or None where what it is worked out from is not here."""
+        try:
+            return self.identity(what)
+        except StsError:
+            return None
+
     def _identity(self, what: str) -> str:
         settings = self.settings
         if what == "model":
@@ -264,7 +292,7 @@ class OpenRun:
                                      "training_sets"))
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
-        memory = self._shared if name in ("lm", "loaded_sae", "identity:model") else self._memory
+        memory = self._shared if name in SHARED else self._memory
         if name not in memory:
             memory[name] = compute()
         return memory[name]
@@ -299,6 +327,20 @@ class OpenRun:
             other.store, other._shared, other._first = self.store, self._shared, self._first
             self._memory[name] = other
         return self._memory[name]
+
+    def with_forecast(self, **changes: Any) -> OpenRun:
+        """The same run with other settings of the forecast (`FORECAST`), sharing store, models, SAE and data.
+
+        Raises:
+            StsError: a value that the setting does not take.
+        """
+        if unknown := changes.keys() - set(FORECAST):
+            raise ValueError(f"{sorted(unknown)} would change more than the forecast")
+        other = OpenRun(load_run(self.settings, changes), results=self.results, changed=self.changed | changes)
+        other._shared, other._first = self._shared, self._first
+        other._memory = {name: value for name, value in self._memory.items()
+                         if name.startswith(("data:", "identity:")) and name != "identity:seeds"}  # keys of forecasts
+        return other
 
     @cached_property
     def device(self) -> str:

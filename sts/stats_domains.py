@@ -34,9 +34,11 @@ BLOCK = 4_000_000
 
 def _basis(controls_NK: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
     """Orthonormal columns that span a constant and the controls; leading dimensions go along."""
+    if controls_NK is None:
+        return np.full((shape[-1], 1), shape[-1] ** -0.5)  # broadcasts; the QR of ones, which takes far longer
     ones = np.ones((*shape, 1))
     # Controls of unlike size would make the columns ill-conditioned.
-    return np.linalg.qr(ones if controls_NK is None else np.concatenate([ones, _scaled(controls_NK)], axis=-1))[0]
+    return np.linalg.qr(np.concatenate([ones, _scaled(controls_NK)], axis=-1))[0]
 
 
 def _scaled(controls_NK: np.ndarray) -> np.ndarray:

@@ -16,16 +16,17 @@ from sts.stages import OpenRun
 from sts.zero_sets import FEWEST, TOLERANCE
 
 #: What the most shifted are compared with.
-OTHERS = ("most_active", "random", "matched")
+OTHERS = ("most_active", "random", "matched", "like_rate")
 #: With fewer problems an interval rests on its assumption more than on the data.
 FEW_PROBLEMS = 16
 
 ZERO_RULE = ("*Zeroing the most shifted hurts more* counts as **held** if it costs more bits than zeroing as many "
-             "random latents, *and* more than as many of the most active ones, *and* more than sets of as many others "
-             "that hold as much energy, where such sets can be made, each with the whole 95% interval of the "
-             "difference above zero; as **held against random latents only** if that is so for random latents and not "
-             f"for all of the others; otherwise as **not shown**. Such sets can be made if at least {FEWEST} of those "
-             f"drawn come within {TOLERANCE:.0%} of the most shifted latents' energy.")
+             "random latents, *and* more than sets of as many others that hold as much energy, *and* more than such "
+             "that fire as often, each with the whole 95% interval of the difference above zero; as **held against "
+             "random latents only** if that is so for random latents and not for all of the others; otherwise as "
+             f"**not shown**. Sets of either kind can be made if at least {FEWEST} of those drawn come within "
+             f"{TOLERANCE:.0%} of the most shifted latents' energy, or firing rate; where none can be made that hold "
+             "as much energy, the most active latents take their place.")
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
@@ -50,6 +51,8 @@ def zero_effects(rows: pandas.DataFrame) -> pandas.DataFrame:
         goal = of_count.loc[of_count["kind"] == "most_shifted", "energy"].iloc[0]
         for kind in ("most_shifted", *OTHERS):
             own = of_count[of_count["kind"] == kind]
+            if own.empty:
+                continue
             used = own[own["bits"].notna()]
             sets = (own if used.empty else used).groupby("draw")[["rate", "energy", "share"]].first()
             if used.empty:
@@ -62,7 +65,8 @@ def zero_effects(rows: pandas.DataFrame) -> pandas.DataFrame:
         for kind in [*facts, *(name for name in tables if name not in facts)]:
             row = {"kind": kind, "latents": int(count), "n": len(none_P), **facts.get(kind, {})}
             if kind in tables:
-                interval = crossed_mean_interval(tables[kind].to_numpy())
+                # The most shifted are one set, whose own luck counts beside that of the sets drawn.
+                interval = crossed_mean_interval(tables[kind].to_numpy(), against_one=kind not in facts)
                 row |= {"mean": interval.mean, "low": interval.low, "high": interval.high}
             found.append(row)
     frame = pandas.DataFrame(found)
@@ -91,9 +95,9 @@ def zero_verdict(effects: pandas.DataFrame, count: int) -> str:
     low = effects[effects["latents"] == count].set_index("kind")["low"]
     if not low["most_shifted - random"] > 0:
         return "not shown"
-    # Without a match there is no such difference.
-    others = low[low.index.isin(["most_shifted - most_active", "most_shifted - matched"])]
-    return "held" if (others > 0).all() else "held against random latents only"
+    others = ["matched" if "most_shifted - matched" in low else "most_active", "like_rate"]
+    decides = low[low.index.isin([f"most_shifted - {kind}" for kind in others])]
+    return "held" if (decides > 0).all() else "held against random latents only"
 
 
 def run_verdict(run: OpenRun) -> str:
@@ -124,19 +128,21 @@ def effects_sentence(effects: pandas.DataFrame, count: int, shared: int, model: 
     def energy(kind: str) -> str:
         return f"{own.loc[kind, 'share']:.1%}"
 
-    sets = int(own.loc["random", "draws"])
-    if own.loc["matched", "draws"]:
-        matched = (f"and others of as much energy by {cost('matched')} ({own.loc['matched', 'draws']:.0f} sets, which "
-                   f"hold {energy('matched')} of the energy)")
-    else:
-        matched = ("and sets of others with as much energy cannot be made (the nearest holds "
-                   f"{energy('matched')} of all energy)")
+    def drawn(kind: str, what: str) -> str:
+        if own.loc[kind, "draws"]:
+            return (f"{what} by {cost(kind)}: the most shifted cost {cost(f'most_shifted - {kind}')} more "
+                    f"({own.loc[kind, 'draws']:.0f} sets)")
+        return f"{what}: no such set can be made (the nearest holds {energy(kind)} of all energy)"
+
+    kinds = {"random": "random ones", "matched": "others of as much energy", "like_rate": "others that fire as often"}
+    compared = "; ".join(drawn(kind, what) for kind, what in kinds.items() if kind in own.index)
     return (f"zeroing the {count} most shifted latents in the {model} model changes the bits per character of "
-            f"{int(own['n'].iloc[0])} held-out solutions by {cost('most_shifted')}; as many of the most active by "
-            f"{cost('most_active')}, random ones by {cost('random')} ({sets} sets), {matched}. Of the energy of "
-            f"all latents, the most shifted hold {energy('most_shifted')}, the most active {energy('most_active')}, "
-            f"random ones {energy('random')}; the most shifted and the most active have {shared} of {count} latents in "
-            f"common.")
+            f"{int(own['n'].iloc[0])} held-out solutions by {cost('most_shifted')}. Zeroing as many others changes "
+            f"them: {compared}. The {count} most active latents cost {cost('most_active')}, but they hold "
+            f"{energy('most_active')} of all latents' energy and the most shifted {energy('most_shifted')} (random "
+            f"ones {energy('random')}): per percent of the energy that is {own.loc['most_active', 'per_percent']:.2g} "
+            f"against {own.loc['most_shifted', 'per_percent']:.2g} bits. The two have {shared} of {count} latents in "
+            "common.")
 
 
 def interval_note(effects: pandas.DataFrame) -> str:
@@ -151,10 +157,11 @@ def interval_note(effects: pandas.DataFrame) -> str:
 # --- for the page -------------------------------------------------------------------------------------------------
 
 ZEROED = {"none": "nothing", "most_shifted": "most shifted", "most_active": "most active", "random": "random",
-          "matched": "others of as much energy",
+          "matched": "others of as much energy", "like_rate": "others that fire as often",
           "most_shifted - most_active": "difference: most shifted less most active",
           "most_shifted - random": "difference: most shifted less random",
-          "most_shifted - matched": "difference: most shifted less others of as much energy"}
+          "most_shifted - matched": "difference: most shifted less others of as much energy",
+          "most_shifted - like_rate": "difference: most shifted less others that fire as often"}
 
 
 def effects_table(effects: pandas.DataFrame) -> pandas.DataFrame:

@@ -9,7 +9,7 @@ Shape suffixes: K chosen latents, L latents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ class ZeroSet:
     """A set of latents to zero.
 
     Attributes:
-        kind: none, most_shifted, most_active, random or matched.
+        kind: none, most_shifted, most_active, random, matched (in energy) or like_rate (matched in firing rate).
         count: number of latents.
-        draw: of random and matched sets, which one; else 0.
+        draw: of sets that are drawn, which one; else 0.
         latents: their indices.
         energy: the latents' energies summed, per token.
         usable: False for a matched set that failed to match; it is not evaluated.
@@ -47,15 +47,17 @@ class ZeroSet:
 
 
 def sets_to_zero(change_L: torch.Tensor, energy_L: torch.Tensor, counts: Sequence[int], draws: int,
-                 seed: int) -> list[ZeroSet]:
+                 seed: int, rate_L: torch.Tensor | None = None) -> list[ZeroSet]:
     """Every set that is zeroed; first the empty one.
 
     For each number of latents: the most shifted; the most active, those of largest energy; `draws` random sets, drawn
-    evenly from all that are not among the most shifted; and `draws` sets matched to the most shifted in energy.
+    evenly from all that are not among the most shifted; `draws` sets matched to the most shifted in energy; and, given
+    firing rates, as many matched in those.
 
     Args:
         change_L: squared change by fine-tuning.
         energy_L: energy on the tokens whose bits are counted.
+        rate_L: firing rates on the same tokens.
         seed: of the draws; each draw has a stream of random numbers of its own.
 
     Raises:
@@ -68,14 +70,17 @@ def sets_to_zero(change_L: torch.Tensor, energy_L: torch.Tensor, counts: Sequenc
     for count in counts:
         most = built("most_shifted", count, 0, shifted_dimensions(change_L, count))
         sets += [most, built("most_active", count, 0, shifted_dimensions(energy_L, count))]
-        matched = []
-        for draw in range(draws):
-            sets.append(built("random", count, draw, random_latents(len(change_L), most.latents, count, (seed, draw))))
-            matched.append(built("matched", count, draw, matched_latents(energy_L, most.latents, (seed, draw))))
-        near = [abs(one.energy - most.energy) <= TOLERANCE * most.energy for one in matched]
-        enough = sum(near) >= min(FEWEST, draws)
-        sets += [ZeroSet(one.kind, count, one.draw, one.latents, one.energy, usable=enough and fits)
-                 for one, fits in zip(matched, near, strict=True)]
+        sets += [built("random", count, draw, random_latents(len(change_L), most.latents, count, (seed, draw)))
+                 for draw in range(draws)]
+        for kind, measure_L in (("matched", energy_L), ("like_rate", rate_L)):
+            if measure_L is None:
+                continue
+            own = [built(kind, count, draw, matched_latents(measure_L, most.latents, (seed, draw)))
+                   for draw in range(draws)]
+            goal = measure_L[most.latents].sum()
+            near = [bool((measure_L[one.latents].sum() - goal).abs() <= TOLERANCE * goal) for one in own]
+            enough = sum(near) >= min(FEWEST, draws)
+            sets += [replace(one, usable=enough and fits) for one, fits in zip(own, near, strict=True)]
     return sets
 
 

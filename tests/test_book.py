@@ -116,7 +116,7 @@ def browser():
 
 PAGES = ["book/introduction", "book/method", "notebooks/what_an_sae_sees",
          "notebooks/fine_tuning_moves_few_latents", "notebooks/icl_foresees_fine_tuning",
-         "notebooks/transferability_score", "notebooks/baselines", "notebooks/training_domains",
+         "notebooks/transferability_score", "notebooks/baselines", "notebooks/ablations", "notebooks/training_domains",
          "notebooks/what_a_forecast_costs", "notebooks/the_papers_numbers", "book/glossary", "book/teachers_guide",
          "book/solutions", "book/references"]
 

@@ -237,6 +237,7 @@ def test_parameters_of_a_chapter_reach_the_run():
     ("transferability_score", {"top_n": "five"}, "'top_n'"),
     ("transferability_score", {"top_n": 5.5}, "'top_n'"),
     ("transferability_score", {"top_n": True}, "'top_n'"),
+    ("transferability_score", {"eval_kinds": "letter"}, "'eval_kinds' must be of type list"),
     ("transferability_score", {"layer": 1}, "'layer'"),  # a setting, but none that this chapter declares
     ("transferability_score", {"run": "laptop"}, "'run'"),
     ("what_an_sae_sees", {"top_n": 5}, "'top_n'")])
@@ -245,7 +246,8 @@ def test_an_unknown_or_ill_typed_parameter_lists_the_valid_ones(chapter, paramet
         book.check_parameters(chapter, "smoke", parameters)
     assert named in str(error.value)
     valid = set(book.chapter_parameters(chapter)) - {"run"}
-    assert valid and all(f"{name} (int)" in str(error.value) for name in valid)
+    types = {"eval_kinds": "list"}
+    assert valid and all(f"{name} ({types.get(name, 'int')})" in str(error.value) for name in valid)
 
 
 def test_an_impossible_value_is_refused_before_the_chapter_runs():
@@ -310,7 +312,7 @@ def test_papermill_sees_every_parameter_with_its_type_and_meaning(path):
     seen = book.chapter_parameters(path.stem)
     assert {name: item["inferred_type_name"] for name, item in seen.items()} == \
         {name: annotation for name, (annotation, _) in declared(path).items()}
-    assert set(annotation for annotation, _ in declared(path).values()) <= {"str", "int", "float", "bool"}
+    assert set(annotation for annotation, _ in declared(path).values()) <= {"str", "int", "float", "bool", "list"}
     assert [name for name, item in seen.items() if not item["help"].strip()] == []
 
 
@@ -319,8 +321,11 @@ def test_a_parameter_named_like_a_setting_has_its_type(path):
     for name, (annotation, default) in declared(path).items():
         if name in Run.model_fields:
             setting = Run.model_fields[name].annotation
-            choices = {type(choice) for choice in typing.get_args(setting)}  # of a Literal; empty for a plain type
-            assert (choices or {setting}) == {book.PYTHON_TYPES[annotation]}, name
+            if typing.get_origin(setting) is typing.Literal:
+                types = {type(choice) for choice in typing.get_args(setting)}
+            else:
+                types = {typing.get_origin(setting) or setting}  # list[...] is declared as list
+            assert types == {book.PYTHON_TYPES[annotation]}, name
         # None stands for the profile's own value; a parameter that is no setting needs a value of its own.
         assert (default is None and name in Run.model_fields) or type(default) is book.PYTHON_TYPES[annotation], name
 

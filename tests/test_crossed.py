@@ -70,3 +70,15 @@ def test_constant_tables_single_problems_and_gaps():
     for table in ([[1.0, np.nan]], [[]], [1.0, 2.0]):
         with pytest.raises(StsError, match="finite value for every set and problem"):
             crossed_mean_interval(table)
+
+
+@pytest.mark.parametrize(("sets", "problems"), [(5, 16), (19, 40)])
+def test_one_more_set_of_the_same_kind_rarely_lies_beyond(sets, problems):
+    generator, beyond, naive = np.random.default_rng(4), 0, 0
+    for _ in range(1500):
+        costs_DP = (generator.normal(0, 1, (sets + 1, 1)) + generator.normal(0, 1, problems)
+                    + generator.normal(0, 0.3, (sets + 1, problems)))
+        beyond += crossed_mean_interval(costs_DP[0] - costs_DP[1:], against_one=True).low > 0
+        naive += crossed_mean_interval(costs_DP[0] - costs_DP[1:]).low > 0
+    assert beyond / 1500 <= 0.035  # 2.5% nominally
+    assert naive / 1500 > 0.1  # as if the one set had no luck of its own

@@ -1,6 +1,7 @@
 """Fine-tuning learns, trains on the solution alone, can be resumed, and its adapter comes back as it was."""
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import sts
+from sts import processes
 from sts.config import ROOT
 from sts.data import load_examples
 from sts.errors import StsError
@@ -33,19 +35,20 @@ def tuned(tiny_models, tmp_path_factory):
     return folder, fine_tune(fresh(tiny_models), EXAMPLES[:16], EXAMPLES[16:], SETTINGS, folder)
 
 
+def solution_terms(lm, example):
+    """Loss of every token of a problem's solution, with the prompt's tokens left out."""
+    prompt = render(lm.tokenizer, example.question.strip())
+    start = len(lm.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    text = render(lm.tokenizer, example.question.strip(), answer=solution_text(example))
+    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    log_p = lm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return -log_p[range(start - 1, len(ids) - 1), ids[start:]]
+
+
 def solution_loss(lm, examples):
-    """Loss per solution token, with the prompt's tokens left out, averaged over problems."""
-    losses = []
-    for example in examples:
-        prompt = render(lm.tokenizer, example.question.strip())
-        start = len(lm.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        text = render(lm.tokenizer, example.question.strip(), answer=solution_text(example))
-        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            log_p = lm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        losses.append(-sum(log_p[position - 1, ids[position]].item() for position in range(start, len(ids)))
-                      / (len(ids) - start))
-    return sum(losses) / len(losses)
+    """Loss per solution token, averaged over problems."""
+    with torch.no_grad():
+        return sum(solution_terms(lm, example).mean().item() for example in examples) / len(examples)
 
 
 def test_held_out_loss_falls_and_is_the_loss_of_the_solution_alone(tiny_models, tuned):
@@ -113,6 +116,36 @@ def test_a_run_killed_within_an_epoch_ends_as_if_it_had_not_been(tiny_models, tm
     assert resumed["held_out_after"] == pytest.approx(whole["held_out_after"], abs=1e-5)
 
 
+def test_full_fine_tuning_takes_the_steps_of_a_plain_loop(tiny_models, tmp_path):
+    # One step an epoch on all four problems, so that their order is of no account; ten steps, of which one warms up.
+    settings = FineTuning(epochs=10, lr=1e-2, batch=4, micro_batch=2, max_length=512, lora_rank=0, lora_alpha=1, seed=0)
+    log = fine_tune(fresh(tiny_models), EXAMPLES[:4], EXAMPLES[16:], settings, tmp_path)
+    lm = fresh(tiny_models)
+    model = lm.model.train().requires_grad_(True)
+    start = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    groups = [[weight for name, weight in model.named_parameters() if ("norm" in name) == norms]
+              for norms in (False, True)]
+    # Norms do not decay.
+    optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": 0.01},
+                                   {"params": groups[1], "weight_decay": 0.0}], betas=(0.9, 0.95))
+    losses, norms = [], []
+    for step in range(10):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * ((1 + math.cos(math.pi * (step - 1) / 9)) / 2 if step else 0)
+        terms = torch.cat([solution_terms(lm, example) for example in EXAMPLES[:4]])
+        optimizer.zero_grad()
+        terms.mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        optimizer.step()
+        losses.append(terms.mean().item())
+    assert max(norms) > 1  # some gradients are clipped
+    assert [row["loss"] for row in log["curve"]] == pytest.approx(losses, abs=1e-4)
+    trained = dict(load_tuned(fresh(tiny_models), tmp_path).model.named_parameters())
+    apart = sum((trained[name] - weight).square().sum().item() for name, weight in model.named_parameters())
+    moved = sum((weight - start[name]).square().sum().item() for name, weight in model.named_parameters())
+    assert apart < 1e-10 * moved
+
+
 def test_full_fine_tuning_trains_every_weight(tiny_models, tmp_path):
     settings = FineTuning(epochs=1, lr=1e-3, batch=4, micro_batch=2, max_length=512, lora_rank=0, lora_alpha=1, seed=0)
     base = fresh(tiny_models)
@@ -172,6 +205,17 @@ def test_a_question_that_leaves_no_room_for_its_solution_is_named(tiny_models, t
 def test_the_batch_is_that_of_all_processes_together(batch, micro, count, divided):
     assert divide_batch(batch, micro, count) == divided
     assert divided[0] * divided[1] * count == batch
+
+
+def test_processes_are_counted_only_where_they_were_launched_together(monkeypatch):
+    # Schedulers set WORLD_SIZE in jobs of one process too; what launches several gives each of them a rank.
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.count() == 1
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert processes.count() == 1 and processes.is_main()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert processes.count() == 3
 
 
 def test_a_batch_that_cannot_be_shared_is_said(tiny_models, tmp_path, monkeypatch):

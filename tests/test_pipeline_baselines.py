@@ -9,7 +9,7 @@ import torch
 from scipy.stats import pearsonr
 
 import sts
-from sts import baselines, pages_baselines
+from sts import baselines, learned, pages_baselines
 from sts.errors import StsError
 from sts.finetune import load_tuned
 from sts.pipeline import domain_groups, split_domains
@@ -218,6 +218,31 @@ def test_with_few_domains_the_chapter_says_what_is_undefined(run, domains):
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
+
+SENTENCES = (pages_baselines.score_sentence, pages_baselines.comparison_sentence, pages_baselines.choice_sentence,
+             pages_baselines.probe_sentence, pages_baselines.confound_sentence)
+
+
+@pytest.mark.parametrize("sentence", SENTENCES, ids=lambda sentence: sentence.__name__)
+def test_no_sentence_gives_a_verdict_where_a_seed_learned_nothing(run, monkeypatch, sentence):
+    falls = {0: 0.5, 1: 0.5}
+    monkeypatch.setattr(learned, "loss_fall", lambda own: falls[own.settings.seed])
+    assert "not judged" not in sentence(run, "bits")
+    for idle in (0, 1):
+        falls |= {0: 0.5, 1: 0.5, idle: 0.09}
+        told = sentence(run, "bits")
+        # The score's two variants, or two probes: one verdict each.
+        assert told.count(f"not judged, as training taught nothing with seed {idle}") == 2
+        assert not any(word in told for word in ("**held**", "**not shown**", "better than", "not told apart"))
+
+
+def test_the_summary_says_of_every_seed_what_it_learned(run):
+    page = pages_baselines.summary(run)
+    for seed, own in enumerate((run, run.with_seed(1))):
+        log = json.loads((own.get("sft") / "training.json").read_text())
+        assert f"{1 - log['held_out_after'] / log['held_out_before']:.0%} with seed {seed}" in page
+    assert "the run **did not learn**" in page and learned.EVERY_SEED_RULE in page
+
 
 def test_the_page_quotes_the_stages(run):
     row = row_of(run.get("baseline_correlations"), measure="bits", predictor="sts_act")

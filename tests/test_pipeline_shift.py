@@ -1,12 +1,16 @@
 """Stages of the shift chapters on the smoke run: each result recomputed from its inputs by other means."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pandas
 import pytest
 import torch
 
 import sts
-from sts import beside_paper, shift_results, verdicts
+from sts import beside_paper, learned, pages, shift_results, stages, verdicts
+from sts.data import load_examples
 from sts.errors import StsError
 from sts.finetune import load_tuned
 from sts.pipeline_shift import draws_of, of_kind, other_domain_sets, shift_questions
@@ -66,7 +70,7 @@ def test_a_pass_for_both_kinds_gives_what_each_alone_gives(run):
         run.lm.tokenizer, questions, tuple(other_domain_sets(run)[1]), tokens=settings.overlap_tokens)], masks(run))
     torch.testing.assert_close(run.get("shift_by_other_domain")["sae/squared_difference_RL"][1],
                                other.squared_difference_L, rtol=1e-5, atol=1e-9)
-    assert run.get("shift_by_demonstrations")["sae/2"].shape == (1, 128)
+    assert run.get("shift_by_demonstrations")["sae/2"].shape == (2, 128)
 
 
 def test_control_demonstrations_come_from_other_domains(run):
@@ -76,8 +80,20 @@ def test_control_demonstrations_come_from_other_domains(run):
         assert len(chosen) == run.settings.shift_demonstrations and len({example.domain for example in chosen}) == 1
         assert chosen[0].domain != "math"
     assert len({chosen[0].domain for chosen in sets}) == len(sets)
+    # Put as the training set's problems are: open questions.
+    assert all(not example.options and f"The answer is {example.answer.rstrip('.')}." in example.solution
+               for chosen in sets for example in chosen)
     with pytest.raises(StsError, match="other than math; no domain has so many"):
         other_domain_sets(sts.open_run("smoke", results=run.results, domains=["math"]))
+
+
+@pytest.mark.parametrize(("trained", "domain"), [("code", "computer science"), ("medicine", "health"),
+                                                 ("mental health", "psychology")])
+def test_control_demonstrations_are_not_of_the_trained_domain_by_another_name(run, monkeypatch, trained, domain):
+    examples = [replace(example, domain=trained) for example in load_examples("gsm_symbolic", limit=24)]
+    monkeypatch.setattr(stages, "load_mixture", lambda *args, **kwargs: examples)
+    found = [sts.open_run("smoke", results=run.results, domains=[domain, "law"], seed=seed) for seed in range(4)]
+    assert {example.domain for one in found for chosen in other_domain_sets(one) for example in chosen} == {"law"}
 
 
 def test_sets_of_demonstrations_are_disjoint_and_not_asked(run):
@@ -138,7 +154,7 @@ def test_keys_of_the_shift_stages_follow_what_they_read(run):
         return {name for name in names if other.key(name) != run.key(name)}
 
     assert keys(ablation_latents=[4]) == {"ablation"}
-    assert keys(overlap_draws=3) == {"shift_by_draw", "shift_by_other_domain"}
+    assert keys(overlap_draws=3) == {"shift_by_draw", "shift_by_other_domain", "shift_by_demonstrations"}
     assert keys(sft_lr=1e-3) == {"sft_shift", "sft_shift_solutions", "ablation", "ablated_answers",
                                  "extreme_correlations", "correlations_by_seed"}
     assert keys(seeds=[1, 2]) == {"correlations_by_seed"}
@@ -168,9 +184,23 @@ def test_overlap_at_n_is_the_sets_overlap(run):
     assert by_draw[by_draw["kind"] == "sae"]["share"].iloc[0] == pytest.approx(len(first & goal) / n)
 
 
+def test_the_ceiling_is_how_far_two_halves_of_the_questions_agree(run):
+    n, folds_FL = run.settings.top_n, of_kind(run.get("sft_shift"), "sae")["fold_squared_difference_FL"].numpy()
+    first, second = (set(np.argsort(-sum(folds_FL[fold] for fold in half), kind="stable")[:n])
+                     for half in ((0, 2), (1,)))
+    assert len(folds_FL) == 3 and first != second
+    assert shift_results.ceiling(run, "sae") == pytest.approx(len(first & second) / n)
+
+
 def test_baselines_are_the_busiest_latents_and_the_leads_their_distance(run):
     n, stats = run.settings.top_n, run.get("shift_by_draw")
     goal = set(np.argsort(-of_kind(run.get("sft_shift"), "sae")["squared_difference_L"].numpy(), kind="stable")[:n])
+
+    def share_of(values, kind):
+        number = shift_results.equal_numbers(run)[kind]
+        aim = of_kind(run.get("sft_shift"), kind)["squared_difference_L"]
+        top, own = (set(np.argsort(-one.numpy(), kind="stable")[:number]) for one in (values, aim))
+        return len(top & own) / number
 
     def share(values):
         return len(set(np.argsort(-values.numpy(), kind="stable")[:n]) & goal) / n
@@ -183,6 +213,10 @@ def test_baselines_are_the_busiest_latents_and_the_leads_their_distance(run):
     own = [share(change) for change in stats["sae/squared_difference_RL"]]
     lead = shift_results.leads(run)
     assert set(lead) == {"rate", "energy", "other_domain", "raw", "random"}
+    raw, alone = ([share_of(values, "raw") for values in kept] for kept in (
+        stats["raw/squared_difference_RL"], (stats["raw/base_fired_L"], stats["raw/base_square_sum_L"])))
+    mine = max(share(stats["sae/base_fired_L"]), share(stats["sae/base_square_sum_L"]))
+    assert lead["raw"].mean == pytest.approx(np.mean(own) - mine - (np.mean(raw) - max(alone)))
     assert lead["energy"].mean == pytest.approx(np.mean(own) - share(stats["sae/base_square_sum_L"]))
     assert lead["other_domain"].mean == pytest.approx(np.mean(own) - np.mean(others)) and lead["rate"].n == 2
     curve = shift_results.baseline_curves(run)["rate"].set_index("n")
@@ -207,6 +241,29 @@ def test_sentences_say_the_numbers_that_decide(run):
     assert f"carry {shift_results.energy_curve(run)[15]:.0%} of the squared activation" in verdicts.beyond_sentence(run)
 
 
+@pytest.mark.parametrize("sentence", ["few", "beyond", "even", "zero", "foreseen", "better"])
+def test_no_claim_is_judged_where_training_taught_nothing(run, monkeypatch, sentence):
+    def verdict():
+        return re.findall(r"\*\*(.+?)\*\*", getattr(verdicts, f"{sentence}_sentence")(run))[-1]
+
+    monkeypatch.setattr(learned, "loss_fall", lambda own: 0.09)
+    assert verdict() == "not judged, as training taught nothing"
+    # One seed's page: what the other learned plays no part.
+    monkeypatch.setattr(learned, "loss_fall", lambda own: {0: 0.5}[own.settings.seed])
+    assert "not judged" not in verdict()
+
+
+def test_the_papers_claim_is_judged_only_in_a_run_that_learned(run, monkeypatch):
+    def told(fall):
+        monkeypatch.setattr(learned, "loss_fall", lambda own: {0: fall}[own.settings.seed])
+        return re.findall(r"\*\*(.+?)\*\*", beside_paper.claim_sentence(run, "bits"))
+
+    assert told(0.09) == ["not judged, as training taught nothing"] * 4
+    rows = {(row["variant"], row["score"]): row for row in run.get("correlations") if row["measure"] == "bits"}
+    assert told(0.5) == [pages.correlation_verdict(rows[variant, score]) for variant in ("paper", "official_code")
+                         for score in ("sts_act", "sts_icl")]
+
+
 def test_tables_beside_the_papers_hold_its_numbers(run):
     shifts = beside_paper.shifts_beside(run).set_index("domain")
     assert len(shifts) == 14 and shifts.index[0] == "engineering"
@@ -226,7 +283,19 @@ def test_tables_beside_the_papers_hold_its_numbers(run):
 
 def test_seeds_are_told_or_their_absence_is(run):
     assert "Over 2 seeds (0, 1)" in beside_paper.seeds_sentence(run)
+    assert "did not learn" in beside_paper.seeds_sentence(run)
     assert "one seed, 0" in beside_paper.seeds_sentence(sts.open_run("smoke", results=run.results, seeds=[]))
     table = beside_paper.seeds_table(run)
     assert list(table.columns[3:]) == ["seed 0, all", "seed 0, extremes", "seed 1, all", "seed 1, extremes"]
     assert len(table) == 12
+
+
+def test_seeds_are_counted_only_if_each_of_them_learned(run, monkeypatch):
+    falls = {0: 0.5, 1: 0.3}
+    monkeypatch.setattr(learned, "loss_fall", lambda own: falls[own.settings.seed])
+    told = beside_paper.seeds_sentence(run)
+    assert "50% with seed 0" in told and "30% with seed 1" in told and "of 2 with p below 0.05" in told
+    falls[1] = -0.1
+    told = beside_paper.seeds_sentence(run)
+    assert "rose by 10% with seed 1" in told and "p below 0.05" not in told
+    assert told.count("(not judged, as training taught nothing with seed 1)") == 4

@@ -11,7 +11,7 @@ from sts.errors import StsError
 from sts.models import LanguageModel, bf16_is_fast, load_model, resid_post
 from sts.prompts import make_prompt, question_text
 from sts.random_models import save_random_model
-from sts.residuals import PADDING, Extractor, batches
+from sts.residuals import PADDING, Extractor, LayersExtractor, batches
 from sts.shared_prefix import Prefix, common_prefix, joins_prefix, prefix_attention, why_not_reusable
 from sts.work import Work
 
@@ -54,6 +54,18 @@ def deep(tmp_path_factory):
     return {family: load_model(str(save_random_model(family, folder / family, num_hidden_layers=5,
                                                      **sliding.get(family, {}))), dtype="float32")
             for family in ("llama", "qwen2", "gemma2", "gemma3")}
+
+
+def test_several_layers_come_out_of_one_pass_side_by_side(deep):
+    for lm in deep.values():
+        extractor = LayersExtractor(lm, (3, 0), 10_000)
+        found_TD = extractor.tokens(PROMPTS, SPANS, extractor.share(PREFIX))
+        wanted_TD = torch.cat([torch.cat([hidden_states(lm, layer, ids)[slice(*span)] for layer in (3, 0)], dim=-1)
+                               for ids, span in zip(PROMPTS, SPANS, strict=True)])
+        torch.testing.assert_close(found_TD, wanted_TD, rtol=1e-4, atol=1e-5)
+        assert extractor.work.passes == pytest.approx(extractor.work.padded_tokens * 4 / 5)  # once, to the deepest
+        with pytest.raises(StsError):
+            LayersExtractor(lm, (9, 0), 10_000)
 
 
 @pytest.mark.parametrize("layer", [1, 3])

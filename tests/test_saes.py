@@ -15,6 +15,7 @@ from sts.sae_quality import reconstruction_quality, spliced_loss
 from sts.sae_training import (
     SaeTraining,
     collect_activations,
+    collect_layers,
     count_activations,
     save_sae,
     shard_paths,
@@ -65,6 +66,18 @@ def test_a_killed_collection_goes_on_with_the_missing_shard(lm_of, activations):
     collect_activations(lm_of("llama"), 0, PIECES, activations, tokens_per_batch=200, pieces_per_shard=25)
     assert paths[1].read_bytes() == content
     assert all(path.stat().st_mtime_ns == before[path] for path in paths if path != paths[1])
+
+
+def test_layers_collected_together_are_those_collected_alone(lm_of, activations, tmp_path):
+    lm = lm_of("llama")
+    collect_layers(lm, {layer: tmp_path / str(layer) for layer in (1, 0)}, PIECES, tokens_per_batch=200,
+                   pieces_per_shard=25)
+    alone = {0: activations, 1: collect_activations(lm, 1, PIECES, tmp_path / "alone", tokens_per_batch=200,
+                                                    pieces_per_shard=25)}
+    for layer, folder in alone.items():
+        pairs = zip(shard_paths(folder), shard_paths(tmp_path / str(layer)), strict=True)
+        for one, together in ((load_file(path) for path in pair) for pair in pairs):
+            assert one.keys() == together.keys() and all(torch.equal(one[name], together[name]) for name in one)
 
 
 def test_training_learns(trained):

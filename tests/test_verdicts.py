@@ -62,7 +62,8 @@ def test_better_than_raw_dimensions(raw, random, verdict):
 
 
 @pytest.mark.parametrize(("interval", "verdict"), [
-    ((0.1, 0.2), "held"), ((-0.1, 0.2), "not shown"), ((-0.2, -0.1), "reversed"), ((NAN, NAN), "not shown")])
+    ((0.1, 0.2), "held"), ((-0.1, 0.2), "not shown"), ((-0.2, -0.1), "reversed"),
+    ((NAN, NAN), "not judged, as there is a single draw")])
 def test_more_demonstrations_foresee_more(interval, verdict):
     assert verdicts.more_verdict(lead(*interval)) == verdict
 
@@ -72,7 +73,7 @@ class Stub:
 
     def __init__(self, folder, after):
         (folder / "training.json").write_text(json.dumps({"held_out_before": 2.0, "held_out_after": after}))
-        self.folder, self.settings = folder, SimpleNamespace(sft_held_out=8)
+        self.folder, self.settings = folder, SimpleNamespace(sft_held_out=8, seed=0)
 
     def get(self, name):
         assert name == "sft"
@@ -85,6 +86,43 @@ def test_a_run_that_learned_nothing_is_not_judged(tmp_path):
     assert "held" not in learned.judged(Stub(tmp_path, 1.81), "held")
     assert "**did not learn**" in learned.learned_sentence(Stub(tmp_path, 1.81))
     assert "rose by 5%" in learned.learned_sentence(Stub(tmp_path, 2.1))
+
+
+class Seeds:
+    """A run with one held-out loss a seed, each from 2; the first is the run's own."""
+
+    def __init__(self, folder, *after):
+        self.runs = []
+        for seed, loss in enumerate(after):
+            (folder / str(seed)).mkdir(exist_ok=True)
+            self.runs.append(Stub(folder / str(seed), loss))
+        self.settings, self.other_seeds, self.get = self.runs[0].settings, tuple(range(1, len(after))), self.runs[0].get
+
+    def with_seed(self, seed):
+        return self.runs[seed]
+
+
+def test_a_mean_over_seeds_is_judged_only_if_every_seed_learned(tmp_path):
+    mixed = Seeds(tmp_path, 1.6, 1.9, 2.1)
+    assert learned.loss_falls(mixed) == pytest.approx({0: 0.2, 1: 0.05, 2: -0.05})
+    assert learned.learned(mixed) and learned.judged(mixed, "held") == "held"  # the run's own seed
+    assert not learned.learned(mixed, every_seed=True)
+    assert learned.judged(mixed, "held", every_seed=True).endswith("nothing with seeds 1, 2")
+    told = learned.learned_sentence(mixed, every_seed=True)
+    for part in ("fell by 20% with seed 0", "fell by 5% with seed 1", "rose by 5% with seed 2"):
+        assert part in told
+    assert "**learned with 1 of 3 seeds only**" in told
+    assert learned.judged(Seeds(tmp_path, 1.9, 1.6), "held", every_seed=True).endswith("nothing with seed 0")
+    assert learned.judged(Seeds(tmp_path, 1.9, 1.9), "held", every_seed=True) == learned.judged(mixed.runs[1], "held")
+    every = Seeds(tmp_path, 1.6, 1.7)
+    assert learned.learned(every, every_seed=True) and learned.judged(every, "held", every_seed=True) == "held"
+    assert "the run **learned**" in learned.learned_sentence(every, every_seed=True)
+
+
+def test_a_page_about_one_seed_asks_for_no_other(tmp_path):
+    run = Stub(tmp_path, 1.6)
+    run.other_seeds, run.with_seed = (1,), None  # opening another seed would fail
+    assert learned.learned(run) and "seed" not in learned.learned_sentence(run)
 
 
 def test_narrow_intervals_get_a_digit():

@@ -16,6 +16,7 @@ from sts.models import decoder_layers
 from sts.pipeline_shift import of_kind, solution_prompts
 from sts.prompts import make_prompt, question_text
 from sts.zero_sets import sets_to_zero
+from tests.helpers import topk_sae
 
 KINDS = ("most_shifted", "most_active", "random", "matched")
 
@@ -86,10 +87,18 @@ def test_bits_rates_and_energies_are_those_of_the_latents_taken_out(run, tuned):
     assert set(rows[rows["bits"].notna()]["kind"]) == wanted >= {"none", "most_shifted", "most_active", "random"}
 
 
-def test_energy_is_the_squared_length_of_what_a_latent_adds(run, tuned):
-    states_TD, sae = solution_states(run, tuned), run.sae()
+@pytest.mark.parametrize("fold_norms", [True, False])
+def test_energy_is_the_squared_length_of_what_a_latent_adds(run, tuned, tmp_path, fold_norms):
+    other = run
+    if not fold_norms:  # decoder rows of many lengths, so that a latent's value is not the length of what it adds
+        sae = topk_sae(64, latents=128)
+        sae.W_dec.data *= torch.linspace(2, 20, 128)[:, None]
+        sae.save_model(tmp_path)
+        other = sts.open_run("smoke", results=run.results, sae=str(tmp_path), fold_norms=False)
+    states_TD, sae = solution_states(other, tuned), other.sae()
+    assert ((sae.W_dec.norm(dim=1) - 1).abs() < 1e-3).all() == fold_norms
     values_TL = sae.encode(states_TD)
-    energies = zero_results.activity(run).energy_L
+    energies = zero_results.activity(other).energy_L
     for latent in values_TL.square().sum(0).topk(3).indices:
         added_TD = values_TL[:, latent, None] * sae.W_dec[latent]
         assert energies[latent].item() == pytest.approx(added_TD.double().square().sum(1).mean().item(), rel=1e-3)
@@ -216,8 +225,8 @@ def test_sets_that_differ_widen_the_interval():
         effects = zero_results.zero_effects(table(costs | {"random": own, "matched": alike}, ENERGY))
         low[name] = effects.set_index("kind")["low"]["most_shifted - random"]
         assert effects.set_index("kind")["mean"]["most_shifted - random"] == pytest.approx(0.15)
-    # Five means with a standard deviation of 0.158: 2.776 x 0.158 / sqrt(5) = 0.196.
-    assert low["alike"] > 0.14 and low["differ"] == pytest.approx(0.15 - 0.196, abs=0.001)
+    # Five means with a standard deviation of 0.158, and one more set: 2.776 x 0.158 x sqrt(1 + 1 / 5) = 0.481.
+    assert low["alike"] > 0.14 and low["differ"] == pytest.approx(0.15 - 0.481, abs=0.001)
 
 
 # --- the rule -----------------------------------------------------------------------------------------------------
@@ -228,6 +237,13 @@ def test_a_cost_in_proportion_to_energy_is_not_held(seed):
     # Nor where no match is possible, and nor where the most active are the most shifted.
     apart = {kind: factor for kind, factor in ALIKE.items() if kind != "matched"}
     assert zero_results.zero_verdict(simulated(apart, ENERGY, seed), 10) == "held against random latents only"
+
+
+def test_sets_that_fire_as_often_must_be_beaten_too():
+    effects = simulated(ALIKE | {"most_shifted": 0.4}, ENERGY)
+    for low, verdict in ((0.1, "held"), (-0.1, "held against random latents only")):
+        row = {"kind": "most_shifted - like_rate", "latents": 10, "low": low}
+        assert zero_results.zero_verdict(pandas.concat([effects, pandas.DataFrame([row])]), 10) == verdict
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -246,7 +262,7 @@ def test_the_same_latents_twice_do_not_hurt_more():
 
 
 @pytest.mark.parametrize(("random", "active", "matched", "verdict"), [
-    (0.1, 0.1, 0.1, "held"), (0.1, 0.1, None, "held"), (0.1, -0.1, 0.1, "held against random latents only"),
+    (0.1, 0.1, 0.1, "held"), (0.1, 0.1, None, "held"), (0.1, -0.1, 0.1, "held"),
     (0.1, 0.1, 0.0, "held against random latents only"), (0.1, -0.1, None, "held against random latents only"),
     (0.0, 0.1, 0.1, "not shown"), (-0.1, 0.1, 0.1, "not shown"), (float("nan"), 0.1, 0.1, "not shown"),
     (0.1, 0.1, float("nan"), "held against random latents only")])
@@ -268,8 +284,11 @@ def test_numbers_in_the_sentence_come_from_the_effects():
     for kind in KINDS:
         assert f"{own.loc[kind, 'mean']:+.2g} ({own.loc[kind, 'low']:+.2g} to" in text
     assert "7 of 10 latents in common" in text and "16 held-out solutions" in text and "10 most shifted" in text
-    assert text.count("(5 sets") == 2 and "25.2% of the energy" in text and "most shifted hold 25.6%" in text
-    assert "most active 46.2%" in text and "random ones 2.5%" in text
+    for kind in ("random", "matched"):
+        row = own.loc[f"most_shifted - {kind}"]
+        assert f"the most shifted cost {row['mean']:+.2g} ({row['low']:+.2g} to" in text
+    assert text.count("(5 sets") == 2 and "they hold 46.2%" in text and "most shifted 25.6% (random ones 2.5%)" in text
+    assert f"{own.loc['most_active', 'per_percent']:.2g} against {own.loc['most_shifted', 'per_percent']:.2g}" in text
 
 
 def test_no_match_is_said_with_what_the_nearest_holds():
@@ -279,7 +298,7 @@ def test_no_match_is_said_with_what_the_nearest_holds():
     assert row["draws"] == 0 and np.isnan(row["mean"]) and row["energy"] == 7  # the other attempt holds 6
     assert "most_shifted - matched" not in set(effects["kind"])
     text = zero_results.effects_sentence(effects, 10, 3, "tuned")
-    assert "cannot be made (the nearest holds 35.0% of all energy)" in text and "nan" not in text
+    assert "no such set can be made (the nearest holds 35.0% of all energy)" in text and "nan" not in text
     shown = zero_results.effects_table(effects).set_index("which")
     assert shown.loc["others of as much energy", "change in bits per character"] == "no match possible"
     assert shown.loc["others of as much energy", "of all energy"] == "35.0%" and "nan" not in shown.to_string()

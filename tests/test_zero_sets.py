@@ -109,3 +109,16 @@ def test_more_than_half_of_the_latents_are_refused():
         random_latents(10, torch.tensor([0, 3, 9]), 8, 0)
     with pytest.raises(StsError, match="5 latents were chosen and 3 others"):
         matched_latents(torch.ones(8), torch.arange(5), 0)
+
+
+def test_sets_of_like_rate_have_the_rate():
+    rate_L = torch.from_numpy(np.random.default_rng(5).beta(0.3, 6, 1000))
+    sets = sets_to_zero(CHANGE_L, ENERGY_L, [10, 40], 3, 0, rate_L)
+    for count in (10, 40):
+        most = next(one for one in sets if (one.kind, one.count) == ("most_shifted", count))
+        like = [one for one in sets if (one.kind, one.count) == ("like_rate", count)]
+        assert len(like) == 3 and all(one.usable for one in like)
+        for one in like:
+            assert not set(one.latents.tolist()) & set(most.latents.tolist())
+            assert rate_L[one.latents].sum().item() == pytest.approx(rate_L[most.latents].sum().item(), rel=0.1)
+            assert one.energy == pytest.approx(ENERGY_L[one.latents].sum().item())

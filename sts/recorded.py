@@ -1,0 +1,125 @@
+"""Recorded results: small files in data/recorded/<run>/ from which pages render without model, data or hours.
+
+`record` copies what a run has stored. Texts of data sets, weights and large sums are left out; the provenance of what
+is left out is recorded all the same, as keys rest on it. `recorded_key` finds a stage's key by that provenance where
+the model or the data are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sts.errors import StsError
+from sts.store import PROVENANCE, Store, read
+
+if TYPE_CHECKING:
+    from sts.stages import OpenRun, Stage
+
+#: What stands for a token, and for a text, that is not recorded.
+BLANK, NO_TEXT = "□", "(texts of data sets are not recorded; compute this stage to read it)"
+#: Most a recorded run may take up, in bytes.
+LIMIT = 10_000_000
+
+
+def _without_tokens(cards: list[dict]) -> list[dict]:
+    def blank(context: dict) -> dict:
+        return context | {"tokens": [BLANK] * len(context["tokens"])}
+
+    return [card | {"contexts": [blank(context) for context in card["contexts"]]} for card in cards]
+
+
+def _without_answers(written: dict) -> dict:
+    return written | {"question": NO_TEXT, "answer": NO_TEXT,
+                      "answers": [one | {"answer": NO_TEXT} for one in written["answers"]]}
+
+
+#: Stage -> (why it is not recorded as it is, what is recorded instead: a function of the result, or None for nothing).
+CHANGED: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
+    "latent_examples": ("texts", _without_tokens),
+    "ablated_answers": ("texts", _without_answers),
+    "text_activations": ("size", None),
+    "domain_stats": ("size; stage scores holds what is made of it", None),
+    "domain_rows": ("size; stage scores holds what is made of it", None),
+    "domain_raw_stats": ("size; stage baseline_values holds what is made of it", None),
+    "domain_model_change": ("size; stage baseline_values holds what is made of it", None),
+    "random_latent_scores": ("size; stage baseline_nulls holds what is made of it", None),
+}
+#: Of a folder, this file alone is recorded: weights are large.
+KEPT_OF_FOLDERS = "training.json"
+
+
+def record(run: OpenRun, target: Path) -> list[str]:
+    """Copy the run's stored results to `target`, those of its further seeds as well; sums of tensors as 32-bit floats.
+
+    Returns:
+        The names with keys of what was recorded, sorted.
+
+    Raises:
+        StsError: nothing is stored, or the folder would take up more than `LIMIT`.
+    """
+    from sts.stages import STAGES
+
+    run.key("scores")  # registers the stages
+    own = Store(run.store.folder)
+    found = {}
+    for one in (run, *(run.with_seed(seed) for seed in run.other_seeds)):
+        for name, spec in STAGES.items():
+            if own.find(name, one.key(name), spec.kind):
+                found[f"{name}-{one.key(name)}"] = (name, one.key(name), spec.kind)
+    if not found:
+        raise StsError(f"Run {run.settings.name!r} has no results in {run.store.folder}; compute some first.")
+    target.mkdir(parents=True, exist_ok=True)
+    copy = Store(target)
+    for name, key, kind in found.values():
+        provenance = {field: value for field, value in own.provenance(name, key, kind).items() if field != "checksum"}
+        why, change = CHANGED.get(name, ("", lambda value: value))
+        if kind == "folder" and not why:
+            why = f"weights; of the folder {KEPT_OF_FOLDERS} is recorded"
+        if why:
+            provenance["withheld"] = why
+        if change is None:
+            path = copy.path(name, key, kind)
+            path.with_name(path.name + PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+            continue
+        value = change(read(own.path(name, key, kind), kind))
+        if kind == "tensors":
+            value = {field: tensor.float() if tensor.dtype == torch.float64 else tensor
+                     for field, tensor in value.items()}
+        if kind == "folder":
+            part = copy.scratch(name, key)
+            shutil.copy2(value / KEPT_OF_FOLDERS, part / KEPT_OF_FOLDERS)
+            value = part
+        copy.write(name, key, kind, value, provenance)
+    shutil.rmtree(target / "unfinished", ignore_errors=True)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    if size > LIMIT:
+        raise StsError(f"{target} takes up {size / 1e6:.1f} MB; at most {LIMIT / 1e6:.0f} MB are recorded. Leave "
+                       "stages out in sts.recorded.CHANGED.")
+    return sorted(found)
+
+
+def provenances(folders: tuple[Path, ...], name: str) -> Iterator[dict[str, Any]]:
+    """The provenance of every recorded result of a stage."""
+    for folder in folders:
+        for path in sorted(folder.glob(f"{name}-*{PROVENANCE}")):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record["stage"] == name:
+                yield record
+
+
+def recorded_key(run: OpenRun, spec: Stage, uses: dict[str, Any], needs: dict[str, str]) -> str | None:
+    """The key of a recorded result with these settings and needs; None if there is none.
+
+    For where an input's own digest cannot be worked out. Inputs that can be must be equal.
+    """
+    for record in provenances(run.store.recorded, spec.name):
+        same = (record["version"], record["settings"], record["needs"]) == (spec.version, uses, needs)
+        if same and all(run.known_identity(what) in (None, value) for what, value in record["inputs"].items()):
+            return record["key"]
+    return None

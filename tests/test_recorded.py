@@ -1,0 +1,109 @@
+"""What is recorded of a run, and pages' results from it without model and data."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sts
+from sts import stages
+from sts.errors import StsError
+from sts.recorded import BLANK, NO_TEXT, record
+from sts.store import Store
+
+NAMES = ("scores", "latent_examples", "small_sae_quality", "sft_shift", "ablated_answers", "domain_shift")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    opened = sts.open_run("smoke", results=tmp_path_factory.mktemp("recorded-run"), seeds=[])
+    for name in NAMES:
+        opened.get(name)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory):
+    target = tmp_path_factory.mktemp("recorded")
+    record(run, target)
+    return target
+
+
+@pytest.fixture
+def elsewhere(run, folder, tmp_path, monkeypatch):
+    """The same run where neither model nor data can be had."""
+    def missing(*args, **kwargs):
+        raise StsError("not here")
+
+    monkeypatch.setattr(stages, "resolve_model", missing)
+    for name in ("load_examples", "load_mixture"):
+        monkeypatch.setattr(stages, name, missing)
+    opened = sts.open_run("smoke", results=tmp_path, seeds=[])
+    opened.store = Store(opened.store.folder, (folder,))
+    return opened
+
+
+def test_results_come_back_without_model_and_data(run, elsewhere):
+    for name in ("scores", "domain_shift"):
+        assert elsewhere.key(name) == run.key(name)
+        assert elsewhere.get(name).equals(run.get(name))
+    for name, tensor in run.get("sft_shift").items():
+        found = elsewhere.get("sft_shift")[name]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), tensor.double(), rtol=1e-6, atol=0)
+    assert elsewhere.provenance("domain_stats")["withheld"].startswith("size")
+
+
+def test_texts_and_weights_are_not_recorded(run, elsewhere, folder):
+    written = run.get("ablated_answers")
+    cards = run.get("latent_examples")
+    content = "".join(path.read_text() for path in folder.glob("*.json"))
+    assert written["question"] not in content and NO_TEXT in content
+    found = elsewhere.get("latent_examples")
+    assert {token for card in found for context in card["contexts"] for token in context["tokens"]} == {BLANK}
+    assert [card["contexts"][0]["values"] for card in found] == [card["contexts"][0]["values"] for card in cards]
+    assert [path.name for path in elsewhere.get("sft").iterdir()] == ["training.json"]
+    assert not list(folder.glob("domain_stats-*.safetensors")) and list(folder.glob("shift-*.safetensors"))
+    assert all(load_file(path) for path in folder.glob("*.safetensors"))
+
+
+def test_what_is_not_recorded_says_what_is_missing(elsewhere):
+    with pytest.raises(StsError, match="not here"):
+        elsewhere.get("domain_stats")
+    other = sts.open_run("smoke", results=elsewhere.results, seeds=[], top_n=3)
+    other.store = elsewhere.store
+    with pytest.raises(StsError, match="not here"):  # other settings: recorded results are not taken for these
+        other.get("scores")
+
+
+def test_an_input_that_is_here_and_differs_is_not_passed_over(elsewhere, monkeypatch):
+    assert elsewhere.key("sft")
+    other = sts.open_run("smoke", results=elsewhere.results, seeds=[])
+    other.store = elsewhere.store
+    monkeypatch.setattr(stages, "load_mixture", lambda *args, **kwargs: sts.data.gsm_symbolic(24, seed=99))
+    with pytest.raises(StsError, match="not here"):
+        other.key("sft")
+
+
+def test_weights_are_computed_again_where_they_are_needed(run, folder):
+    from sts.finetune import load_tuned
+
+    opened = sts.open_run("smoke", results=run.results, seeds=[])
+    opened.store = Store(opened.store.folder.parent / "fresh", (folder,))
+    with pytest.raises(StsError, match="sts stage sft --again"):
+        load_tuned(opened.lm, opened.get("sft"))
+
+
+def test_recording_nothing_or_too_much_is_an_error(run, tmp_path, monkeypatch):
+    with pytest.raises(StsError, match="no results"):
+        record(sts.open_run("smoke", results=tmp_path, seeds=[]), tmp_path / "none")
+    monkeypatch.setattr("sts.recorded.LIMIT", 1000)
+    with pytest.raises(StsError, match="at most"):
+        record(run, tmp_path / "much")
+
+
+def test_provenance_keeps_where_and_when_it_was_computed(run, folder):
+    noted = json.loads((folder / f"scores-{run.key('scores')}.parquet.provenance.json").read_text())
+    own = run.provenance("scores")
+    assert (noted["finished"], noted["seconds"], noted["device"]) == (own["finished"], own["seconds"], own["device"])
