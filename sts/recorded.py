@@ -57,6 +57,8 @@ KEPT_OF_FOLDERS = "training.json"
 def record(run: OpenRun, target: Path) -> list[str]:
     """Copy the run's stored results to `target`, those of its further seeds as well; sums of tensors as 32-bit floats.
 
+    Of the further training sets, provenance alone is recorded; stage `training_matrix` holds what is made of them.
+
     Returns:
         The names with keys of what was recorded, sorted.
 
@@ -68,17 +70,20 @@ def record(run: OpenRun, target: Path) -> list[str]:
     run.key("scores")  # registers the stages
     own = Store(run.store.folder)
     found = {}
-    for one in (run, *(run.with_seed(seed) for seed in run.other_seeds)):
+    for one in (run, *(run.with_seed(seed) for seed in run.other_seeds), *_training_runs(run)):
         for name, spec in STAGES.items():
             if own.find(name, one.key(name), spec.kind):
-                found[f"{name}-{one.key(name)}"] = (name, one.key(name), spec.kind)
+                found.setdefault(f"{name}-{one.key(name)}", (name, one.key(name), spec.kind, one.settings.sft_data))
     if not found:
         raise StsError(f"Run {run.settings.name!r} has no results in {run.store.folder}; compute some first.")
     target.mkdir(parents=True, exist_ok=True)
     copy = Store(target)
-    for name, key, kind in found.values():
+    for name, key, kind, sft_data in found.values():
         provenance = {field: value for field, value in own.provenance(name, key, kind).items() if field != "checksum"}
+        provenance.setdefault("sft_data", sft_data)
         why, change = CHANGED.get(name, ("", lambda value: value))
+        if sft_data != run.settings.sft_data:
+            why, change = "size; stage training_matrix holds what is made of it", None
         if kind == "folder" and not why:
             why = f"weights; of the folder {KEPT_OF_FOLDERS} is recorded"
         if why:
@@ -104,6 +109,14 @@ def record(run: OpenRun, target: Path) -> list[str]:
     return sorted(found)
 
 
+def _training_runs(run: OpenRun) -> list[OpenRun]:
+    """One run for each further training set that can be read here, and seed."""
+    from sts.pipeline_domains import training_runs
+
+    return [one for (name, _), one in training_runs(run).items()
+            if name != run.settings.sft_data and one.known_identity("sft_train") is not None]
+
+
 def provenances(folders: tuple[Path, ...], name: str) -> Iterator[dict[str, Any]]:
     """The provenance of every recorded result of a stage."""
     for folder in folders:
@@ -119,6 +132,10 @@ def recorded_key(run: OpenRun, spec: Stage, uses: dict[str, Any], needs: dict[st
     For where an input's own digest cannot be worked out. Inputs that can be must be equal.
     """
     for record in provenances(run.store.recorded, spec.name):
+        # No setting that a stage uses tells training sets apart; with the data at hand their digest does.
+        if record.get("sft_data", run.settings.sft_data) != run.settings.sft_data and {
+                "sft_train", "sft_held_out"} & set(spec.inputs):
+            continue
         same = (record["version"], record["settings"], record["needs"]) == (spec.version, uses, needs)
         if same and all(run.known_identity(what) in (None, value) for what, value in record["inputs"].items()):
             return record["key"]

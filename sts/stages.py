@@ -233,7 +233,8 @@ class OpenRun:
             "settings": {setting: getattr(self.settings, setting) for setting in spec.uses},
             "needs": {need: self.key(need) for need in self._needs(spec)},
             "inputs": {what: self.identity(what) for what in spec.inputs},
-            "seed": self.settings.seed, "seconds": round(seconds, 2), "work": report.work.to_dict(),
+            "seed": self.settings.seed, "sft_data": self.settings.sft_data, "seconds": round(seconds, 2),
+            "work": report.work.to_dict(),
             "process_peak_memory_mb": _peak_memory_mb(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment(self.device)})
 
@@ -338,8 +339,9 @@ class OpenRun:
             raise ValueError(f"{sorted(unknown)} would change more than the forecast")
         other = OpenRun(load_run(self.settings, changes), results=self.results, changed=self.changed | changes)
         other._shared, other._first = self._shared, self._first
+        keys_of_forecasts = ("identity:seeds", "identity:training_sets")
         other._memory = {name: value for name, value in self._memory.items()
-                         if name.startswith(("data:", "identity:")) and name != "identity:seeds"}  # keys of forecasts
+                         if name.startswith(("data:", "identity:")) and name not in keys_of_forecasts}
         return other
 
     @cached_property

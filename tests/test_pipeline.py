@@ -19,7 +19,7 @@ from sts.activations import Masks, paired_stats
 from sts.config import ROOT
 from sts.data import load_examples
 from sts.errors import StsError
-from sts.pipeline import domain_groups, shift_groups, split_domains
+from sts.pipeline import domain_groups, shift_groups, split_domains, text_pieces
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +185,27 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
     assert all((stages / name).stat().st_mtime_ns == when for name, when in finished.items())
 
 
-def test_a_second_family_runs_through_all_stages(tmp_path):
-    # Gemma2: soft-capped logits, sliding windows, its own layout of layers.
-    run = sts.open_run("smoke", results=tmp_path, model="random-gemma2", domains=["law", "math", "physics"],
+# Gemma2: soft-capped logits, sliding windows, its own layout of layers. Gemma3: a base model, without chat template.
+@pytest.mark.parametrize("model", ["random-gemma2", "random-gemma3"])
+def test_other_families_run_through_all_stages(tmp_path, model):
+    run = sts.open_run("smoke", results=tmp_path, model=model, domains=["law", "math", "physics"],
                        sft_examples=8, domain_limit=4)
     rows = pandas.DataFrame(run.get("correlations"))
     assert len(rows) == 12
     assert run.get("domain_shift")["shift"].abs().max() > 0
+
+
+def test_every_piece_of_text_begins_with_bos_where_the_model_expects_it(tmp_path):
+    texts = {}
+    for model in ("random-llama", "random-gemma3"):
+        run = sts.open_run("smoke", results=tmp_path, model=model, context=40, text_examples=4)
+        bos, pieces = run.lm.tokenizer.bos_token_id, text_pieces(run, "train")
+        start = 1 if model == "random-gemma3" else 0
+        assert len(pieces) > 8 and max(map(len, pieces)) == 40
+        assert not start or all(piece[0] == bos and bos not in piece[1:] for piece in pieces)
+        texts[model] = run.lm.tokenizer.decode([token for piece in pieces for token in piece[start:]])
+    # Llama's pieces hold its chat template, in which the same token opens every turn; cut pieces do not begin with it.
+    assert "<|im_start|>user" in texts["random-llama"] and "Question: " in texts["random-gemma3"]
 
 
 def test_unknown_domain_lists_the_valid_ones(tmp_path):

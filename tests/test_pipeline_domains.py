@@ -8,11 +8,13 @@ import pytest
 from scipy.stats import spearmanr
 
 import sts
-from sts import pages_domains, verify
+from sts import pages_domains, stages, verify
 from sts.book import run_chapter
 from sts.errors import StsError
 from sts.pipeline_domains import EVERY_SET, cube, training_runs
+from sts.recorded import record
 from sts.stages import results_folder
+from sts.store import Store
 
 SETS = ["gsm_symbolic", "mmlu_exemplars", "gsm_symbolic+mmlu_exemplars"]
 
@@ -203,6 +205,30 @@ def test_one_training_set_alone_says_what_more_would_tell():
     assert "undefined" in page and "nan" not in page.lower().split()
     assert (pages_domains.specificity_table(run)["rank correlation within domains"] == "undefined").all()
     json.dumps([run.get(name) for name in NAMES[1:]], allow_nan=False)
+
+
+def test_recorded_results_need_neither_the_model_nor_any_training_sets_data(run, tmp_path, monkeypatch):
+    for name in NAMES:
+        run.get(name)
+    record(run, tmp_path / "recorded")
+    assert not list((tmp_path / "recorded").glob(f"sft-{run.with_training('mmlu_exemplars').key('sft')}/*"))
+
+    def gone(*args, **kwargs):
+        raise StsError("not here")
+
+    monkeypatch.setattr(stages, "resolve_model", gone)
+    for name in ("load_examples", "load_mixture"):
+        monkeypatch.setattr(stages, name, gone)
+    elsewhere = sts.open_run("smoke", results=tmp_path)
+    elsewhere.store = Store(elsewhere.store.folder, (tmp_path / "recorded",))
+    # Each training set's own, although no setting that the stage uses tells them apart.
+    assert {name: elsewhere.with_training(name).key("sft") for name in SETS} == {
+        name: run.with_training(name).key("sft") for name in SETS}
+    shown, missing = pages_domains.present(elsewhere)
+    assert shown is elsewhere and not missing
+    assert pages_domains.summary(shown) == pages_domains.summary(run)
+    assert pages_domains.sets_table(shown).equals(pages_domains.sets_table(run))
+    assert pages_domains.specificity_table(shown).equals(pages_domains.specificity_table(run))
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
