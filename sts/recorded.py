@@ -85,7 +85,10 @@ def record(run: OpenRun, target: Path) -> list[str]:
         if sft_data != run.settings.sft_data:
             why, change = "size; stage training_matrix holds what is made of it", None
         if kind == "folder" and not why:
-            why = f"weights; of the folder {KEPT_OF_FOLDERS} is recorded"
+            if (own.path(name, key, kind) / KEPT_OF_FOLDERS).exists():
+                why = f"weights; of the folder {KEPT_OF_FOLDERS} is recorded"
+            else:
+                why, change = "weights; the stages that need them hold what was measured on them", None
         if why:
             provenance["withheld"] = why
         if change is None:
