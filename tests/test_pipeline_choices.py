@@ -1,10 +1,13 @@
 """Learning rates are compared on problems of their own, and what was finished before a kill is kept."""
 
+import io
 import json
 
+import pandas
 import pytest
 
 import sts
+from sts import pages_choices
 from sts.errors import StsError
 from sts.pipeline_choices import TRIAL_SEED, trial_run
 
@@ -48,3 +51,20 @@ def test_the_key_does_not_depend_on_the_run_that_is_reported(run):
 def test_no_rate_is_an_error(run):
     with pytest.raises(StsError, match="sft_lr_tried is empty"):
         sts.open_run("smoke", results=run.results).get("sft_trials")
+
+
+def test_the_page_lists_what_was_tried_and_computes_nothing(run, tmp_path):
+    run.get("sft_trials")
+    table = pandas.read_html(io.StringIO(pages_choices.choice_table(run)))[0]
+    assert list(table["learning rate"]) == RATES
+    by_hand = 4.0 / 5.0 - 1  # the second row of the first test
+    assert table["change"].iloc[1] == f"{by_hand:+.1%}"
+    assert list(table["falls by 10% or more"]) == ["no", "yes"]
+    said = pages_choices.choice_sentence(run)  # smoke's own rate is the larger one
+    assert "0.01, was chosen before any domain was evaluated" in said and "edge of the rates tried" in said
+    other = sts.open_run("smoke", results=run.results, sft_lr_tried=RATES, sft_trial_examples=8, sft_lr=1e-5)
+    assert "uses another rate" in pages_choices.choice_sentence(other)
+    untried = sts.open_run("smoke", results=tmp_path, sft_lr_tried=RATES)
+    assert "sts stage sft_trials --run smoke" in pages_choices.choice_sentence(untried)
+    assert pages_choices.choice_table(untried) == ""
+    assert "compared no others" in pages_choices.choice_sentence(sts.open_run("smoke", results=tmp_path))
