@@ -9,6 +9,7 @@ import pandas
 
 from sts import learned
 from sts.data import MATHEMATICS
+from sts.pages_limits import limits_sentence
 from sts.pages_measures import ACCURACIES, NAMES, measures_shown, p_value
 from sts.paper import published_correlations
 from sts.progress import duration
@@ -207,11 +208,14 @@ def forecast_summary(run: OpenRun) -> str:
         return (f"- change in {name}: STS_act {_said(run, _find(run, measure, 'sts_act'))}; STS_ICL "
                 f"{_said(run, _find(run, measure, 'sts_icl'))}.")
 
-    told = learned.learned_sentence(run)
-    lines = "\n".join([f"- {told[0].upper()}{told[1:]}",
-                       *(line(measure) for measure in (finest, accuracy) if measure)])
+    told, shown = learned.learned_sentence(run), [measure for measure in (finest, accuracy) if measure]
+    lines = "\n".join([f"- {told[0].upper()}{told[1:]}", *map(line, shown)])
     if not {finest, accuracy} & set(ACCURACIES):
         lines += "\n- change in accuracy, the kind of measure that the paper uses: not evaluated (`eval_kinds`)."
+    held = [correlation_verdict(_find(run, measure, score)) == "held"
+            for measure in shown for score in ("sts_act", "sts_icl")]
+    if not all(held):
+        lines += f"\n- {limits_sentence(run, finest)}"
     return (
         "**The answer of this run.** The paper claims that the score correlates with the absolute change of a domain. "
         f"On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on `{settings.domain_data}`:\n\n"

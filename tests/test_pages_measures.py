@@ -1,6 +1,8 @@
 """Pages show the measures that were evaluated, and say what their intervals and tests are."""
 
+import json
 import math
+import statistics
 
 import nbformat
 import numpy
@@ -9,7 +11,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 import sts
-from sts import beside_paper, pages, pages_measures, plots, plots_shift
+from sts import beside_paper, pages, pages_limits, pages_measures, plots, plots_shift
 from sts.book import run_chapter
 from sts.evaluate import item_shifts
 
@@ -56,6 +58,7 @@ def test_every_page_function_shows_what_was_evaluated(results, kinds, shown):
     assert f"- change in {name}" in summary and f"- {name}: " in conclusion
     assert "undefined (not evaluated" not in summary + conclusion
     assert ("not evaluated (`eval_kinds`)" in summary) == (kinds == ("solution",))
+    assert "What it could have found at all" in summary  # the smoke run's noise meets no claim
     for measure in ("bits", "p_right"):
         assert (pages_measures.NAMES[measure] in summary + conclusion) == (measure in set(shifts["measure"]))
     assert beside_paper.claim_sentence(run, finest).count("**") == 8
@@ -143,3 +146,18 @@ def test_the_page_says_which_intervals_it_has():
         "16; none for the 1 with a single question")
     law = SHIFTS[SHIFTS["domain"] == "law"]
     assert pages_measures.interval_note(law, 200) == "95% interval over questions: bootstrap, 200 resamples"
+
+
+def test_limits_count_domains_that_moved_and_read_the_saes_record(results, monkeypatch, tmp_path):
+    run = sts.open_run("smoke", results=results)
+    shifts = run.get("domain_shift").query("measure == 'bits'")
+    clear = sum(row.low > 0 or row.high < 0 for row in shifts.itertuples())
+    said = pages_limits.limits_sentence(run, "bits")
+    assert f"{clear} of {len(shifts)} domains changed" in said
+    assert f"median change being {statistics.median(abs(shifts['shift'])):.3f}" in said
+    held_out = {"fraction_of_variance_explained": 0.5, "splice": {"recovered": 0.25}}
+    (tmp_path / "training.json").write_text(json.dumps({"held_out": held_out}))
+    monkeypatch.setattr(type(run), "sae_folder", tmp_path)
+    assert "explains 50% of" in pages_limits.sae_fidelity(run) and "avoids 25% of" in pages_limits.sae_fidelity(run)
+    (tmp_path / "training.json").unlink()
+    assert "not recorded" in pages_limits.sae_fidelity(run)
