@@ -115,12 +115,36 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
     return target
 
 
+#: What MyST adds to Markdown and a page outside the book cannot resolve -> what stands there instead.
+OUTSIDE_THE_BOOK = (
+    (re.compile(r"^(`{3,})\{exercise\} ([^\n]*)\n:label: [^\n]*\n(.*?)^\1$", re.MULTILINE | re.DOTALL),
+     r"**Exercise: \2**\n\3"),
+    (re.compile(r"^\([\w-]+\)=\n", re.MULTILINE), ""),
+    (re.compile(r"\{(?:term|ref)\}`([^`<]*?)(?: <[^`]*>)?`"), r"\1"),
+    (re.compile(r"\{cite(?::\w+)?\}`([^`]*)`"), r"(\1)"),
+    (re.compile(r"\{numref\}`[^`]*`"), "the figure"),
+    (re.compile(r"\{eq\}`[^`]*`"), "the equation"),
+    (re.compile(r"\[([^]]*)\]\((?!\w+:)[^)#]*\.(?:md|ipynb)[^)]*\)"), r"\1"))
+
+
+def without_roles(text: str) -> str:
+    """Markdown without MyST's roles, labels and directives, and without links to pages of the book."""
+    for pattern, instead in OUTSIDE_THE_BOOK:
+        text = pattern.sub(instead, text)
+    return text
+
+
 def quick_page(notebook: Path) -> Path:
     """One executed notebook as a plain HTML page beside it, for a look without building the book."""
+    import nbformat
     from nbconvert import HTMLExporter
 
-    page = notebook.with_suffix(".html")
-    page.write_text(HTMLExporter().from_filename(str(notebook))[0], encoding="utf-8")
+    content, page = nbformat.read(notebook, as_version=4), notebook.with_suffix(".html")
+    for cell in content.cells:
+        if cell.cell_type == "markdown":
+            cell.source = without_roles(cell.source)
+    page.write_text(HTMLExporter().from_notebook_node(content, {"metadata": {"name": notebook.stem}})[0],
+                    encoding="utf-8")
     return page
 
 

@@ -1,13 +1,14 @@
 """The smoke book, from notebooks to a browser: every chapter runs, the strict build is clean, pages work."""
 
 import json
+import re
 import subprocess
 import sys
 
 import nbformat
 import pytest
 
-from sts.book import CHAPTERS, build_book, chapter_source, quick_page, run_chapter
+from sts.book import CHAPTERS, build_book, chapter_source, quick_page, run_chapter, without_roles
 from sts.config import ROOT, load_run
 from sts.errors import StsError
 from sts.stages import results_folder
@@ -180,3 +181,23 @@ def test_headers_stand_over_their_cells_and_wide_figures_have_a_hint_on_a_phone(
                            "getComputedStyle(figure, '::before').content.includes('swipe')])")
     assert len(figures) >= 3 and all(figure == [hinted, hinted] for figure in figures)
     context.close()
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_the_quick_page_shows_no_markup_that_only_the_book_resolves(chapter, tmp_path):
+    source = nbformat.read(chapter_source(chapter), 4)
+    for cell in source.cells:
+        if cell.cell_type == "markdown":
+            plain = without_roles(cell.source)
+            left = r"\{[a-z:]+\}`|\{exercise\}|:label:|\.(md|ipynb)\)|^\([\w-]+\)="
+            assert not re.search(left, plain, re.MULTILINE), plain
+            assert plain.count("```") % 2 == 0
+    nbformat.write(source, tmp_path / "page.ipynb")
+    page = quick_page(tmp_path / "page.ipynb").read_text()
+    assert "Exercise: " in page and "{term}" not in page
+
+
+def test_roles_become_their_words():
+    text = ("A {term}`latent <latents>` of the {term}`SAE` {cite:p}`zhang2026crystal`; see [here](../book/method.md), "
+            "[web](https://a.b/c.md).")
+    assert without_roles(text) == "A latent of the SAE (zhang2026crystal); see here, [web](https://a.b/c.md)."
