@@ -198,18 +198,19 @@ def _said(run: OpenRun, result: dict) -> str:
             f"p {p if p.startswith('<') else '= ' + p}, n = {result['n']} domains): **{verdict}**")
 
 
+def forecast_line(run: OpenRun, measure: str) -> str:
+    """How both scores correlate with the change in a measure, with the verdicts."""
+    name = NAMES[measure] + (", the kind of measure that the paper uses" if measure in ACCURACIES else "")
+    return (f"change in {name}: STS_act {_said(run, _find(run, measure, 'sts_act'))}; STS_ICL "
+            f"{_said(run, _find(run, measure, 'sts_icl'))}.")
+
+
 def forecast_summary(run: OpenRun) -> str:
     """The chapter's first paragraph: whether the paper's central claim held in this run."""
     finest, _, accuracy = measures_shown(run.get("domain_shift"))
     settings, published = run.settings, published_correlations()["pearson"]
-
-    def line(measure: str) -> str:
-        name = NAMES[measure] + (", the kind of measure that the paper uses" if measure in ACCURACIES else "")
-        return (f"- change in {name}: STS_act {_said(run, _find(run, measure, 'sts_act'))}; STS_ICL "
-                f"{_said(run, _find(run, measure, 'sts_icl'))}.")
-
     told, shown = learned.learned_sentence(run), [measure for measure in (finest, accuracy) if measure]
-    lines = "\n".join([f"- {told[0].upper()}{told[1:]}", *map(line, shown)])
+    lines = "\n".join([f"- {told[0].upper()}{told[1:]}", *(f"- {forecast_line(run, measure)}" for measure in shown)])
     if not {finest, accuracy} & set(ACCURACIES):
         lines += "\n- change in accuracy, the kind of measure that the paper uses: not evaluated (`eval_kinds`)."
     held = [correlation_verdict(_find(run, measure, score)) == "held"

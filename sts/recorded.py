@@ -134,10 +134,12 @@ def recorded_key(run: OpenRun, spec: Stage, uses: dict[str, Any], needs: dict[st
 
     For where an input's own digest cannot be worked out. Inputs that can be must be equal.
     """
+    own = (run.settings.sft_data, run.settings.seed)
     for record in provenances(run.store.recorded, spec.name):
-        # No setting that a stage uses tells training sets apart; with the data at hand their digest does.
-        if record.get("sft_data", run.settings.sft_data) != run.settings.sft_data and {
-                "sft_train", "sft_held_out"} & set(spec.inputs):
+        # No setting that a stage uses need tell training sets and their draws apart; with the data at hand their
+        # digest does.
+        if {"sft_train", "sft_held_out", "text_data"} & set(spec.inputs) and (
+                record.get("sft_data", own[0]), record.get("seed", own[1])) != own:
             continue
         same = (record["version"], record["settings"], record["needs"]) == (spec.version, uses, needs)
         if same and all(run.known_identity(what) in (None, value) for what, value in record["inputs"].items()):

@@ -62,6 +62,8 @@ class Stage:
 
 
 STAGES: dict[str, Stage] = {}
+#: What is read, of `OpenRun.identity`, without a model and without data sets.
+WITHIN = ("sae", "seeds", "training_sets")
 
 
 def stage(kind: str, *, uses: tuple[str, ...] = (), needs: tuple[str, ...] = (), inputs: tuple[str, ...] = (),
@@ -253,6 +255,8 @@ class OpenRun:
 
     def _identity(self, what: str) -> str:
         settings = self.settings
+        if self._shared.get("recorded_alone") and what not in WITHIN:
+            raise StsError(f"Of run {settings.name!r} the recorded results alone are asked for, not its {what}.")
         if what == "model":
             return resolve_model(settings.model, settings.model_revision, self.results / "models")[1]
         if what == "sae":
@@ -306,6 +310,12 @@ class OpenRun:
     def with_seed(self, seed: int) -> OpenRun:
         """The same run with another seed, sharing the store and the models in memory; the SAE stays the same one."""
         return self._sibling(f"seed:{seed}", seed=seed, seeds=[]) if seed != self.settings.seed else self
+
+    def recorded_alone(self) -> OpenRun:
+        """The same run with nothing but what is recorded of it: no model or data is fetched, converted or read."""
+        other = OpenRun(self.settings, results=self.results, changed=self.changed)
+        other._shared["recorded_alone"] = True
+        return other
 
     def with_training(self, name: str) -> OpenRun:
         """The same run fine-tuned on another training set, sharing the store, the models in memory and the SAE.
