@@ -142,18 +142,21 @@ def overlap_by_number(frame: pandas.DataFrame, baselines: dict[str, float]) -> F
     return _finished(figure)
 
 
-def overlap_by_set(codes: pandas.DataFrame, baselines: pandas.DataFrame) -> Figure:
+def overlap_by_set(codes: pandas.DataFrame, baselines: pandas.DataFrame, alone: dict[str, float]) -> Figure:
     """Share foreseen behind each single set of demonstrations: left, each code; right, SAE latents and baselines.
 
     Args:
         codes: `shift_results.overlap_by_draw`.
         baselines: `shift_results.baselines_by_draw`.
+        alone: `shift_results.activity_shares`, drawn as one dashed line a code.
     """
     _theme()
     figure, axes = plt.subplots(1, 2, figsize=(7, 4), sharey=True, layout="constrained")
     for kind, (label, colour, _, marker) in KIND_STYLE.items():
         own = codes[codes["kind"] == kind]
         axes[0].plot(own["draw"], own["share"], marker, color=colour, markersize=6, label=label)
+        axes[0].axhline(alone[kind], color=colour, linestyle="--", linewidth=1.2)
+    axes[0].plot([], [], color=GREY, linestyle="--", linewidth=1.2, label="activity alone, same colour")
     axes[0].axhline(codes["chance"].iloc[0], color=GREY, linestyle=":", label="chance")
     own = codes[codes["kind"] == "sae"]
     axes[1].plot(own["draw"], own["share"], "o", color=BLUE, markersize=6, label="by this set")

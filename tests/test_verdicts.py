@@ -218,7 +218,11 @@ def test_every_figure_fits_a_phone_and_is_closed():
     found, energy_L = concentrations(CHANGE_FL), np.linspace(0, 1, 60)
     others = pandas.DataFrame([{"draw": draw, "baseline": name, "share": 0.1 * draw}
                                for draw in (1, 2) for name in ("rate", "energy", "other_domain")])
-    by_set = plots_shift.overlap_by_set(shares, others)
+    by_set = plots_shift.overlap_by_set(shares, others, {"sae": 0.6, "raw": 0.4, "random": 0.5})
+    levels = {line.get_color(): line.get_ydata()[0] for line in by_set.axes[0].lines
+              if line.get_linestyle() == "--" and len(line.get_ydata())}
+    assert levels == {plots_shift.KIND_STYLE[kind][1]: level
+                      for kind, level in (("sae", 0.6), ("raw", 0.4), ("random", 0.5))}
     assert list(lines(by_set.axes[1])["other domains' demonstrations"].get_ydata()) == [0.1, 0.2]
     for figure in (plots_shift.concentration_curve(found, energy_L, 3), by_set,
                    plots_shift.concentration_by_kind({"sae": found, "raw": found})):
