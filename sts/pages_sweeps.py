@@ -315,7 +315,7 @@ def summary(run: OpenRun) -> str:
         f"- Would picking the best help? {_capital(best_sentence(run, first))}"])
     rules = "\n".join(f"- {rule}" for rule in (learned.RULE, CORRELATION_RULE, SETTING_RULE,
                                                      CLAIM_RULE, BEST_RULE))
-    return (f"**The rules**, fixed before any number was known.\n\n{rules}\n\n"
+    return (f"**The rules**, written before any result of the `full` run was seen.\n\n{rules}\n\n"
             f"**The answer of this run**, for the change in {NAMES[first]} on `{settings.model}`, fine-tuned on "
             f"`{settings.sft_data}` and tested on `{settings.domain_data}`: n = {rows[0]['n']} domains, "
             f"{counted(rows[0]['seeds'], 'seed')}, {counted(len(axes_of(run)), 'setting')} varied, "
