@@ -9,7 +9,7 @@ import pandas
 
 from sts import learned
 from sts.data import MATHEMATICS
-from sts.pages_limits import limits_sentence
+from sts.pages_limits import clear_domains, limits_sentence, power_sentence
 from sts.pages_measures import ACCURACIES, NAMES, measures_shown, p_value
 from sts.paper import published_correlations
 from sts.progress import duration
@@ -213,9 +213,9 @@ def forecast_summary(run: OpenRun) -> str:
     lines = "\n".join([f"- {told[0].upper()}{told[1:]}", *(f"- {forecast_line(run, measure)}" for measure in shown)])
     if not {finest, accuracy} & set(ACCURACIES):
         lines += "\n- change in accuracy, the kind of measure that the paper uses: not evaluated (`eval_kinds`)."
-    held = [correlation_verdict(_find(run, measure, score)) == "held"
-            for measure in shown for score in ("sts_act", "sts_icl")]
-    if not all(held):
+    verdicts = [learned.judged(run, correlation_verdict(_find(run, measure, score)))
+                for measure in shown for score in ("sts_act", "sts_icl")]
+    if any(verdict != "held" for verdict in verdicts):
         lines += f"\n- {limits_sentence(run, finest)}"
     return (
         "**The answer of this run.** The paper claims that the score correlates with the absolute change of a domain. "
@@ -250,7 +250,7 @@ def _trained_domains(run: OpenRun) -> set[str]:
 
 def forecast_conclusion(run: OpenRun) -> str:
     """What the scatter shows, how sure we are, and what this design could have seen at all."""
-    from sts.stats import pearson, smallest_detectable_correlation
+    from sts.stats import pearson
 
     shifts = run.get("domain_shift")
     domains = shifts["domain"].nunique()
@@ -259,8 +259,8 @@ def forecast_conclusion(run: OpenRun) -> str:
         own = shifts[shifts["measure"] == measure]
         if own.empty:
             continue
-        clear = ((own["low"] > 0) | (own["high"] < 0)).sum()
         up = (own["shift"] > 0).sum()
+        clear = len(clear_domains(shifts, measure))
         lines.append(f"- {label}: {clear} of {len(own)} domains moved by more than their interval's noise; {up} went "
                      f"up, {(own['shift'] < 0).sum()} down. Against the absolute change: STS_act "
                      f"{_said(run, _find(run, measure, 'sts_act'))}; STS_ICL "
@@ -276,10 +276,8 @@ def forecast_conclusion(run: OpenRun) -> str:
                      f"STS_act and {pearson(own['sts_icl'], moved):.2f} for STS_ICL (n = {len(moved)}).")
     if domains < 4:
         return "\n".join([*lines, f"- {domains} domains are too few for any statement about correlation."])
-    detectable = smallest_detectable_correlation(domains)
-    lines.append(f"- With {domains} domains, only a correlation of about {detectable:.2f} or more would be found in "
-                 "four runs of five at the 5% level. A result of *not shown* is therefore weak evidence against the "
-                 f"claim, and the smallest domain has {int(shifts['n'].min())} questions.")
+    lines.append(f"- {power_sentence(domains)}. A result of *not shown* is therefore weak evidence against the claim, "
+                 f"and the smallest domain has {int(shifts['n'].min())} questions.")
     return "\n".join(lines)
 
 

@@ -4,43 +4,48 @@ from __future__ import annotations
 
 import pandas
 
+from sts.errors import StsError
 from sts.learned import SMALLEST_FALL
 from sts.pages import show_table
 from sts.stages import OpenRun
 
 
 def rates_tried(run: OpenRun) -> list[dict]:
-    """The rows of stage `sft_trials` if they are stored or recorded; nothing is computed."""
-    if not run.settings.sft_lr_tried:
-        return []
-    run.key("scores")  # registers the stages
-    key = run.key("sft_trials")
-    return run.get("sft_trials") if run.store.find("sft_trials", key, "json") else []
+    """The rows of stage `sft_trials` (which says what they hold) if they are there; nothing is computed."""
+    try:
+        there = bool(run.settings.sft_lr_tried) and run.stored("sft_trials")
+    except StsError:  # neither the data nor a recorded result is here
+        there = False
+    return run.get("sft_trials") if there else []
 
 
 def choice_sentence(run: OpenRun) -> str:
-    """How the learning rate was chosen, or that it was not."""
+    """Which learning rates were compared, on what, and whether the run uses the best of them.
+
+    What cannot be read off the results, such as why a layer was taken, is left to the profile's own comments.
+    """
     settings = run.settings
-    rate = f"The learning rate, {settings.sft_lr:g},"
     if not settings.sft_lr_tried:
-        return f"{rate} was fixed beforehand; this run compared no others. Nothing was chosen on the domains."
+        return f"This run's profile names no learning rates to compare; {settings.sft_lr:g} was taken as given."
     rows = rates_tried(run)
     if not rows:
         tried = ", ".join(f"{one:g}" for one in settings.sft_lr_tried)
-        return (f"{rate} is to be compared with {tried} on the training domain's held-out problems; that has not been "
-                f"done here: `sts stage sft_trials --run {settings.name}` does it.")
+        return (f"The profile names learning rates to compare on the training domain's held-out problems ({tried}); "
+                f"that has not been done here: `sts stage sft_trials --run {settings.name}` does it. The run uses "
+                f"{settings.sft_lr:g}.")
     best = min(rows, key=lambda row: row["held_out_after"])
-    said = (f"{rate} was chosen before any domain was evaluated, by the loss on {best['held_out']} held-out problems "
-            f"of the training domain after training on {best['train']}. These are drawn at a seed of their own, apart "
-            "from the problems of the runs reported here.")
+    said = (f"Learning rates were compared by the loss on {best['held_out']} held-out problems of the training domain, "
+            f"after training on {best['train']}; no domain's questions, and no correlation, enter into that. The "
+            f"problems are drawn with another seed than the run's, so that few of them are the same. The lowest loss "
+            f"was at {best['lr']:g}")
     if settings.sft_lr != best["lr"]:
-        said += f" The lowest loss was at {best['lr']:g}; this run uses another rate all the same."
-    elif best["lr"] in (min(settings.sft_lr_tried), max(settings.sft_lr_tried)):
-        said += " It is at an edge of the rates tried, so a rate beyond may do better still."
+        return f"{said}. **This run uses another rate, {settings.sft_lr:g}.**"
+    said += ", which this run uses"
+    if best["lr"] in (min(settings.sft_lr_tried), max(settings.sft_lr_tried)):
+        said += "; it is at an edge of the rates tried, so a rate beyond may do better still"
     if settings.sft_examples != best["train"]:
-        said += f" The runs reported train on {settings.sft_examples} problems."
-    return (f"{said} Layer, SAE, N and the number of epochs were fixed beforehand; no setting was chosen on a "
-            "correlation.")
+        said += f". The run itself trains on {settings.sft_examples} problems"
+    return f"{said}."
 
 
 def choice_table(run: OpenRun) -> str:

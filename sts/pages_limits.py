@@ -4,30 +4,58 @@ from __future__ import annotations
 
 import json
 
+import pandas
+
 from sts.errors import StsError
 from sts.pages_measures import NAMES
 from sts.stages import OpenRun
 from sts.stats import smallest_detectable_correlation
 
 
+def power_sentence(domains: int) -> str:
+    """What a correlation over so many domains can find; from four domains on (`smallest_detectable_correlation`).
+
+    Source: Fisher's z, for a two-sided test at the 5% level with a power of 0.8.
+    """
+    detectable = smallest_detectable_correlation(domains)
+    return (f"With {domains} domains, only a correlation with the measured change of about {detectable:.2f} or more "
+            "would be found in four runs of five at the 5% level; noise in the measured changes makes the correlation "
+            "with them smaller than the one with the true changes")
+
+
+def clear_domains(shifts: pandas.DataFrame, measure: str) -> pandas.DataFrame:
+    """The domains whose change's 95% interval leaves zero out; one without an interval is not among them.
+
+    Args:
+        shifts: stage `domain_shift`.
+        measure: one of its measures (`pages_measures.NAMES`).
+    """
+    own = shifts[shifts["measure"] == measure]
+    return own[(own["low"] > 0) | (own["high"] < 0)]
+
+
 def limits_sentence(run: OpenRun, measure: str) -> str:
-    """What this run could have found at all: power, how many domains moved clearly, how faithful the SAE is."""
+    """Why a correlation may not show: the number of domains, the size of the changes, and what the SAE keeps.
+
+    Args:
+        measure: one of stage `domain_shift`'s; changes are in its own unit (bits per character, or shares of 1).
+    """
     shifts = run.get("domain_shift")
     own = shifts[shifts["measure"] == measure]
-    clear = int(((own["low"] > 0) | (own["high"] < 0)).sum())
-    said = []
-    if len(own) >= 4:
-        said.append(f"with {len(own)} domains, four tests of five find a correlation only if it is "
-                    f"{smallest_detectable_correlation(len(own)):.2f} or more in truth")
-    said.append(f"{clear} of {len(own)} domains changed in {NAMES[measure]} by more than their own interval's noise, "
-                f"the median change being {own['shift'].abs().median():.3f}")
-    return f"What it could have found at all: {'; '.join(said)}. {sae_fidelity(run)}"
+    power = f"{power_sentence(len(own))}. " if len(own) >= 4 else ""
+    return (f"What limits this run: {len(clear_domains(shifts, measure))} of {len(own)} domains changed in "
+            f"{NAMES[measure]} by more than their interval's noise; the median absolute change is "
+            f"{own['shift'].abs().median():.2g}. {power}{sae_fidelity(run)}")
 
 
 def sae_fidelity(run: OpenRun) -> str:
-    """How much the SAE keeps of what it reads, from the record of its training; says so if there is none."""
+    """How much the SAE keeps of what it reads, from the record of its training; says so if there is none.
+
+    The record (`sae_quality`) leaves first positions and outlier norms out; `recovered` is the loss with the mean in
+    place of the residual stream minus the loss with the reconstruction, over the former minus the loss as it is.
+    """
     try:
-        folder = run.sae_folder
+        folder = run.sae_folder if run.settings.sae != "train" or run.stored("sae") else None
     except StsError:  # the weights are not at hand, as on a machine that renders recorded results
         folder = None
     record = folder / "training.json" if folder else None
@@ -35,7 +63,7 @@ def sae_fidelity(run: OpenRun) -> str:
     if "fraction_of_variance_explained" not in held_out:
         return "How faithful the SAE is, is not recorded with it."
     said = (f"On held-out text the SAE explains {held_out['fraction_of_variance_explained']:.0%} of the residual "
-            "stream's variance")
+            "stream's variance (attention sinks left out)")
     if "splice" in held_out:
         said += (f", and its reconstruction, put in the stream's place, avoids {held_out['splice']['recovered']:.0%} "
                  "of the loss that the mean in that place costs")

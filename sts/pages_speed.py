@@ -18,7 +18,8 @@ FOLDER = ROOT / "data" / "benchmarks"
 KINDS = {"cpu": "CPU", "gpu": "GPU"}
 #: What is measured -> heading; other names are shown as they are.
 WORKLOADS = {"text": "Every token of a text", "demonstrations": "Questions behind long demonstrations",
-             "memory": "Memory with a wide SAE", "precision": "Rounding, not speed",
+             "memory": "Memory with a wide SAE", "options": "Ten options a question, no SAE",
+             "precision": "Rounding, not speed",
              "shape": "A published shape, random weights"}
 #: Workloads whose routes run once and without warming up, for memory or rounding alone.
 UNTIMED = ("memory", "precision")
@@ -47,6 +48,8 @@ class Row(BaseModel):
     peak_memory_mb: float | None = None
     latents: int
     note: str = ""
+    #: Where the workload was measured apart from the others: when, and the code.
+    apart: str = ""
 
 
 class Ratio(BaseModel):
@@ -118,10 +121,13 @@ def benchmark_sentence(kind: str, recorded: Benchmark | None) -> str:
                 f"machine with a {KINDS[kind]} measures it.")
     machine, missed = recorded.machine, [ratio for ratio in recorded.ratios if not ratio.held]
     required = f" {len(recorded.ratios) - len(missed)} of {len(recorded.ratios)} requirements were held."
+    apart = {WORKLOADS.get(row.workload, row.workload): row.apart for row in recorded.rows if row.apart}
+    others = "".join(f" Apart from that, on the same machine, *{name}*: {when}." for name, when in apart.items())
     return (f"Measured on {machine.processor}, {machine.cores} cores, {machine.memory_gb:g} GB ({machine.device}), "
             f"{recorded.finished[:10]}, code `{recorded.commit or 'not under git'}`, torch "
             f"{recorded.versions.get('torch', '?')}. Model `{recorded.model}`, layer {recorded.layer}, SAE of "
-            f"{recorded.latents:,} latents unless the table says otherwise.{required if recorded.ratios else ''}"
+            f"{recorded.latents:,} latents unless the table says otherwise.{others}"
+            f"{required if recorded.ratios else ''}"
             f"{''.join(map(_throughput, recorded.shapes))} These numbers are recorded with the book; they are not "
             "measured when a page is built.")
 

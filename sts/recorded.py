@@ -50,8 +50,20 @@ CHANGED: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
     "domain_model_change": ("size; stage baseline_values holds what is made of it", None),
     "random_latent_scores": ("size; stage baseline_nulls holds what is made of it", None),
 }
+_TRAINING = ("sft_data", "sft_examples", "sft_held_out", "seed")
+_DOMAINS = ("domain_data", "domain_split", "domains", "domain_limit")
+#: Input of a stage (`OpenRun.identity`) -> the settings that decide what it is; the stage itself need not use them.
+DECIDED_BY = {"sft_train": _TRAINING, "sft_held_out": _TRAINING, "domain_data": _DOMAINS,
+              "demonstrations": ("domain_data", "demonstration_split", "domains"),
+              "generation_data": (*_TRAINING, *_DOMAINS, "demonstration_split")}
 #: Of a folder, this file alone is recorded: weights are large.
 KEPT_OF_FOLDERS = "training.json"
+
+
+def drawn(run: OpenRun, spec: Stage) -> dict[str, Any]:
+    """The settings that decide what a stage's inputs are: name and value (`DECIDED_BY`)."""
+    return {setting: getattr(run.settings, setting)
+            for what in spec.inputs for setting in DECIDED_BY.get(what, ())}
 
 
 def record(run: OpenRun, target: Path) -> list[str]:
@@ -73,16 +85,16 @@ def record(run: OpenRun, target: Path) -> list[str]:
     for one in (run, *(run.with_seed(seed) for seed in run.other_seeds), *_training_runs(run)):
         for name, spec in STAGES.items():
             if own.find(name, one.key(name), spec.kind):
-                found.setdefault(f"{name}-{one.key(name)}", (name, one.key(name), spec.kind, one.settings.sft_data))
+                found.setdefault(f"{name}-{one.key(name)}", (name, one.key(name), spec.kind, one))
     if not found:
         raise StsError(f"Run {run.settings.name!r} has no results in {run.store.folder}; compute some first.")
     target.mkdir(parents=True, exist_ok=True)
     copy = Store(target)
-    for name, key, kind, sft_data in found.values():
+    for name, key, kind, one in found.values():
         provenance = {field: value for field, value in own.provenance(name, key, kind).items() if field != "checksum"}
-        provenance.setdefault("sft_data", sft_data)
+        provenance["drawn"] = drawn(one, STAGES[name])
         why, change = CHANGED.get(name, ("", lambda value: value))
-        if sft_data != run.settings.sft_data:
+        if one.settings.sft_data != run.settings.sft_data:
             why, change = "size; stage training_matrix holds what is made of it", None
         if kind == "folder" and not why:
             if (own.path(name, key, kind) / KEPT_OF_FOLDERS).exists():
@@ -132,16 +144,12 @@ def provenances(folders: tuple[Path, ...], name: str) -> Iterator[dict[str, Any]
 def recorded_key(run: OpenRun, spec: Stage, uses: dict[str, Any], needs: dict[str, str]) -> str | None:
     """The key of a recorded result with these settings and needs; None if there is none.
 
-    For where an input's own digest cannot be worked out. Inputs that can be must be equal.
+    For where an input's own digest cannot be worked out. Then the settings that decide it must be those of the recorded
+    result (`DECIDED_BY`); inputs whose digest can be worked out must be equal as well.
     """
-    own = (run.settings.sft_data, run.settings.seed)
     for record in provenances(run.store.recorded, spec.name):
-        # No setting that a stage uses need tell training sets and their draws apart; with the data at hand their
-        # digest does.
-        if {"sft_train", "sft_held_out", "text_data"} & set(spec.inputs) and (
-                record.get("sft_data", own[0]), record.get("seed", own[1])) != own:
-            continue
         same = (record["version"], record["settings"], record["needs"]) == (spec.version, uses, needs)
-        if same and all(run.known_identity(what) in (None, value) for what, value in record["inputs"].items()):
+        if same and record.get("drawn") == drawn(run, spec) and all(
+                run.known_identity(what) in (None, value) for what, value in record["inputs"].items()):
             return record["key"]
     return None

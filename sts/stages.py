@@ -152,6 +152,7 @@ class OpenRun:
         Raises:
             StsError: several processes were launched for a stage that one computes.
         """
+        self._not_recorded_alone(f"stage {name} anew")
         spec, key = self._spec(name), self.key(name)
         if processes.count() > 1 and not spec.parallel:
             together = ", ".join(name for name, one in STAGES.items() if one.parallel)
@@ -255,8 +256,8 @@ class OpenRun:
 
     def _identity(self, what: str) -> str:
         settings = self.settings
-        if self._shared.get("recorded_alone") and what not in WITHIN:
-            raise StsError(f"Of run {settings.name!r} the recorded results alone are asked for, not its {what}.")
+        if what not in WITHIN:
+            self._not_recorded_alone(what)
         if what == "model":
             return resolve_model(settings.model, settings.model_revision, self.results / "models")[1]
         if what == "sae":
@@ -312,10 +313,17 @@ class OpenRun:
         return self._sibling(f"seed:{seed}", seed=seed, seeds=[]) if seed != self.settings.seed else self
 
     def recorded_alone(self) -> OpenRun:
-        """The same run with nothing but what is recorded of it: no model or data is fetched, converted or read."""
+        """The same run with nothing but what is there of it: no stage is computed, no model or data fetched or read.
+
+        What would need them raises StsError.
+        """
         other = OpenRun(self.settings, results=self.results, changed=self.changed)
         other._shared["recorded_alone"] = True
         return other
+
+    def _not_recorded_alone(self, what: str) -> None:
+        if self._shared.get("recorded_alone"):
+            raise StsError(f"Of run {self.settings.name!r} the recorded results alone are asked for, not its {what}.")
 
     def with_training(self, name: str) -> OpenRun:
         """The same run fine-tuned on another training set, sharing the store, the models in memory and the SAE.
@@ -366,6 +374,7 @@ class OpenRun:
     def load_model(self, dtype: str = "") -> LanguageModel:
         """A fresh copy of the run's model, for stages that change it; checked to have the run's layer."""
         settings = self.settings
+        self._not_recorded_alone("model")
         lm = load_model(settings.model, revision=settings.model_revision, dtype=dtype or settings.dtype,
                         device=self.device, cache=self.results / "models")
         check_layer(lm.model, settings.layer)
@@ -396,11 +405,15 @@ class OpenRun:
         check_top_n(self.settings.top_n, sae.cfg.d_sae)
         return sae
 
+    def _data(self, name: str, load: Callable[[], Any]) -> Any:
+        self._not_recorded_alone("data")
+        return self._once(f"data:{name}", load)
+
     def sft_examples(self, part: str) -> list[Example]:
         """The fine-tuning set: `train`, or `held_out` of the same data set, never trained on."""
         settings = self.settings
         count = settings.sft_examples + settings.sft_held_out
-        examples = self._once("data:sft", lambda: load_mixture(settings.sft_data, count, seed=settings.seed))
+        examples = self._data("sft", lambda: load_mixture(settings.sft_data, count, seed=settings.seed))
         cut = max(1, len(examples) - settings.sft_held_out)
         return examples[:cut] if part == "train" else examples[cut:]
 
@@ -417,20 +430,20 @@ class OpenRun:
                           for domain, group in groups.items()}
             return groups
 
-        return self._once("data:domains", load)
+        return self._data("domains", load)
 
     def demonstration_pool(self) -> dict[str, list[Example]]:
         """Examples set aside for demonstrations, by domain; empty if they come from the questions themselves."""
         settings = self.settings
         if not settings.demonstration_split:
             return {}
-        return self._once("data:demonstrations", lambda: by_domain(
+        return self._data("demonstrations", lambda: by_domain(
             load_examples(settings.domain_data, split=settings.demonstration_split), tuple(settings.domains)))
 
     def text_examples(self) -> list[Example]:
         """The questions and solutions that the first chapter reads the SAE on."""
         settings = self.settings
-        return self._once("data:text", lambda: [
+        return self._data("text", lambda: [
             example for name in settings.text_data
             for example in load_examples(name, limit=settings.text_examples, seed=settings.seed + 7)])
 

@@ -3,7 +3,8 @@
 import pytest
 
 import sts
-from sts import pages, pages_families, verdicts
+from sts import pages, pages_baselines, pages_families, verdicts
+from sts.errors import StsError
 from sts.recorded import record
 from sts.stages import OpenRun
 from sts.store import Store
@@ -45,6 +46,33 @@ def test_every_page_tells_what_the_other_run_found(run, other, monkeypatch):
     line = pages.forecast_line(run, "bits")
     assert line[1:] in said[pages_families.forecast]
     assert f"`correlations-{run.key('correlations')}`" in said[pages_families.forecast]
+    compared = pages_baselines.comparison_sentence(run, pages_baselines.measures(run)[0])
+    assert compared in said[pages_families.compared]
+    seeds = ", ".join(map(str, (run.settings.seed, *run.other_seeds)))
+    assert f"seeds {seeds}" in said[pages_families.compared]
+    assert f"seed {run.settings.seed})" in said[pages_families.few]
+
+
+def test_a_run_that_lacks_one_seeds_training_is_left_out(run, other, monkeypatch):
+    monkeypatch.setattr(pages_families, "other_runs", lambda run: [other])
+    seed = other.with_seed(other.other_seeds[0])
+    folder = other.store.recorded[0] / f"sft-{seed.key('sft')}"
+    assert folder.is_dir()
+    away = folder.rename(folder.with_name("away"))
+    try:
+        assert "No other run" in pages_families.compared(run) and "No other run" not in pages_families.few(run)
+    finally:
+        away.rename(folder)
+
+
+def test_recorded_alone_computes_and_reads_nothing(tmp_path):
+    alone = sts.open_run("smoke", results=tmp_path).recorded_alone()
+    for ask in (lambda: alone.get("sft"), lambda: alone.compute("sae"), lambda: alone.lm,
+                lambda: alone.sft_examples("train"), alone.domain_examples, alone.text_examples,
+                lambda: alone.with_seed(5).lm):
+        with pytest.raises(StsError, match="recorded results alone"):
+            ask()
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_a_run_without_the_result_is_left_out_and_not_computed(run, tmp_path, monkeypatch):
@@ -57,8 +85,8 @@ def test_a_run_without_the_result_is_left_out_and_not_computed(run, tmp_path, mo
 def test_other_runs_are_recorded_profiles_and_never_the_own_one(run, tmp_path, monkeypatch):
     for name in ("smoke", "laptop", "no_such_profile"):
         (tmp_path / "data" / "recorded" / name).mkdir(parents=True)
-        if name != "no_such_profile":
-            (tmp_path / "runs").mkdir(exist_ok=True)
-            (tmp_path / "runs" / f"{name}.yaml").touch()
     monkeypatch.setattr(pages_families, "ROOT", tmp_path)
-    assert [one.settings.name for one in pages_families.other_runs(run)] == ["laptop"]
+    found = pages_families.other_runs(run)
+    assert [one.settings.name for one in found] == ["laptop"]
+    with pytest.raises(StsError, match="recorded results alone"):
+        found[0].sft_examples("train")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import statistics
 
 import nbformat
 import numpy
@@ -58,7 +57,7 @@ def test_every_page_function_shows_what_was_evaluated(results, kinds, shown):
     assert f"- change in {name}" in summary and f"- {name}: " in conclusion
     assert "undefined (not evaluated" not in summary + conclusion
     assert ("not evaluated (`eval_kinds`)" in summary) == (kinds == ("solution",))
-    assert "What it could have found at all" in summary  # the smoke run's noise meets no claim
+    assert "What limits this run" in summary  # the smoke run's noise meets no claim
     for measure in ("bits", "p_right"):
         assert (pages_measures.NAMES[measure] in summary + conclusion) == (measure in set(shifts["measure"]))
     assert beside_paper.claim_sentence(run, finest).count("**") == 8
@@ -150,14 +149,22 @@ def test_the_page_says_which_intervals_it_has():
 
 def test_limits_count_domains_that_moved_and_read_the_saes_record(results, monkeypatch, tmp_path):
     run = sts.open_run("smoke", results=results)
-    shifts = run.get("domain_shift").query("measure == 'bits'")
-    clear = sum(row.low > 0 or row.high < 0 for row in shifts.itertuples())
-    said = pages_limits.limits_sentence(run, "bits")
-    assert f"{clear} of {len(shifts)} domains changed" in said
-    assert f"median change being {statistics.median(abs(shifts['shift'])):.3f}" in said
+    rows = [("law", -0.3, -0.4, -0.2), ("math", 0.1, -0.1, 0.3), ("physics", -0.2, math.nan, math.nan)]
+    shifts = pandas.DataFrame([{"domain": domain, "measure": "bits", "shift": shift, "low": low, "high": high}
+                               for domain, shift, low, high in rows])
+    monkeypatch.setitem(run._memory, f"domain_shift-{run.key('domain_shift')}", shifts)
     held_out = {"fraction_of_variance_explained": 0.5, "splice": {"recovered": 0.25}}
     (tmp_path / "training.json").write_text(json.dumps({"held_out": held_out}))
     monkeypatch.setattr(type(run), "sae_folder", tmp_path)
-    assert "explains 50% of" in pages_limits.sae_fidelity(run) and "avoids 25% of" in pages_limits.sae_fidelity(run)
+    monkeypatch.setattr(type(run), "stored", lambda self, name: True)
+    said = pages_limits.limits_sentence(run, "bits")
+    assert "1 of 3 domains changed in bits per character" in said and "median absolute change is 0.2." in said
+    assert "With 3 domains" not in said and "explains 50% of" in said and "avoids 25% of" in said
     (tmp_path / "training.json").unlink()
     assert "not recorded" in pages_limits.sae_fidelity(run)
+
+
+def test_power_is_that_of_fishers_z():
+    # The correlation whose z, with its standard error, lies 1.96 + 0.84 standard errors above zero.
+    needed = math.tanh((1.959964 + 0.841621) / math.sqrt(14 - 3))
+    assert f"of about {needed:.2f} or more" in pages_limits.power_sentence(14)

@@ -61,10 +61,11 @@ def test_the_page_lists_what_was_tried_and_computes_nothing(run, tmp_path):
     assert table["change"].iloc[1] == f"{by_hand:+.1%}"
     assert list(table["falls by 10% or more"]) == ["no", "yes"]
     said = pages_choices.choice_sentence(run)  # smoke's own rate is the larger one
-    assert "0.01, was chosen before any domain was evaluated" in said and "edge of the rates tried" in said
+    assert "was at 0.01, which this run uses; it is at an edge of the rates tried" in said
     other = sts.open_run("smoke", results=run.results, sft_lr_tried=RATES, sft_trial_examples=8, sft_lr=1e-5)
-    assert "uses another rate" in pages_choices.choice_sentence(other)
+    told = pages_choices.choice_sentence(other)
+    assert "was at 0.01. **This run uses another rate, 1e-05.**" in told and "which this run uses" not in told
     untried = sts.open_run("smoke", results=tmp_path, sft_lr_tried=RATES)
     assert "sts stage sft_trials --run smoke" in pages_choices.choice_sentence(untried)
     assert pages_choices.choice_table(untried) == ""
-    assert "compared no others" in pages_choices.choice_sentence(sts.open_run("smoke", results=tmp_path))
+    assert "names no learning rates" in pages_choices.choice_sentence(sts.open_run("smoke", results=tmp_path))

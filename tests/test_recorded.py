@@ -12,7 +12,8 @@ from sts.errors import StsError
 from sts.recorded import BLANK, NO_TEXT, record
 from sts.store import Store
 
-NAMES = ("scores", "latent_examples", "small_sae_quality", "sft_shift", "ablated_answers", "domain_shift")
+NAMES = ("scores", "latent_examples", "small_sae_quality", "sft_shift", "ablated_answers", "domain_shift",
+         "text_baselines")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,29 @@ def test_an_input_that_is_here_and_differs_is_not_passed_over(elsewhere, monkeyp
     monkeypatch.setattr(stages, "load_mixture", lambda *args, **kwargs: sts.data.gsm_symbolic(24, seed=99))
     with pytest.raises(StsError, match="not here"):
         other.key("sft")
+
+
+@pytest.mark.parametrize(("stage", "changed"), [
+    ("sft", {"sft_examples": 4}), ("sft", {"sft_held_out": 2}), ("sft", {"seed": 1}), ("sft", {"sft_data": "gsm8k"}),
+    ("evaluation_before", {"domain_limit": 3}), ("evaluation_before", {"domains": ["law", "math"]}),
+    ("evaluation_before", {"domain_data": "mmlu_pro"}), ("evaluation_before", {"domain_split": "test"}),
+    ("text_baselines", {"sft_examples": 4}), ("text_baselines", {"domain_limit": 3}),
+    ("domain_stats", {"demonstration_split": "validation"})], ids=str)
+def test_a_result_of_other_data_is_not_handed_out(run, elsewhere, stage, changed):
+    assert elsewhere.key(stage) == run.key(stage)
+    other = sts.open_run("smoke", results=elsewhere.results, **{"seeds": []} | changed)
+    other.store = elsewhere.store
+    with pytest.raises(StsError, match="not here"):
+        other.key(stage)
+
+
+def test_a_folder_without_settings_of_its_own_is_recorded_by_its_provenance_alone(run, tmp_path):
+    opened = sts.open_run("smoke", results=run.results, seeds=[])
+    opened.get("sweep_sae_training")
+    record(opened, tmp_path / "recorded")
+    name = f"sweep_sae_training-{opened.key('sweep_sae_training')}"
+    assert not (tmp_path / "recorded" / name).exists()
+    assert "weights" in json.loads((tmp_path / "recorded" / f"{name}.provenance.json").read_text())["withheld"]
 
 
 def test_weights_are_computed_again_where_they_are_needed(run, folder):
