@@ -38,7 +38,7 @@ def limits_sentence(run: OpenRun, measure: str) -> str:
     """Why a correlation may not show: the number of domains, the size of the changes, and what the SAE keeps.
 
     Args:
-        measure: one of stage `domain_shift`'s; changes are in its own unit (bits per character, or shares of 1).
+        measure: one of stage `domain_shift`'s; changes are in the unit that it has there.
     """
     shifts = run.get("domain_shift")
     own = shifts[shifts["measure"] == measure]
