@@ -77,13 +77,12 @@ def record(run: OpenRun, target: Path) -> list[str]:
     Raises:
         StsError: nothing is stored, or the folder would take up more than `LIMIT`.
     """
-    from sts.stages import STAGES
+    from sts.stages import registered
 
-    run.key("scores")  # registers the stages
     own = Store(run.store.folder)
     found = {}
     for one in (run, *(run.with_seed(seed) for seed in run.other_seeds), *_training_runs(run)):
-        for name, spec in STAGES.items():
+        for name, spec in registered().items():
             if own.find(name, one.key(name), spec.kind):
                 found.setdefault(f"{name}-{one.key(name)}", (name, one.key(name), spec.kind, one))
     if not found:
@@ -92,7 +91,7 @@ def record(run: OpenRun, target: Path) -> list[str]:
     copy = Store(target)
     for name, key, kind, one in found.values():
         provenance = {field: value for field, value in own.provenance(name, key, kind).items() if field != "checksum"}
-        provenance["drawn"] = drawn(one, STAGES[name])
+        provenance["drawn"] = drawn(one, registered()[name])
         why, change = CHANGED.get(name, ("", lambda value: value))
         if one.settings.sft_data != run.settings.sft_data:
             why, change = "size; stage training_matrix holds what is made of it", None

@@ -86,6 +86,23 @@ def stage(kind: str, *, uses: tuple[str, ...] = (), needs: tuple[str, ...] = (),
     return register
 
 
+def registered() -> dict[str, Stage]:
+    """All stages by name; the modules that define them register them when they are imported."""
+    from sts import (  # noqa: F401
+        pipeline,
+        pipeline_baselines,
+        pipeline_choices,
+        pipeline_comparison,
+        pipeline_domains,
+        pipeline_generation,
+        pipeline_shift,
+        pipeline_sweeps,
+        pipeline_zero,
+    )
+
+    return STAGES
+
+
 def results_folder() -> Path:
     """Where generated things go: STS_RESULTS, or results/ in the repository."""
     return Path(os.environ.get("STS_RESULTS") or ROOT / "results").expanduser().resolve()
@@ -190,21 +207,10 @@ class OpenRun:
         return tuple(ordered)
 
     def _spec(self, name: str) -> Stage:
-        from sts import (  # noqa: F401  # they register the stages
-            pipeline,
-            pipeline_baselines,
-            pipeline_choices,
-            pipeline_comparison,
-            pipeline_domains,
-            pipeline_generation,
-            pipeline_shift,
-            pipeline_sweeps,
-            pipeline_zero,
-        )
-
-        if name not in STAGES:
-            raise one_of("Stage", name, STAGES)
-        return STAGES[name]
+        known = registered()
+        if name not in known:
+            raise one_of("Stage", name, known)
+        return known[name]
 
     def _needs(self, spec: Stage) -> tuple[str, ...]:
         trained = ("sae",) if "sae" in spec.inputs and self.settings.sae == "train" else ()
@@ -236,7 +242,7 @@ class OpenRun:
             "settings": {setting: getattr(self.settings, setting) for setting in spec.uses},
             "needs": {need: self.key(need) for need in self._needs(spec)},
             "inputs": {what: self.identity(what) for what in spec.inputs},
-            "seed": self.settings.seed, "sft_data": self.settings.sft_data, "seconds": round(seconds, 2),
+            "seed": self.settings.seed, "seconds": round(seconds, 2),
             "work": report.work.to_dict(),
             "process_peak_memory_mb": _peak_memory_mb(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment(self.device)})

@@ -7,20 +7,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-# Stages are registered on import: before any test that replaces the registry for its own time.
-from sts import (  # noqa: F401
-    pipeline,
-    pipeline_baselines,
-    pipeline_choices,
-    pipeline_comparison,
-    pipeline_domains,
-    pipeline_generation,
-    pipeline_shift,
-    pipeline_sweeps,
-    pipeline_zero,
-)
 from sts.models import load_model
 from sts.random_models import save_random_model
+from sts.stages import registered
+
+registered()  # before any test that replaces the registry for its own time
 
 
 @pytest.fixture(scope="session", autouse=True)
