@@ -77,7 +77,11 @@ def forecast(run: OpenRun) -> str:
     def told(other: OpenRun) -> str:
         finest, _, accuracy = measures_shown(other.get("domain_shift"))
         shown = [measure for measure in dict.fromkeys((finest, accuracy)) if measure]
-        return " ".join(f"{line[0].upper()}{line[1:]}" for line in (forecast_line(other, one) for one in shown))
+        lines = [f"{line[0].upper()}{line[1:]}" for line in (forecast_line(other, one) for one in shown)]
+        if not has(other, "baseline_correlations", every_seed=True):
+            lines.append("Its baselines are not recorded yet, so it is not known whether something simpler does as "
+                         "well.")
+        return " ".join(lines)
 
     return beside(run, told, "domain_shift", "correlations")
 
