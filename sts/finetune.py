@@ -84,10 +84,11 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
 
     Returns:
         {"curve": [{"step", "loss"}], "held_out_before", "held_out_after" (nats per solution token, averaged over
-        problems), "steps", "trained_parameters"}.
+        problems), "steps", "trained_parameters", "train" and "held_out" (numbers of examples), "left_out" (names of
+        those whose question alone fills `max_length`, so that nothing of the solution would be left to learn)}.
 
     Raises:
-        StsError: an example whose question alone fills `max_length`, or a batch that the processes cannot share.
+        StsError: every example's question alone fills `max_length`, or a batch that the processes cannot share.
     """
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig, get_peft_model
@@ -97,12 +98,12 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
 
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    for example in [*train, *held_out]:
-        length = len(lm.tokenizer(render(lm.tokenizer, question_text(example)), add_special_tokens=False)["input_ids"])
-        if length >= settings.max_length:
-            raise StsError(f"Training example {example.example_id}: its question has {length} tokens and "
-                           f"sft_max_length is {settings.max_length}, so nothing of the solution is left to learn. "
-                           "Raise sft_max_length.")
+    asked = [*train, *held_out]
+    train, held_out = (_with_room(lm.tokenizer, part, settings.max_length) for part in (train, held_out))
+    if not train or not held_out:
+        raise StsError(f"No {'held-out' if train else 'training'} example leaves room for its solution: their questions "
+                       f"alone fill the {settings.max_length} tokens of sft_max_length. Raise it.")
+    kept = {example.example_id for example in [*train, *held_out]}
     micro, accumulated = divide_batch(settings.batch, settings.micro_batch, processes.count())
     on_cpu = lm.device.type == "cpu"
     # Seed before the adapters get their random start.
@@ -163,7 +164,16 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         "held_out_before": next(row["eval_loss"] for row in history if "eval_loss" in row), "held_out_after": after,
         "steps": trainer.state.global_step,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "train": len(train), "held_out": len(held_out),
+        "left_out": [example.example_id for example in asked if example.example_id not in kept],
     }
+
+
+def _with_room(tokenizer, examples: list[Example], max_length: int) -> list[Example]:
+    """The examples whose question is shorter than `max_length`, so that something of the solution is left to learn."""
+    prompts = [render(tokenizer, question_text(example)) for example in examples]
+    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]] if prompts else []
+    return [example for example, length in zip(examples, lengths, strict=True) if length < max_length]
 
 
 def _whole(checkpoint: Path) -> bool:

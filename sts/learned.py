@@ -17,9 +17,14 @@ EVERY_SEED_RULE = "What is averaged over seeds is judged only if the run learned
 SMALLEST_FALL = 0.1
 
 
+def training_log(run: OpenRun) -> dict:
+    """What `finetune.fine_tune` returned for the run."""
+    return json.loads((run.get("sft") / "training.json").read_text(encoding="utf-8"))
+
+
 def loss_fall(run: OpenRun) -> float:
     """By what share of its starting value fine-tuning lowered the loss on held-out training-domain problems."""
-    log = json.loads((run.get("sft") / "training.json").read_text(encoding="utf-8"))
+    log = training_log(run)
     return 1 - log["held_out_after"] / log["held_out_before"]
 
 
@@ -57,4 +62,4 @@ def learned_sentence(run: OpenRun, *, every_seed: bool = False) -> str:
         each = ", ".join(f"{one} with seed {seed}" for seed, one in zip(falls, did, strict=True))
         told = f"{each} (of its starting value)"
     verdict = {0: "did not learn", len(falls): "learned"}.get(count, f"learned with {count} of {len(falls)} seeds only")
-    return f"the loss on {run.settings.sft_held_out} held-out problems {told}: the run **{verdict}**."
+    return f"the loss on {training_log(run)['held_out']} held-out problems {told}: the run **{verdict}**."

@@ -174,6 +174,9 @@ def sft_sentence(run: OpenRun, log: dict) -> str:
     sentence = (f"{log['train']} training examples, {log['steps']} steps, {method} "
                 f"({log['trained_parameters']:,} trained parameters). The loss on {log['held_out']} held-out problems "
                 f"goes from {before:.3f} to {after:.3f} nats a token ({-fall:+.0%}).")
+    if left_out := log.get("left_out"):
+        sentence += (f" {len(left_out)} more {'was' if len(left_out) == 1 else 'were'} left out, as the question alone "
+                     f"is longer than the {run.settings.sft_max_length} tokens that the run trains on.")
     if run.settings.sft_data == "gsm_symbolic":
         sentence += (" They come from the same templates as the training problems, with other numbers and names, so a "
                      "part of this is learning the templates.")

@@ -321,8 +321,7 @@ def sft(run: OpenRun, report) -> Path:
                                settings.sft_max_length, settings.lora_rank, settings.lora_alpha, settings.seed),
                     work, report=report, work=report.work)
     if processes.is_main():
-        _write(work / "training.json", log | {"train": len(run.sft_examples("train")),
-                                              "held_out": len(run.sft_examples("held_out"))})
+        _write(work / "training.json", log)
         # Renamed first: killed halfway through the removal, nobody takes the rest for checkpoints.
         shutil.rmtree((work / "checkpoints").rename(work / "finished"))
     return work

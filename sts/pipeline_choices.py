@@ -46,7 +46,7 @@ def sft_trials(run: OpenRun, report) -> list[dict]:
             log = fine_tune(run.load_model("" if settings.lora_rank else "float32"), train, held_out, tuning, folder,
                             report=lambda fraction, place=place: report((place + fraction) / len(rates)),
                             work=report.work)
-            finished.write_text(json.dumps({"lr": lr, "train": len(train), "held_out": len(held_out)} | {
-                name: log[name] for name in ("steps", "held_out_before", "held_out_after")}))
+            finished.write_text(json.dumps({"lr": lr} | {
+                name: log[name] for name in ("train", "held_out", "steps", "held_out_before", "held_out_after")}))
         rows.append(json.loads(finished.read_text()))
     return rows

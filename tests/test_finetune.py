@@ -192,10 +192,24 @@ def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(tiny_models, tuned,
     assert log["held_out_after"] == pytest.approx(uninterrupted["held_out_after"], rel=1e-3)
 
 
-def test_a_question_that_leaves_no_room_for_its_solution_is_named(tiny_models, tmp_path):
-    settings = FineTuning(epochs=1, lr=1e-3, batch=4, micro_batch=2, max_length=40, lora_rank=4, lora_alpha=8, seed=0)
-    with pytest.raises(StsError, match="gsm_symbolic-.* Raise sft_max_length"):
-        fine_tune(fresh(tiny_models), EXAMPLES[:8], EXAMPLES[16:], settings, tmp_path)
+def with_long_question(example):
+    return replace(example, example_id="long", question=example.question * 60)
+
+
+def test_questions_that_leave_no_room_for_their_solution_are_left_out_and_named(tiny_models, tuned, tmp_path):
+    train, held_out = [with_long_question(EXAMPLES[0]), *EXAMPLES[:16]], EXAMPLES[16:]
+    log = fine_tune(fresh(tiny_models), train, held_out, SETTINGS, tmp_path)
+    assert log["left_out"] == ["long"] and log["train"] == 16 and log["held_out"] == len(held_out)
+    assert log["held_out_after"] == pytest.approx(tuned[1]["held_out_after"], rel=1e-3)  # as if it had not been there
+    assert tuned[1]["left_out"] == []
+
+
+@pytest.mark.parametrize(("part", "named"), [("train", "training"), ("held_out", "held-out")])
+def test_without_an_example_that_has_room_for_its_solution_training_does_not_start(tiny_models, tmp_path, part, named):
+    parts = {"train": EXAMPLES[:8], "held_out": EXAMPLES[16:]}
+    parts[part] = [with_long_question(example) for example in parts[part]]
+    with pytest.raises(StsError, match=f"No {named} example .* sft_max_length. Raise it"):
+        fine_tune(fresh(tiny_models), *parts.values(), SETTINGS, tmp_path)
 
 
 # --- several processes --------------------------------------------------------------------------------------------

@@ -77,6 +77,8 @@ def test_a_run_that_learned_nothing_is_called_so(tmp_path):
     assert "hardly learned" in pages.sft_sentence(run, log | {"held_out_after": 1.9})
     assert "hardly learned" not in pages.sft_sentence(run, log | {"held_out_after": 1.5})
     assert "(-25%)" in pages.sft_sentence(run, log | {"held_out_after": 1.5})
+    assert "left out" not in pages.sft_sentence(run, log | {"held_out_after": 1.5, "left_out": []})
+    assert "1 more was left out" in pages.sft_sentence(run, log | {"held_out_after": 1.5, "left_out": ["long"]})
 
 
 SHIFTS = pandas.DataFrame([
