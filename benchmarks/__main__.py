@@ -18,7 +18,8 @@ from benchmarks.shapes import SHAPES, compile_layers, shape_workload
 from benchmarks.workloads import demonstrations_workload, memory_workload, precision_workload, text_workload
 from sts.errors import StsError
 from sts.models import DTYPES, resolve_model
-from sts.stages import OpenRun, environment, open_run
+from sts.provenance import environment
+from sts.stages import OpenRun, open_run
 
 WORKLOADS = ("memory", "text", "demonstrations", "options", "precision", "shape")
 

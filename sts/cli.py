@@ -145,7 +145,8 @@ def doctor() -> None:
     from sts.config import available_runs
     from sts.data import CORPORA, GENERATED, SOURCES, local_file
     from sts.models import PACKAGED, packaged_files
-    from sts.stages import PACKAGES, results_folder
+    from sts.provenance import PACKAGES
+    from sts.stages import results_folder
 
     def row(ok: bool | None, what: str, detail: str) -> None:
         print(f"  {'ok     ' if ok else 'missing' if ok is False else '-      '}  {what:<24} {detail}")

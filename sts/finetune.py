@@ -101,7 +101,7 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     asked = [*train, *held_out]
     train, held_out = (_with_room(lm.tokenizer, part, settings.max_length) for part in (train, held_out))
     if not train or not held_out:
-        raise StsError(f"No {'held-out' if train else 'training'} example leaves room for its solution: their questions "
+        raise StsError(f"No {'held-out' if train else 'training'} example leaves room for its solution: the questions "
                        f"alone fill the {settings.max_length} tokens of sft_max_length. Raise it.")
     kept = {example.example_id for example in [*train, *held_out]}
     micro, accumulated = divide_batch(settings.batch, settings.micro_batch, processes.count())

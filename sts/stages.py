@@ -8,42 +8,30 @@ that its author raises when its meaning changes; so a changed setting recomputes
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import random
-import resource
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sts import processes
 from sts.config import ROOT, Run, load_run
-from sts.data import Example, by_domain, digest, load_examples, load_mixture
+from sts.data import digest
 from sts.errors import StsError, one_of
-from sts.models import LanguageModel, bf16_is_fast, check_layer, load_model, resolve_model
+from sts.inputs import Inputs
 from sts.progress import Reporter
+from sts.provenance import environment, peak_memory_mb
 from sts.recorded import recorded_key
 from sts.saes import check_fits, known_width, load_sae, sae_folder, sae_identity
 from sts.shift import check_top_n
 from sts.store import Store, read
 
-#: What runs that differ in their seed or in settings of the forecast have in common.
-SHARED = ("lm", "loaded_sae", "identity:model", "identity:sae_text")
 #: Settings of the forecast that leave the model, the SAE and the data as they are.
 FORECAST = ("top_n", "shift_tokens", "shift_demonstrations", "score_tokens", "demonstrations", "question_tokens_only",
             "drop_first_positions", "outlier_norm")
-PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math-verify", "reasoning-gym", "scipy",
-            "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -108,22 +96,15 @@ def results_folder() -> Path:
     return Path(os.environ.get("STS_RESULTS") or ROOT / "results").expanduser().resolve()
 
 
-class OpenRun:
+class OpenRun(Inputs):
     """A run profile with its store, models and data, loaded when first needed."""
 
     def __init__(self, settings: Run, *, results: Path | None = None, changed: Mapping[str, Any] | None = None):
-        self.settings = settings
-        if settings.dtype == "auto":  # resolved here, so that keys and provenance hold what was used
-            dtype = "bfloat16" if bf16_is_fast(self.device) else "float32"
-            self.settings = settings.model_copy(update={"dtype": dtype})
+        super().__init__(settings, Path(results) if results else results_folder())
         #: Settings that differ from the profile's own, for the page to say so.
         self.changed = dict(changed or {})
-        self.results = Path(results) if results else results_folder()
         self.folder = self.results / settings.name
         self.store = Store(self.folder / "stages", (ROOT / "data" / "recorded" / settings.name,))
-        self._memory: dict[str, Any] = {}
-        #: What runs that differ in seed or training set alone share: the models in memory and the weights' digest.
-        self._shared: dict[str, Any] = {}
         #: Whose SAE it is, if the run trains one: of several seeds or training sets, the first one's.
         self._first = self
         self._used: list[str] = []
@@ -244,7 +225,7 @@ class OpenRun:
             "inputs": {what: self.identity(what) for what in spec.inputs},
             "seed": self.settings.seed, "seconds": round(seconds, 2),
             "work": report.work.to_dict(),
-            "process_peak_memory_mb": _peak_memory_mb(),
+            "process_peak_memory_mb": peak_memory_mb(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment(self.device)})
 
     # --- inputs
@@ -264,18 +245,10 @@ class OpenRun:
         settings = self.settings
         if what not in WITHIN:
             self._not_recorded_alone(what)
-        if what == "model":
-            return resolve_model(settings.model, settings.model_revision, self.results / "models")[1]
+        if (found := self.data_identity(what)) is not None:
+            return found
         if what == "sae":
             return f"trained:{self.key('sae')}" if settings.sae == "train" else sae_identity(self._sae_name)
-        if what in ("sft_train", "sft_held_out"):
-            return digest(self.sft_examples(what.removeprefix("sft_")))
-        if what == "domain_data":
-            return digest([example for group in self.domain_examples().values() for example in group])
-        if what == "demonstrations":
-            return digest([example for group in self.demonstration_pool().values() for example in group])
-        if what == "text_data":
-            return digest(self.text_examples())
         if what == "seeds":
             keys = [self.with_seed(seed).key(name) for seed in self.other_seeds
                     for name in ("correlations", "extreme_correlations")]
@@ -303,12 +276,6 @@ class OpenRun:
                                      "text_data", "sae_text", "generation_data", "trial_problems", "seeds",
                                      "training_sets"))
 
-    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
-        memory = self._shared if name in SHARED else self._memory
-        if name not in memory:
-            memory[name] = compute()
-        return memory[name]
-
     @property
     def other_seeds(self) -> tuple[int, ...]:
         """The seeds of setting `seeds` that are not this run's own."""
@@ -326,10 +293,6 @@ class OpenRun:
         other = OpenRun(self.settings, results=self.results, changed=self.changed)
         other._shared["recorded_alone"] = True
         return other
-
-    def _not_recorded_alone(self, what: str) -> None:
-        if self._shared.get("recorded_alone"):
-            raise StsError(f"Of run {self.settings.name!r} the recorded results alone are asked for, not its {what}.")
 
     def with_training(self, name: str) -> OpenRun:
         """The same run fine-tuned on another training set, sharing the store, the models in memory and the SAE.
@@ -368,29 +331,6 @@ class OpenRun:
                          if name.startswith(("data:", "identity:")) and name not in keys_of_forecasts}
         return other
 
-    @cached_property
-    def device(self) -> str:
-        """The torch device that models run on."""
-        if self.settings.device == "cuda" and not torch.cuda.is_available():
-            raise StsError("Setting device 'cuda': this machine has no GPU that PyTorch can use. Use auto or cpu.")
-        if self.settings.device != "auto":
-            return self.settings.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
-    def load_model(self, dtype: str = "") -> LanguageModel:
-        """A fresh copy of the run's model, for stages that change it; checked to have the run's layer."""
-        settings = self.settings
-        self._not_recorded_alone("model")
-        lm = load_model(settings.model, revision=settings.model_revision, dtype=dtype or settings.dtype,
-                        device=self.device, cache=self.results / "models")
-        check_layer(lm.model, settings.layer)
-        return lm
-
-    @property
-    def lm(self) -> LanguageModel:
-        """The run's model, loaded once and never changed."""
-        return self._once("lm", self.load_model)
-
     @property
     def sae_folder(self) -> Path | None:
         """The folder of the run's SAE; None if it comes from sae-lens' registry."""
@@ -411,49 +351,6 @@ class OpenRun:
         check_top_n(self.settings.top_n, sae.cfg.d_sae)
         return sae
 
-    def _data(self, name: str, load: Callable[[], Any]) -> Any:
-        self._not_recorded_alone("data")
-        return self._once(f"data:{name}", load)
-
-    def sft_examples(self, part: str) -> list[Example]:
-        """The fine-tuning set: `train`, or `held_out` of the same data set, never trained on."""
-        settings = self.settings
-        count = settings.sft_examples + settings.sft_held_out
-        examples = self._data("sft", lambda: load_mixture(settings.sft_data, count, seed=settings.seed))
-        cut = max(1, len(examples) - settings.sft_held_out)
-        return examples[:cut] if part == "train" else examples[cut:]
-
-    def domain_examples(self) -> dict[str, list[Example]]:
-        """The questions of each domain."""
-        settings = self.settings
-
-        def load() -> dict[str, list[Example]]:
-            groups = by_domain(load_examples(settings.domain_data, split=settings.domain_split),
-                               tuple(settings.domains))
-            if settings.domain_limit:
-                # Not by the run's seed: runs that differ in it answer the same questions, and are compared by item.
-                groups = {domain: random.Random(0).sample(group, min(len(group), settings.domain_limit))
-                          for domain, group in groups.items()}
-            return groups
-
-        return self._data("domains", load)
-
-    def demonstration_pool(self) -> dict[str, list[Example]]:
-        """Examples set aside for demonstrations, by domain; empty if they come from the questions themselves."""
-        settings = self.settings
-        if not settings.demonstration_split:
-            return {}
-        return self._data("demonstrations", lambda: by_domain(
-            load_examples(settings.domain_data, split=settings.demonstration_split), tuple(settings.domains)))
-
-    def text_examples(self) -> list[Example]:
-        """The questions and solutions that the first chapter reads the SAE on."""
-        settings = self.settings
-        return self._data("text", lambda: [
-            example for name in settings.text_data
-            for example in load_examples(name, limit=settings.text_examples, seed=settings.seed + 7)])
-
-
 def open_run(run: str | Run = "laptop", *, results: Path | None = None, **overrides: Any) -> OpenRun:
     """Open a run profile.
 
@@ -473,35 +370,3 @@ def open_run(run: str | Run = "laptop", *, results: Path | None = None, **overri
         check_top_n(settings.top_n, width)
     changed = {name: value for name in overrides if (value := getattr(settings, name)) != getattr(profile, name)}
     return OpenRun(settings, results=results, changed=changed)
-
-
-def _peak_memory_mb() -> int:
-    """The process's largest resident memory so far; the unit that the system reports differs."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1024**2 if sys.platform == "darwin" else 1024))
-
-
-def environment(device: str) -> Mapping[str, Any]:
-    """Device, Python, package versions and commit, as provenance records them."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": hardware, "python": platform.python_version(), "versions": versions, "commit": _commit()}
-
-
-def _commit() -> str:
-    """The repository's commit, with "+changes" if the code differs from it; "" outside git."""
-    try:
-        head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True,
-                              text=True, timeout=10)
-        changes = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain", "--", "sts", "runs", "notebooks"],
-                                 capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    if head.returncode:
-        return ""
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

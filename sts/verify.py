@@ -21,7 +21,8 @@ import pandas
 import torch
 
 from sts.errors import StsError
-from sts.stages import OpenRun, environment
+from sts.provenance import environment
+from sts.stages import OpenRun
 from sts.store import SUFFIX, Store, read
 
 #: Default tolerances, as relative differences. 32-bit floats hold seven digits. bf16 rounds by up to 0.4% each time.

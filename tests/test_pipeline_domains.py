@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import sts
-from sts import pages_domains, stages, verify
+from sts import inputs, pages_domains, verify
 from sts.book import run_chapter
 from sts.errors import StsError
 from sts.pipeline_domains import EVERY_SET, cube, training_runs
@@ -216,9 +216,9 @@ def test_recorded_results_need_neither_the_model_nor_any_training_sets_data(run,
     def gone(*args, **kwargs):
         raise StsError("not here")
 
-    monkeypatch.setattr(stages, "resolve_model", gone)
+    monkeypatch.setattr(inputs, "resolve_model", gone)
     for name in ("load_examples", "load_mixture"):
-        monkeypatch.setattr(stages, name, gone)
+        monkeypatch.setattr(inputs, name, gone)
     elsewhere = sts.open_run("smoke", results=tmp_path)
     elsewhere.store = Store(elsewhere.store.folder, (tmp_path / "recorded",))
     # Each training set's own, although no setting that the stage uses tells them apart.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sts
-from sts import beside_paper, learned, pages, shift_results, stages, verdicts
+from sts import beside_paper, inputs, learned, pages, shift_results, verdicts
 from sts.data import load_examples
 from sts.errors import StsError
 from sts.finetune import load_tuned
@@ -91,7 +91,7 @@ def test_control_demonstrations_come_from_other_domains(run):
                                                  ("mental health", "psychology")])
 def test_control_demonstrations_are_not_of_the_trained_domain_by_another_name(run, monkeypatch, trained, domain):
     examples = [replace(example, domain=trained) for example in load_examples("gsm_symbolic", limit=24)]
-    monkeypatch.setattr(stages, "load_mixture", lambda *args, **kwargs: examples)
+    monkeypatch.setattr(inputs, "load_mixture", lambda *args, **kwargs: examples)
     found = [sts.open_run("smoke", results=run.results, domains=[domain, "law"], seed=seed) for seed in range(4)]
     assert {example.domain for one in found for chosen in other_domain_sets(one) for example in chosen} == {"law"}
 

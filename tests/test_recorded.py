@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import sts
-from sts import stages
+from sts import inputs
 from sts.errors import StsError
 from sts.recorded import BLANK, NO_TEXT, record
 from sts.store import Store
@@ -37,9 +37,9 @@ def elsewhere(run, folder, tmp_path, monkeypatch):
     def missing(*args, **kwargs):
         raise StsError("not here")
 
-    monkeypatch.setattr(stages, "resolve_model", missing)
+    monkeypatch.setattr(inputs, "resolve_model", missing)
     for name in ("load_examples", "load_mixture"):
-        monkeypatch.setattr(stages, name, missing)
+        monkeypatch.setattr(inputs, name, missing)
     opened = sts.open_run("smoke", results=tmp_path, seeds=[])
     opened.store = Store(opened.store.folder, (folder,))
     return opened
@@ -82,7 +82,7 @@ def test_an_input_that_is_here_and_differs_is_not_passed_over(elsewhere, monkeyp
     assert elsewhere.key("sft")
     other = sts.open_run("smoke", results=elsewhere.results, seeds=[])
     other.store = elsewhere.store
-    monkeypatch.setattr(stages, "load_mixture", lambda *args, **kwargs: sts.data.gsm_symbolic(24, seed=99))
+    monkeypatch.setattr(inputs, "load_mixture", lambda *args, **kwargs: sts.data.gsm_symbolic(24, seed=99))
     with pytest.raises(StsError, match="not here"):
         other.key("sft")
 

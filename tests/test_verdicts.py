@@ -72,7 +72,8 @@ class Stub:
     """A run whose fine-tuning ended at this held-out loss, from 2."""
 
     def __init__(self, folder, after):
-        (folder / "training.json").write_text(json.dumps({"held_out_before": 2.0, "held_out_after": after, "held_out": 8}))
+        log = {"held_out_before": 2.0, "held_out_after": after, "held_out": 8}
+        (folder / "training.json").write_text(json.dumps(log))
         self.folder, self.settings = folder, SimpleNamespace(seed=0)
 
     def get(self, name):
