@@ -137,6 +137,8 @@ class Run(BaseModel):
                                                         "the probes, that baselines are compared with")
 
     # Ablations: other values of single settings, beside the run's own. An empty list leaves a sweep out.
+    sweep_seeds: list[int] | None = Field(None, description="those of `seeds` that the ablations are repeated at; an "
+                                                            "empty list for none of them, by default all")
     sweep_bands: int = Field(5, ge=1, description="rank bands of top_n latents each that are scored by themselves")
     sweep_top_n: list[int] = Field(default_factory=lambda: [10, 30, 100, 300, 1000],
                                    description="other numbers of latents N; those beyond the SAE's are left out")
@@ -195,13 +197,15 @@ class Run(BaseModel):
         return self
 
     def _check_sweeps(self) -> None:
+        if unknown := [seed for seed in self.sweep_seeds or [] if seed not in self.seeds]:
+            raise ValueError(f"sweep_seeds: {unknown} must be among the run's seeds, {self.seeds}")
         for key in (name for name in type(self).model_fields if name.startswith("sweep_")):
             values = getattr(self, key)
             if not isinstance(values, list):
                 continue
             if len(set(values)) < len(values):
                 raise ValueError(f"{key}: {values} names a value twice")
-            least = 0 if key == "sweep_layers" else 1
+            least = 0 if key in ("sweep_layers", "sweep_seeds") else 1
             if any(isinstance(value, int) and value < least for value in values):
                 raise ValueError(f"{key}: {values} must be numbers of at least {least}")
         if (self.sweep_widths or self.sweep_layers or self.sweep_k) and not self.sae_text:

@@ -13,11 +13,15 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sts.errors import StsError, one_of
 
+#: Whether data sets that are not here may be asked from the hub.
+_HUB: ContextVar[bool] = ContextVar("hub", default=True)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -231,6 +235,16 @@ def _example(source: Source, row: dict, row_id: str) -> Example:
         raise StsError(f"Row {row_id!r} does not have the columns of the public release: {error!r}.") from error
 
 
+@contextmanager
+def without_hub() -> Iterator[None]:
+    """Inside it, a data set that is in no local folder is missing at once: nothing is downloaded or waited for."""
+    before = _HUB.set(False)
+    try:
+        yield
+    finally:
+        _HUB.reset(before)
+
+
 def local_file(folder: str, split: str) -> Path | None:
     """`$STS_DATA_DIR/<folder>/<split>.jsonl` if it exists."""
     root = os.environ.get("STS_DATA_DIR", "")
@@ -246,6 +260,8 @@ def _rows(name: str, source: Source, split: str) -> Iterator[dict]:
     local_hint = f"put {source.folder}/{split}.jsonl in a folder and name that folder in STS_DATA_DIR"
     if not source.hub:
         raise StsError(f"Data set {name!r} is read from a local folder only: {local_hint}.")
+    if not _HUB.get():
+        raise StsError(f"Data set {name!r} is in no local folder: {local_hint}.")
     import datasets
 
     try:

@@ -11,6 +11,7 @@ from sts import learned, paper
 from sts.pages import CORRELATION_RULE, p_phrase, p_value
 from sts.pages_baselines import SCORE_NAMES, _range, _two, _verdict
 from sts.pages_measures import NAMES
+from sts.pipeline_sweeps import repeated
 from sts.stages import OpenRun
 from sts.sweeps import AXES, SCORES
 from sts.verdicts import counted
@@ -318,8 +319,15 @@ def summary(run: OpenRun) -> str:
     return (f"**The rules**, written before any result of the `full` run was seen.\n\n{rules}\n\n"
             f"**The answer of this run**, for the change in {NAMES[first]} on `{settings.model}`, fine-tuned on "
             f"`{settings.sft_data}` and tested on `{settings.domain_data}`: n = {rows[0]['n']} domains, "
-            f"{counted(rows[0]['seeds'], 'seed')}, {counted(len(axes_of(run)), 'setting')} varied, "
+            f"{_seeds(run)}, {counted(len(axes_of(run)), 'setting')} varied, "
             f"{len(rows) // len(SCORES)} values in all.\n\n{listed}")
+
+
+def _seeds(run: OpenRun) -> str:
+    """How many seeds the ablations rest on, and that the run has more of them if so."""
+    used, whole = 1 + len(repeated(run).other_seeds), 1 + len(run.other_seeds)
+    return counted(used, "seed") + (f" (of the run's {whole}: reading the domains again for every value takes long)"
+                                    if used < whole else "")
 
 
 def _capital(text: str) -> str:

@@ -211,6 +211,12 @@ def _layer_rows(run: OpenRun, layer: int, specs: list[sweeps.SaeSpec], report, w
 
 # --- what they change ---------------------------------------------------------------------------------------------
 
+def repeated(run: OpenRun) -> OpenRun:
+    """The run with the seeds that its sweeps are repeated at: setting `sweep_seeds`."""
+    seeds = run.settings.sweep_seeds
+    return run if seeds is None else run.with_seeds(seeds)
+
+
 def swept(run: OpenRun) -> pandas.DataFrame:
     """All sweeps of a run's own seed in the order of the page; the columns that every sweep has."""
     parts = [run.get(name)[list(COLUMNS)] for name in ("sweep_latents", "sweep_saes", "sweep_settings")]
@@ -219,7 +225,7 @@ def swept(run: OpenRun) -> pandas.DataFrame:
         ignore_index=True)
 
 
-@stage("json", uses=("seeds", "seed", "bootstrap", "permutations"),
+@stage("json", uses=("seeds", "sweep_seeds", "seed", "bootstrap", "permutations"),
        needs=("sweep_latents", "sweep_settings", "sweep_saes", "evaluation_before", "evaluation_after"),
        inputs=("seeds",))
 def sweep_correlations(run: OpenRun, report) -> dict[str, list[dict]]:
@@ -233,6 +239,7 @@ def sweep_correlations(run: OpenRun, report) -> dict[str, list[dict]]:
             minus first).
         best: one row a measure and score: `sweeps.BestOf`, with the axis and value of the best.
     """
+    run = repeated(run)
     frames = [swept(run.with_seed(seed)) for seed in (run.settings.seed, *run.other_seeds)]
     found: dict[str, list[dict]] = {"values": [], "claims": [], "best": []}
     changes = item_differences(run)

@@ -12,14 +12,14 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sts import processes
 from sts.config import ROOT, Run, load_run
-from sts.data import digest
+from sts.data import digest, without_hub
 from sts.errors import StsError, one_of
 from sts.inputs import Inputs
 from sts.progress import Reporter
@@ -121,12 +121,14 @@ class OpenRun(Inputs):
         uses = {setting: getattr(self.settings, setting) for setting in spec.uses}
         needs = {need: self.key(need) for need in self._needs(spec)}
         try:
-            inputs = {what: self.identity(what) for what in spec.inputs}
+            with without_hub():
+                inputs = {what: self.identity(what) for what in spec.inputs}
         except StsError:  # the model or the data are not here; recorded results do not need them
-            recorded = recorded_key(self, spec, uses, needs)
-            if recorded is None:
-                raise
-            return recorded
+            with without_hub():
+                recorded = recorded_key(self, spec, uses, needs)
+            if recorded is not None:
+                return recorded
+            inputs = {what: self.identity(what) for what in spec.inputs}
         content = {"stage": spec.name, "version": spec.version, "kind": spec.kind, "uses": uses, "needs": needs,
                    "inputs": inputs}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
@@ -284,6 +286,10 @@ class OpenRun(Inputs):
     def with_seed(self, seed: int) -> OpenRun:
         """The same run with another seed, sharing the store and the models in memory; the SAE stays the same one."""
         return self._sibling(f"seed:{seed}", seed=seed, seeds=[]) if seed != self.settings.seed else self
+
+    def with_seeds(self, seeds: Sequence[int]) -> OpenRun:
+        """The same run with other `seeds` to compare with, sharing the store, the models in memory and the SAE."""
+        return self._sibling(f"seeds:{list(seeds)}", seeds=list(seeds))
 
     def recorded_alone(self) -> OpenRun:
         """The same run with nothing but what is there of it: no stage is computed, no model or data fetched or read.

@@ -197,6 +197,18 @@ def test_a_layer_that_was_read_before_a_kill_is_not_read_again(run, monkeypatch)
 
 # --- comparisons --------------------------------------------------------------------------------------------------
 
+def test_the_sweeps_may_be_repeated_at_fewer_seeds_than_the_run_has(run):
+    """A run's first seed alone, of two: the page says so, and the numbers are those of a run with one seed."""
+    fewer = sts.open_run("smoke", results=run.results, sweep_seeds=[])
+    alone = sts.open_run("smoke", results=run.results, seeds=[])
+    assert fewer.other_seeds == (1,)
+    assert fewer.get("sweep_correlations") == alone.get("sweep_correlations")
+    assert "1 seed (of the run's 2:" in pages_sweeps.summary(fewer)
+    assert "1 seed," in pages_sweeps.summary(alone) and "2 seeds," in pages_sweeps.summary(run)
+    with pytest.raises(StsError, match=r"sweep_seeds: \[5\] must be among the run's seeds, \[1\]"):
+        sts.open_run("smoke", sweep_seeds=[5])
+
+
 def test_correlations_are_means_over_seeds_and_the_own_one_is_that_of_the_score(run):
     rows = run.get("sweep_correlations")["values"]
     for score in sweeps.SCORES:

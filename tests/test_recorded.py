@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 import sts
 from sts import inputs
 from sts.errors import StsError
-from sts.recorded import BLANK, NO_TEXT, record
+from sts.recorded import BLANK, NO_TEXT, drawn, record
+from sts.stages import STAGES
 from sts.store import Store
 
 NAMES = ("scores", "latent_examples", "small_sae_quality", "sft_shift", "ablated_answers", "domain_shift",
@@ -85,6 +86,37 @@ def test_an_input_that_is_here_and_differs_is_not_passed_over(elsewhere, monkeyp
     monkeypatch.setattr(inputs, "load_mixture", lambda *args, **kwargs: sts.data.gsm_symbolic(24, seed=99))
     with pytest.raises(StsError, match="not here"):
         other.key("sft")
+
+
+def test_the_hub_is_asked_only_for_what_is_not_recorded(run, tmp_path, monkeypatch):
+    """Pages must render in a minute where the hub cannot be reached, and not download where it can."""
+    rows, asked = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(40)], []
+
+    def hub(name, *args, **kwargs):
+        asked.append(name)
+        return rows
+
+    monkeypatch.delenv("STS_DATA_DIR", raising=False)
+    monkeypatch.setattr("datasets.load_dataset", hub)
+
+    def opened(results):
+        return sts.open_run("smoke", results=tmp_path / results, seeds=[], sft_data="gsm8k")
+
+    first = opened("first")
+    key = first.key("sft")
+    assert asked
+    spec = STAGES["sft"]
+    provenance = {"stage": "sft", "key": key, "version": spec.version, "needs": {}, "drawn": drawn(first, spec),
+                  "settings": {name: getattr(first.settings, name) for name in spec.uses},
+                  "inputs": {what: first.identity(what) for what in spec.inputs}}
+    folder = tmp_path / "recorded"
+    folder.mkdir()
+    (folder / f"sft-{key}.provenance.json").write_text(json.dumps(provenance))
+    asked.clear()
+    second = opened("second")
+    second.store = Store(second.store.folder, (folder,))
+    assert second.key("sft") == key and not asked
+    assert second.key("shift") and asked  # not recorded
 
 
 @pytest.mark.parametrize(("stage", "changed"), [
