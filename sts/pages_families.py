@@ -8,7 +8,7 @@ from collections.abc import Callable
 from sts import learned, pages_baselines, verdicts
 from sts.config import ROOT
 from sts.errors import StsError
-from sts.pages import forecast_line
+from sts.pages_forecast import forecast_line
 from sts.pages_measures import NAMES, measures_shown
 from sts.stages import OpenRun, open_run
 

@@ -218,6 +218,50 @@ def baseline_confounds(run: OpenRun, report) -> list[dict]:
     return rows
 
 
+@stage("json", uses=("bootstrap", "permutations", "seed"),
+       needs=("scores", "domain_shift", "evaluation_before", "evaluation_after"))
+def hardness(run: OpenRun, report) -> list[dict]:
+    """Do a domain's bits before training go along with its change, and what is left of the score then? One seed alone.
+
+    One row a measure, where bits were evaluated: n, pearson of the bits before and the absolute change, with
+    pearson_interval (hierarchical bootstrap), and left (score -> its partial correlation given these bits: pearson,
+    pearson_interval, p by Freedman and Lane's permutations; or `undefined`); or `undefined`. Stage
+    `baseline_confounds` has the same over all seeds, given length as well.
+    """
+    alone, settings = run.with_seeds(()), run.settings
+    shifts = run.get("domain_shift")
+    bits = shifts[shifts["measure"] == "bits"].set_index("domain")["before"]
+    scored = run.get("scores").query("variant == 'paper'").set_index("domain")
+    rows = []
+    for measure, own in (item_differences(alone) if len(bits) else {}).items():
+        domains = sorted(own)
+        change_SN = np.abs(np.array([[own[domain].mean() for domain in domains]]))
+        bits_SN, row = bits[domains].to_numpy(float)[None], {"measure": measure, "n": len(domains)}
+        try:
+            resamples = hierarchical_resamples([own[domain] for domain in domains], resamples=settings.bootstrap,
+                                               seed=settings.seed)
+            row |= {"pearson": pearson(bits_SN[0], change_SN[0]),
+                    "pearson_interval": _interval(resamples.correlations(bits_SN))}
+        except StsError as error:
+            rows.append(row | {"undefined": str(error)})
+            continue
+        if row["pearson_interval"] is None:
+            rows.append(row | {"undefined": "too few domains for an interval"})
+            continue
+        x_PSN, controls_SNK = scored.loc[domains, list(SCORES)].to_numpy(float).T[:, None], bits_SN[..., None]
+        found_P = correlation_rows(x_PSN, change_SN, controls_SNK)[:, 0]
+        tests = permutation_p_over_seeds(x_PSN, change_SN, controls_SNK, resamples=settings.permutations,
+                                         seed=settings.seed)
+        row["left"] = {}
+        for score, x_SN, found, test in zip(SCORES, x_PSN, found_P, tests, strict=True):
+            interval = _interval(resamples.correlations(x_SN, controls_SNK))
+            defined = len(domains) >= 4 and np.isfinite(found) and interval is not None
+            row["left"][score] = ({"pearson": float(found), "pearson_interval": interval, "p": test.p} if defined else
+                                  {"undefined": "too few domains, or nothing left to correlate"})
+        rows.append(row)
+    return rows
+
+
 @stage("json", needs=("domain_shift",))
 def baseline_power(run: OpenRun, report) -> list[dict]:
     """What this design could have found: one row a measure, `stats_domains.Power` and the changes' reliability.

@@ -3,7 +3,7 @@
 import pytest
 
 import sts
-from sts import pages, pages_baselines, pages_families, verdicts
+from sts import pages_baselines, pages_families, pages_forecast, verdicts
 from sts.errors import StsError
 from sts.recorded import record
 from sts.stages import OpenRun
@@ -43,7 +43,7 @@ def test_every_page_tells_what_the_other_run_found(run, other, monkeypatch):
         assert text.count("- **") == 1 and f"recorded run `{other.settings.name}`" in text
     assert verdicts.few_sentence(run) in said[pages_families.few]
     assert verdicts.foreseen_sentence(run) in said[pages_families.foreseen]
-    line = pages.forecast_line(run, "bits")
+    line = pages_forecast.forecast_line(run, "bits")
     assert line[1:] in said[pages_families.forecast] and "simpler" not in said[pages_families.forecast]
     assert f"`correlations-{run.key('correlations')}`" in said[pages_families.forecast]
     compared = pages_baselines.comparison_sentence(run, pages_baselines.measures(run)[0])

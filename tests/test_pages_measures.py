@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 import sts
-from sts import beside_paper, pages, pages_limits, pages_measures, plots, plots_shift
+from sts import beside_paper, pages, pages_forecast, pages_limits, pages_measures, plots, plots_shift
 from sts.book import run_chapter
 from sts.evaluate import item_shifts
 
@@ -53,7 +53,7 @@ def test_every_page_function_shows_what_was_evaluated(results, kinds, shown):
     plots_shift.correlations_of_seeds(run.get("correlations_by_seed"), finest)
 
     name = pages_measures.NAMES[finest]
-    summary, conclusion = pages.forecast_summary(run), pages.forecast_conclusion(run)
+    summary, conclusion = pages_forecast.forecast_summary(run), pages_forecast.forecast_conclusion(run)
     assert f"- change in {name}" in summary and f"- {name}: " in conclusion
     assert "undefined (not evaluated" not in summary + conclusion
     assert ("not evaluated (`eval_kinds`)" in summary) == (kinds == ("solution",))

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import pearsonr
 
 import sts
-from sts import baselines, learned, pages_baselines
+from sts import baselines, learned, pages_baselines, pages_forecast
 from sts.errors import StsError
 from sts.finetune import load_tuned
 from sts.pipeline import domain_groups, split_domains
@@ -165,6 +165,39 @@ def test_confounds_are_partial_correlations_of_the_seeds(run):
         shift = own.get("domain_shift").query("measure == 'bits'").set_index("domain")["shift"].abs()[values.index]
         expected.append(partial_correlation(values["sts_icl"], shift, [values["base_bits"], values["question_tokens"]]))
     assert row["by_seed"] == pytest.approx(expected) and 0 < row["p"] <= 1
+
+
+def residuals(values, control):
+    """What a least-squares line through a control leaves of the values."""
+    design = np.stack([np.ones(len(control)), control], axis=1)
+    return values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
+
+
+def test_hardness_is_set_beside_the_score_with_the_runs_own_seed(run):
+    alone = sts.open_run("smoke", results=run.results, seeds=[])
+    row = row_of(run.get("hardness"), measure="bits")
+    values = run.get("baseline_values").set_index("domain")
+    shift = run.get("domain_shift").query("measure == 'bits'").set_index("domain")["shift"].abs()[values.index]
+    rival = row_of(alone.get("baseline_correlations"), measure="bits", predictor="base_bits")
+    assert row["pearson"] == pytest.approx(pearsonr(values["base_bits"], shift)[0]) and row["n"] == 14
+    assert row["pearson_interval"] == rival["pearson_interval"]
+    for score, left in row["left"].items():
+        assert left["pearson"] == pytest.approx(pearsonr(*(
+            residuals(one.to_numpy(), values["base_bits"].to_numpy()) for one in (values[score], shift)))[0])
+        confound = row_of(alone.get("baseline_confounds"), measure="bits", score=score, controls=["base_bits"])
+        assert (left["pearson_interval"], left["p"]) == (confound["pearson_interval"], confound["p"])
+    said = pages_forecast.hardness_sentence(run, "bits")
+    assert f"r = {row['pearson']:.2f} (" in said and f"partial r = {row['left']['sts_act']['pearson']:.2f} (" in said
+    assert said in pages_forecast.forecast_summary(run)
+
+
+def test_hardness_is_left_out_where_it_was_not_measured_and_undefined_with_few_domains(run):
+    letters = sts.open_run("smoke", results=run.results, eval_kinds=["letter"])
+    assert letters.get("hardness") == [] and pages_forecast.hardness_sentence(letters, "p_right") == ""
+    two = sts.open_run("smoke", results=run.results, domains=["law", "math"])
+    assert "no correlation that is defined" in pages_forecast.hardness_sentence(two, "bits")
+    three = sts.open_run("smoke", results=run.results, domains=["law", "math", "physics"])
+    assert "undefined" in pages_forecast.hardness_sentence(three, "bits")
 
 
 def test_an_accuracy_that_did_not_move_is_undefined_everywhere(run):

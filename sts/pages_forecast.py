@@ -1,0 +1,138 @@
+"""What the chapter on the score says: whether the forecast came true, and what else forecasts as well."""
+
+from __future__ import annotations
+
+from sts import learned
+from sts.data import MATHEMATICS
+from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase
+from sts.pages_limits import clear_domains, limits_sentence, power_sentence
+from sts.pages_measures import ACCURACIES, NAMES, measures_shown, p_value
+from sts.paper import published_correlations
+from sts.stages import OpenRun
+
+
+def _find(run: OpenRun, measure: str, score: str, variant: str = "paper") -> dict:
+    return next((row for row in run.get("correlations")
+                 if (row["measure"], row["variant"], row["score"]) == (measure, variant, score)),
+                {"undefined": "not evaluated; see the setting eval_kinds"})
+
+
+def _said(run: OpenRun, result: dict) -> str:
+    if "undefined" in result:
+        return f"undefined ({result['undefined']})"
+    interval, p = result["pearson_interval"], p_value(result["p"])
+    verdict = learned.judged(run, correlation_verdict(result))
+    return (f"r = {result['pearson']:.2f} (95% interval {interval['low']:.2f} to {interval['high']:.2f}, permutation "
+            f"p {p if p.startswith('<') else '= ' + p}, n = {result['n']} domains): **{verdict}**")
+
+
+def hardness_sentence(run: OpenRun, measure: str) -> str:
+    """Whether a domain's bits before training forecast as much as the score; "" where bits were not evaluated.
+
+    Said on the same page as the score's own correlation: without it, a score that follows hardness looks like more.
+    """
+    row = next((row for row in run.get("hardness") if row["measure"] == measure), None)
+    if row is None:
+        return ""
+    start = ("**Does hardness do as well?** How many bits per character a domain's answers take *before* training "
+             f"needs no SAE. Against the absolute change in {NAMES[measure]} it has ")
+    if "undefined" in row:
+        return f"{start}no correlation that is defined ({row['undefined']})."
+    parts = []
+    for score, label in (("sts_act", "STS_act"), ("sts_icl", "STS_ICL")):
+        left = row["left"][score]
+        if "undefined" in left:
+            parts.append(f"{label}: undefined ({left['undefined']})")
+            continue
+        interval, verdict = left["pearson_interval"], learned.judged(run, correlation_verdict(left))
+        parts.append(f"{label} partial r = {left['pearson']:.2f} ({interval['low']:.2f} to {interval['high']:.2f}, p "
+                     f"{p_phrase(left['p'])}): **{verdict}**")
+    own = row["pearson_interval"]
+    return (f"{start}r = {row['pearson']:.2f} ({own['low']:.2f} to {own['high']:.2f}). What the score adds to it: "
+            f"{'; '.join(parts)} (95% intervals over questions and domains, n = {row['n']} domains; the claim of "
+            "positive correlation by the rule below). [Baselines](baselines.ipynb) has the other rivals.")
+
+
+def forecast_line(run: OpenRun, measure: str) -> str:
+    """How both scores correlate with the change in a measure, with the verdicts."""
+    name = NAMES[measure] + (", the kind of measure that the paper uses" if measure in ACCURACIES else "")
+    return (f"change in {name}: STS_act {_said(run, _find(run, measure, 'sts_act'))}; STS_ICL "
+            f"{_said(run, _find(run, measure, 'sts_icl'))}.")
+
+
+def forecast_summary(run: OpenRun) -> str:
+    """The chapter's first paragraph: whether the paper's central claim held in this run."""
+    finest, _, accuracy = measures_shown(run.get("domain_shift"))
+    settings, published = run.settings, published_correlations()["pearson"]
+    told, shown = learned.learned_sentence(run), [measure for measure in (finest, accuracy) if measure]
+    lines = "\n".join([f"- {told[0].upper()}{told[1:]}", *(f"- {forecast_line(run, measure)}" for measure in shown)])
+    if not {finest, accuracy} & set(ACCURACIES):
+        lines += "\n- change in accuracy, the kind of measure that the paper uses: not evaluated (`eval_kinds`)."
+    verdicts = [learned.judged(run, correlation_verdict(_find(run, measure, score)))
+                for measure in shown for score in ("sts_act", "sts_icl")]
+    if hard := hardness_sentence(run, finest):
+        lines += f"\n- {hard}"
+    if any(verdict != "held" for verdict in verdicts):
+        lines += f"\n- {limits_sentence(run, finest)}"
+    return (
+        "**The answer of this run.** The paper claims that the score correlates with the absolute change of a domain. "
+        f"On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on `{settings.domain_data}`:\n\n"
+        f"{lines}\n\n"
+        f"{learned.RULE} {CORRELATION_RULE} {_multiplicity(run)} The intervals here resample domains alone. "
+        "The chapter on baselines resamples the questions within them as well, which is wider, and may come to another "
+        f"verdict; trust the wider one. Seed {settings.seed}, one training run. For "
+        f"comparison, the paper reports {published.min():.2f} to {published.max():.2f} on eight selected domains of "
+        "three models.")
+
+
+def _multiplicity(run: OpenRun) -> str:
+    """How many correlations were tested, and the smallest p once corrected for that."""
+    tested = [row["p"] for row in run.get("correlations") if "undefined" not in row]
+    if not tested:
+        return ""
+    # Holm's method multiplies the smallest p by the number of tests.
+    smallest = min(1.0, min(tested) * len(tested))
+    measures = len({row["measure"] for row in run.get("correlations")})
+    return (f"The page tests {len(tested)} correlations (two scores, two variants, {measures} measures). Corrected for "
+            f"that by Holm's method, the smallest p of all is {p_value(smallest)}; a single *held* is a hint, not a "
+            "proof.")
+
+
+def _trained_domains(run: OpenRun) -> set[str]:
+    """Domains of the training set; known without reading it where it is mathematics alone."""
+    if set(run.settings.sft_data.split("+")) <= MATHEMATICS:
+        return {"math"}
+    return {example.domain for example in run.sft_examples("train")}
+
+
+def forecast_conclusion(run: OpenRun) -> str:
+    """What the scatter shows, how sure we are, and what this design could have seen at all."""
+    from sts.stats import pearson
+
+    shifts = run.get("domain_shift")
+    domains = shifts["domain"].nunique()
+    lines = []
+    for measure, label in NAMES.items():
+        own = shifts[shifts["measure"] == measure]
+        if own.empty:
+            continue
+        up = (own["shift"] > 0).sum()
+        clear = len(clear_domains(shifts, measure))
+        lines.append(f"- {label}: {clear} of {len(own)} domains moved by more than their interval's noise; {up} went "
+                     f"up, {(own['shift'] < 0).sum()} down. Against the absolute change: STS_act "
+                     f"{_said(run, _find(run, measure, 'sts_act'))}; STS_ICL "
+                     f"{_said(run, _find(run, measure, 'sts_icl'))}.")
+    trained = _trained_domains(run) & set(shifts["domain"])
+    finest = measures_shown(shifts)[0]
+    moved = shifts[shifts["measure"] == finest].set_index("domain")["shift"].abs().drop(
+        index=list(trained), errors="ignore")
+    if trained and len(moved) > 3 and moved.nunique() > 1:
+        own = run.get("scores").query("variant == 'paper'").set_index("domain").loc[moved.index]
+        lines.append(f"- The domain trained on ({', '.join(sorted(trained))}) is one of the points. Without it, the "
+                     f"correlation with the change in {NAMES[finest]} is {pearson(own['sts_act'], moved):.2f} for "
+                     f"STS_act and {pearson(own['sts_icl'], moved):.2f} for STS_ICL (n = {len(moved)}).")
+    if domains < 4:
+        return "\n".join([*lines, f"- {domains} domains are too few for any statement about correlation."])
+    lines.append(f"- {power_sentence(domains)}. A result of *not shown* is therefore weak evidence against the claim, "
+                 f"and the smallest domain has {int(shifts['n'].min())} questions.")
+    return "\n".join(lines)
