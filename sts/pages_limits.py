@@ -1,4 +1,4 @@
-"""Why a correlation may not show: the number of domains, the size of the measured shift, and the SAE's quality."""
+"""Why a claim may not show: the number of domains, the size of the shift, and the SAE's quality."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import pandas
 
 from sts.errors import StsError
+from sts.learned import training_log
 from sts.pages_measures import NAMES
 from sts.stages import OpenRun
 from sts.stats import smallest_detectable_correlation
@@ -46,6 +47,16 @@ def limits_sentence(run: OpenRun, measure: str) -> str:
     return (f"What limits this run: {len(clear_domains(shifts, measure))} of {len(own)} domains changed in "
             f"{NAMES[measure]} by more than their interval's noise; the median absolute change is "
             f"{own['shift'].abs().median():.2g}. {power}{sae_fidelity(run)}")
+
+
+def shift_limits_sentence(run: OpenRun) -> str:
+    """What a claim about shifted latents rests on: how long training was, how far it moved, and the SAE."""
+    log, moved = training_log(run), run.get("sft_shift")
+    size = (moved["raw/squared_difference_L"].sum() / moved["raw/base_square_sum_L"].sum()).sqrt().item()
+    return (f"what limits this run: {log['steps']} training steps on {log['train']} problems moved the residual stream "
+            f"at these tokens by {size:.0%} of its size (root mean square of the change over that of the stream); the "
+            f"SAE has {len(moved['sae/base_sum_L']):,} latents, where the SAE that the paper's figure is about has "
+            f"28,672. {sae_fidelity(run)}")
 
 
 def sae_fidelity(run: OpenRun) -> str:

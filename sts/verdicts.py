@@ -14,6 +14,7 @@ import pandas
 from sts import learned, shift_results, zero_results
 from sts.learned import judged, learned_sentence
 from sts.pages import p_phrase, p_value
+from sts.pages_limits import shift_limits_sentence
 from sts.paper import published_numbers
 from sts.stages import OpenRun
 from sts.stats import MeanInterval, paired_mean_interval
@@ -177,7 +178,7 @@ def shift_summary(run: OpenRun) -> str:
     """First paragraph of the chapter on what fine-tuning shifts."""
     told = (few_sentence, beyond_sentence, even_sentence, zero_sentence)
     return (f"**The answer of this run.** {_tuned_on(run)}\n\n"
-            f"{_listed(*(sentence(run) for sentence in (learned_sentence, *told)))}\n\n"
+            f"{_listed(*(sentence(run) for sentence in (learned_sentence, *told, shift_limits_sentence)))}\n\n"
             f"Seed {run.settings.seed}, one training run. The rules:\n\n"
             f"{_listed(learned.RULE, FEW_RULE, BEYOND_RULE, EVEN_RULE, zero_results.ZERO_RULE)}")
 
@@ -216,8 +217,9 @@ def better_sentence(run: OpenRun) -> str:
 
 def foreseen_summary(run: OpenRun) -> str:
     """First paragraph of the chapter on what demonstrations foresee."""
+    told = (learned_sentence, foreseen_sentence, better_sentence, shift_limits_sentence)
     return (f"**The answer of this run.** {_tuned_on(run)}\n\n"
-            f"{_listed(*(sentence(run) for sentence in (learned_sentence, foreseen_sentence, better_sentence)))}\n\n"
+            f"{_listed(*(sentence(run) for sentence in told))}\n\n"
             f"Seed {run.settings.seed}, one training run. The rules:\n\n"
             f"{_listed(learned.RULE, FORESEEN_RULE, BETTER_RULE)}")
 

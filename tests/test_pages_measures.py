@@ -7,6 +7,7 @@ import nbformat
 import numpy
 import pandas
 import pytest
+import torch
 from scipy import stats as scipy_stats
 
 import sts
@@ -168,3 +169,14 @@ def test_power_is_that_of_fishers_z():
     # The correlation whose z, with its standard error, lies 1.96 + 0.84 standard errors above zero.
     needed = math.tanh((1.959964 + 0.841621) / math.sqrt(14 - 3))
     assert f"of about {needed:.2f} or more" in pages_limits.power_sentence(14)
+
+
+def test_limits_of_a_shift_are_its_size_and_the_length_of_training(results, monkeypatch, tmp_path):
+    run = sts.open_run("smoke", results=results)
+    ones, moved = torch.ones(4), torch.tensor([0.0, 0.0, 0.3, 0.4])
+    sums = {"raw/squared_difference_L": moved**2, "raw/base_square_sum_L": 0.25 * ones, "sae/base_sum_L": torch.ones(8)}
+    (tmp_path / "training.json").write_text(json.dumps({"steps": 7, "train": 30}))
+    monkeypatch.setitem(run._memory, f"sft_shift-{run.key('sft_shift')}", sums)
+    monkeypatch.setitem(run._memory, f"sft-{run.key('sft')}", tmp_path)
+    said = pages_limits.shift_limits_sentence(run)
+    assert "7 training steps on 30 problems" in said and "by 50% of its size" in said and "has 8 latents" in said
