@@ -297,7 +297,7 @@ def missing_sentence(run: OpenRun) -> str:
         return ""
     listed = "; ".join(f"{', '.join(AXES[axis].label for axis in axes)} (settings {names})" for axes, names in absent)
     return (f"**Not in this run.** The sweeps above come from sums that were stored anyway. These would have to read "
-            f"the domains again or train SAEs, and this run asks for none: {listed}. The profile `full` has them.")
+            f"the domains again or train SAEs, and this run lists no values for them: {listed}.")
 
 
 def by_measure(run: OpenRun, sentence: Callable[[OpenRun, str], str]) -> str:
@@ -320,7 +320,8 @@ def summary(run: OpenRun) -> str:
             f"**The answer of this run**, for the change in {NAMES[first]} on `{settings.model}`, fine-tuned on "
             f"`{settings.sft_data}` and tested on `{settings.domain_data}`: n = {rows[0]['n']} domains, "
             f"{_seeds(run)}, {counted(len(axes_of(run)), 'setting')} varied, "
-            f"{len(rows) // len(SCORES)} values in all.\n\n{listed}")
+            f"{1 + sum(not row['own'] for row in rows) // len(SCORES)} different values in all, the run's own among "
+            f"them.\n\n{listed}")
 
 
 def _seeds(run: OpenRun) -> str:
