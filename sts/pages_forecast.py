@@ -68,12 +68,13 @@ def forecast_summary(run: OpenRun) -> str:
     lines = "\n".join([f"- {told[0].upper()}{told[1:]}", *(f"- {forecast_line(run, measure)}" for measure in shown)])
     if not {finest, accuracy} & set(ACCURACIES):
         lines += "\n- change in accuracy, the kind of measure that the paper uses: not evaluated (`eval_kinds`)."
-    verdicts = [learned.judged(run, correlation_verdict(_find(run, measure, score)))
-                for measure in shown for score in ("sts_act", "sts_icl")]
+    missed = [measure for measure in shown if any(
+        learned.judged(run, correlation_verdict(_find(run, measure, score))) != "held"
+        for score in ("sts_act", "sts_icl"))]
     if hard := hardness_sentence(run, finest):
         lines += f"\n- {hard}"
-    if any(verdict != "held" for verdict in verdicts):
-        lines += f"\n- {limits_sentence(run, finest)}"
+    if missed:
+        lines += f"\n- {limits_sentence(run, *missed)}"
     return (
         "**The answer of this run.** The paper claims that the score correlates with the absolute change of a domain. "
         f"On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on `{settings.domain_data}`:\n\n"

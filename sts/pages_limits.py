@@ -35,18 +35,19 @@ def clear_domains(shifts: pandas.DataFrame, measure: str) -> pandas.DataFrame:
     return own[(own["low"] > 0) | (own["high"] < 0)]
 
 
-def limits_sentence(run: OpenRun, measure: str) -> str:
+def limits_sentence(run: OpenRun, *measures: str) -> str:
     """Why a correlation may not show: the number of domains, the size of the changes, and what the SAE keeps.
 
     Args:
-        measure: one of stage `domain_shift`'s; changes are in the unit that it has there.
+        measures: of stage `domain_shift`, those to tell about; changes are in the unit that they have there.
     """
-    shifts = run.get("domain_shift")
-    own = shifts[shifts["measure"] == measure]
+    shifts, told = run.get("domain_shift"), []
+    for measure in measures:
+        own = shifts[shifts["measure"] == measure]
+        told.append(f"{len(clear_domains(shifts, measure))} of {len(own)} domains changed in {NAMES[measure]} by more "
+                    f"than their interval's noise (the median absolute change is {own['shift'].abs().median():.2g})")
     power = f"{power_sentence(len(own))}. " if len(own) >= 4 else ""
-    return (f"What limits this run: {len(clear_domains(shifts, measure))} of {len(own)} domains changed in "
-            f"{NAMES[measure]} by more than their interval's noise; the median absolute change is "
-            f"{own['shift'].abs().median():.2g}. {power}{sae_fidelity(run)}")
+    return f"What limits this run: {'; '.join(told)}. {power}{sae_fidelity(run)}"
 
 
 def shift_limits_sentence(run: OpenRun) -> str:

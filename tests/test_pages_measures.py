@@ -153,13 +153,15 @@ def test_limits_count_domains_that_moved_and_read_the_saes_record(results, monke
     rows = [("law", -0.3, -0.4, -0.2), ("math", 0.1, -0.1, 0.3), ("physics", -0.2, math.nan, math.nan)]
     shifts = pandas.DataFrame([{"domain": domain, "measure": "bits", "shift": shift, "low": low, "high": high}
                                for domain, shift, low, high in rows])
+    shifts = pandas.concat([shifts, shifts.assign(measure="p_right", low=-1, high=1)])
     monkeypatch.setitem(run._memory, f"domain_shift-{run.key('domain_shift')}", shifts)
     held_out = {"fraction_of_variance_explained": 0.5, "splice": {"recovered": 0.25}}
     (tmp_path / "training.json").write_text(json.dumps({"held_out": held_out}))
     monkeypatch.setattr(type(run), "sae_folder", tmp_path)
     monkeypatch.setattr(type(run), "stored", lambda self, name: True)
-    said = pages_limits.limits_sentence(run, "bits")
-    assert "1 of 3 domains changed in bits per character" in said and "median absolute change is 0.2." in said
+    said = pages_limits.limits_sentence(run, "bits", "p_right")
+    assert "1 of 3 domains changed in bits per character" in said and "median absolute change is 0.2)" in said
+    assert "0 of 3 domains changed in p(right option)" in said
     assert "With 3 domains" not in said and "explains 50% of" in said and "avoids 25% of" in said
     (tmp_path / "training.json").unlink()
     assert "not recorded" in pages_limits.sae_fidelity(run)
