@@ -42,10 +42,10 @@ def activity(run: OpenRun) -> Activity:
     """Activity of the latents on held-out solutions, in the model of setting `ablation_model`."""
     stats = of_kind(run.get("sft_shift_solutions"), "sae")
     side = "icl" if run.settings.ablation_model == "tuned" else "base"
-    # One where the norms are folded in.
-    norm_L = run.sae().W_dec.detach().double().norm(dim=1).cpu()
-    return Activity(stats[f"{side}_fired_L"] / stats["tokens"],
-                    stats[f"{side}_square_sum_L"] / stats["tokens"] * norm_L.square())
+    energy_L = stats[f"{side}_square_sum_L"] / stats["tokens"]
+    if not run.settings.fold_norms:  # else they are one, and pages of recorded results need no SAE
+        energy_L = energy_L * run.sae().W_dec.detach().double().norm(dim=1).cpu().square()
+    return Activity(stats[f"{side}_fired_L"] / stats["tokens"], energy_L)
 
 
 def change_by_latent(run: OpenRun) -> torch.Tensor:
@@ -70,7 +70,7 @@ def _to_ablate(run: OpenRun, report) -> tuple[LanguageModel, float]:
     return lm, limit
 
 
-@stage("parquet", version=3, uses=(*MODEL, *SAE, *MASKS, "ablation_model", "ablation_examples", "ablation_latents",
+@stage("parquet", version=4, uses=(*MODEL, *SAE, *MASKS, "ablation_model", "ablation_examples", "ablation_latents",
                                    "ablation_draws", "eval_batch", "seed"), needs=NEEDS,
        inputs=("model", "sae", "sft_held_out"))
 def ablation(run: OpenRun, report) -> pandas.DataFrame:
@@ -102,7 +102,7 @@ def ablation(run: OpenRun, report) -> pandas.DataFrame:
     return pandas.concat(frames, ignore_index=True)
 
 
-@stage("json", version=3, uses=(*MODEL, *SAE, *MASKS, "ablation_model", "top_n", "seed"), needs=NEEDS,
+@stage("json", version=4, uses=(*MODEL, *SAE, *MASKS, "ablation_model", "top_n", "seed"), needs=NEEDS,
        inputs=("model", "sae", "sft_held_out"))
 def ablated_answers(run: OpenRun, report) -> dict:
     """The first held-out problem answered (greedily) with nothing zeroed, the most shifted, and as many others."""
