@@ -36,9 +36,7 @@ def measured(run: OpenRun) -> pandas.DataFrame:
     """
     rows = []
     for group, stages in {**GROUPS, **EXTRA}.items():
-        for name in stages:
-            run.get(name)
-        records = {name: run.provenance(name) for name in stages}
+        records = {name: run.computed(name) for name in stages}
         work = {name: record.get("work") or {} for name, record in records.items()}
         uncounted = [name for name, one in work.items() if not one.get("tokens")]
         rows.append({
@@ -181,14 +179,12 @@ def savings(run: OpenRun) -> pandas.DataFrame:
         padded_tokens, passes, depth (share of the layers run), matrices_mb (float32 latents of the counted tokens, on
         both sides), sums_mb (what is kept). NaN where the work was not recorded.
     """
-    whole, rows = run.get("forecast_tokens"), {}
+    whole, sums, rows = run.get("forecast_tokens"), run.get("forecast_sums"), {}
     for label, stage in (("shifted dimensions", "shift"), ("domains", "domain_stats")):
-        tensors, work = run.get(stage), run.provenance(stage).get("work") or {}
-        counted = sum(tensor.item() for name, tensor in tensors.items() if name.rpartition("/")[2] == "tokens")
-        latents = next(len(tensor) for name, tensor in tensors.items() if name.endswith("squared_difference_L"))
+        own, work = sums[stage], run.computed(stage).get("work") or {}
         rows[label] = {
-            "whole_tokens": whole[stage]["tokens"], "matrices_mb": 2 * counted * latents * 4 / 1e6,
-            "sums_mb": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 1e6,
+            "whole_tokens": whole[stage]["tokens"], "matrices_mb": 2 * own["tokens"] * own["latents"] * 4 / 1e6,
+            "sums_mb": own["bytes"] / 1e6,
             **{name: work.get(name, math.nan) for name in ("tokens", "padded_tokens", "passes")}}
     frame = pandas.DataFrame(rows).T
     frame.loc["together"] = frame.sum(skipna=False)

@@ -305,6 +305,19 @@ def forecast_tokens(run: OpenRun, report) -> dict:
             "domain_stats": prompt_tokens([group for own in domain_groups(run).values() for group in own])}
 
 
+@stage("json", needs=("shift", "domain_stats"))
+def forecast_sums(run: OpenRun, report) -> dict:
+    """Of `shift` and `domain_stats` the numbers of counted tokens and latents, and the bytes of the sums kept."""
+    found = {}
+    for name in ("shift", "domain_stats"):
+        tensors = run.get(name)
+        found[name] = {
+            "tokens": sum(tensor.item() for field, tensor in tensors.items() if field.rpartition("/")[2] == "tokens"),
+            "latents": next(len(tensor) for field, tensor in tensors.items() if field.endswith("squared_difference_L")),
+            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())}
+    return found
+
+
 # --- what really happens ------------------------------------------------------------------------------------------
 
 @stage("folder", version=2, uses=("model", "model_revision", "dtype", "sft_epochs", "sft_lr", "sft_batch",

@@ -174,6 +174,17 @@ class OpenRun(Inputs):
         """What is recorded about the stage's stored result."""
         return self.store.provenance(name, self.key(name), self._spec(name).kind)
 
+    def computed(self, name: str) -> dict[str, Any]:
+        """The provenance of the stage's result, which is computed if no record of it is there.
+
+        Unlike `get`, it is satisfied with a result that was recorded without its data.
+        """
+        if name not in self._used:
+            self._used.append(name)
+        if not self.provenance(name):
+            self.get(name)
+        return self.provenance(name)
+
     @property
     def used(self) -> tuple[str, ...]:
         """Names of the stages asked for so far and of all that they rest on, each after what it needs."""

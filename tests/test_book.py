@@ -5,13 +5,18 @@ import re
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 
+import sts
+from sts import data, inputs, stages
 from sts.book import CHAPTERS, build_book, chapter_source, quick_page, run_chapter, without_roles
 from sts.config import ROOT, load_run
 from sts.errors import StsError
+from sts.recorded import record
 from sts.stages import results_folder
+from sts.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +104,31 @@ def test_importing_sts_is_quick_because_heavy_libraries_wait():
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def recorded(book, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recorded")
+    record(sts.open_run("smoke"), folder)
+    return folder
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_runs_on_recorded_results_without_model_sae_and_data(recorded, tmp_path, monkeypatch, chapter):
+    def gone(*args, **kwargs):
+        raise StsError("not here")
+
+    for module, name in ((inputs, "resolve_model"), (inputs, "load_model"), (inputs, "load_examples"),
+                         (inputs, "load_mixture"), (data, "load_texts"), (stages, "load_sae")):
+        monkeypatch.setattr(module, name, gone)
+    elsewhere = sts.open_run("smoke", results=tmp_path)
+    elsewhere.store = Store(tmp_path / "stages", (recorded,))
+    monkeypatch.setattr(sts, "open_run", lambda run, **parameters: elsewhere)
+    names = {}
+    for cell in nbformat.read(ROOT / "notebooks" / f"{chapter}.ipynb", 4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+    plt.close("all")
+
 
 @pytest.fixture(scope="module")
 def browser():
