@@ -30,7 +30,7 @@ MEASURES = {
     "accuracy": "accuracy (percentage points)",
     "accuracy_norm": "normalised accuracy (percentage points)",
     "p_right": "probability of the right option (percentage points)",
-    "bits": "bits per character of the worked solution",
+    "bits": "bits per character of the right answer",
     "accuracy_generated": "accuracy of generated answers (percentage points)",
 }
 #: The measures that say of an item only whether it is right.

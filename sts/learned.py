@@ -62,4 +62,7 @@ def learned_sentence(run: OpenRun, *, every_seed: bool = False) -> str:
         each = ", ".join(f"{one} with seed {seed}" for seed, one in zip(falls, did, strict=True))
         told = f"{each} (of its starting value)"
     verdict = {0: "did not learn", len(falls): "learned"}.get(count, f"learned with {count} of {len(falls)} seeds only")
-    return f"the loss on {training_log(run)['held_out']} held-out problems {told}: the run **{verdict}**."
+    counts = sorted({training_log(run if seed == run.settings.seed else run.with_seed(seed))["held_out"]
+                     for seed in falls})
+    problems = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f"the loss on {problems} held-out problems {told}: the run **{verdict}**."

@@ -51,7 +51,7 @@ def choice_verdict(nulls: list[dict]) -> str:
         return "undefined"
     both = [own[kind] for kind in ("rate", "energy")]
     if any(abs(row["matched"] - row["chosen"]) > MATCH * row["chosen"] for row in both):
-        return "not shown, as no sets match"
+        return "not shown, as sets of one kind do not match"
     reached = max(row["p"] for row in both)
     return "held" if reached <= 0.05 and own["rate"]["observed"] > 0 else "not shown"
 

@@ -53,6 +53,26 @@ def hardness_sentence(run: OpenRun, measure: str) -> str:
             "positive correlation by the rule below). [Baselines](baselines.ipynb) has the other rivals.")
 
 
+def length_sentence(run: OpenRun) -> str:
+    """How much of bits per character is the answers' length, and what is left per whole answer; "" without bits."""
+    row = next((row for row in run.get("hardness") if row["measure"] == "bits"), {})
+    own = row.get("answers") or {"undefined": ""}
+    if "undefined" in own:
+        return ""
+
+    def said(name: str) -> str:
+        found = own["per_answer"][name]
+        interval = found["pearson_interval"]
+        return f"{found['pearson']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})" if interval else "undefined"
+
+    return ("**What is scored, and how long it is.** The right answer, with its worked solution where the data set has "
+            f"one: {own['characters_low']:.0f} to {own['characters_high']:.0f} characters (median, by domain). The "
+            f"shorter it is, the more each of its bits weighs: the mean of 1 / characters alone has r = "
+            f"{own['shortness']:.2f} with the absolute change in bits per character. Counted per whole answer instead, "
+            f"r is {said('sts_act')} for STS_act, {said('sts_icl')} for STS_ICL and {said('bits')} for the bits before "
+            f"training (95% intervals over questions and domains, n = {row['n']} domains).")
+
+
 def forecast_line(run: OpenRun, measure: str) -> str:
     """How both scores correlate with the change in a measure, with the verdicts."""
     name = NAMES[measure] + (", the kind of measure that the paper uses" if measure in ACCURACIES else "")
@@ -65,14 +85,17 @@ def forecast_summary(run: OpenRun) -> str:
     finest, _, accuracy = measures_shown(run.get("domain_shift"))
     settings, published = run.settings, published_correlations()["pearson"]
     told, shown = learned.learned_sentence(run), [measure for measure in (finest, accuracy) if measure]
-    lines = "\n".join([f"- {told[0].upper()}{told[1:]}", *(f"- {forecast_line(run, measure)}" for measure in shown)])
+    lines = "\n".join(f"- {line[0].upper()}{line[1:]}"
+                      for line in (told, *(forecast_line(run, measure) for measure in shown)))
     if not {finest, accuracy} & set(ACCURACIES):
-        lines += "\n- change in accuracy, the kind of measure that the paper uses: not evaluated (`eval_kinds`)."
+        lines += "\n- Change in accuracy, the kind of measure that the paper uses: not evaluated (`eval_kinds`)."
     missed = [measure for measure in shown if any(
         learned.judged(run, correlation_verdict(_find(run, measure, score))) != "held"
         for score in ("sts_act", "sts_icl"))]
     if hard := hardness_sentence(run, finest):
         lines += f"\n- {hard}"
+    if finest == "bits" and (length := length_sentence(run)):
+        lines += f"\n- {length}"
     if missed:
         lines += f"\n- {limits_sentence(run, *missed)}"
     return (
@@ -80,8 +103,8 @@ def forecast_summary(run: OpenRun) -> str:
         f"On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on `{settings.domain_data}`:\n\n"
         f"{lines}\n\n"
         f"{learned.RULE} {CORRELATION_RULE} {_multiplicity(run)} The intervals here resample domains alone. "
-        "The chapter on baselines resamples the questions within them as well, which is wider, and may come to another "
-        f"verdict; trust the wider one. Seed {settings.seed}, one training run. For "
+        "The chapter on baselines resamples the questions within them as well and averages over seeds; where the two "
+        f"differ, trust that one. Seed {settings.seed}, one training run. For "
         f"comparison, the paper reports {published.min():.2f} to {published.max():.2f} on eight selected domains of "
         "three models.")
 

@@ -43,9 +43,9 @@ def limits_sentence(run: OpenRun, *measures: str) -> str:
     """
     shifts, told = run.get("domain_shift"), []
     for measure in measures:
-        own = shifts[shifts["measure"] == measure]
+        own, unit = shifts[shifts["measure"] == measure], "" if measure == "bits" else " percentage points"
         told.append(f"{len(clear_domains(shifts, measure))} of {len(own)} domains changed in {NAMES[measure]} by more "
-                    f"than their interval's noise (the median absolute change is {own['shift'].abs().median():.2g})")
+                    f"than their interval's noise (median absolute change: {own['shift'].abs().median():.2g}{unit})")
     power = f"{power_sentence(len(own))}. " if len(own) >= 4 else ""
     return f"What limits this run: {'; '.join(told)}. {power}{sae_fidelity(run)}"
 

@@ -327,8 +327,7 @@ def summary(run: OpenRun) -> str:
 def _seeds(run: OpenRun) -> str:
     """How many seeds the ablations rest on, and that the run has more of them if so."""
     used, whole = 1 + len(repeated(run).other_seeds), 1 + len(run.other_seeds)
-    return counted(used, "seed") + (f" (of the run's {whole}: reading the domains again for every value takes long)"
-                                    if used < whole else "")
+    return counted(used, "seed") + (f" (of the run's {whole})" if used < whole else "")
 
 
 def _capital(text: str) -> str:

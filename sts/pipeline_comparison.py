@@ -218,15 +218,44 @@ def baseline_confounds(run: OpenRun, report) -> list[dict]:
     return rows
 
 
-@stage("json", uses=("bootstrap", "permutations", "seed"),
+def _whole_answers(run: OpenRun, domains: list[str]) -> dict:
+    """How long the scored answers are, and the correlations with the change in bits counted per answer instead.
+
+    Bits per character of a one-sentence answer depend on its length: what is the same in every answer is divided by
+    few characters in one domain and by many in another.
+    """
+    before, after = (run.get(f"evaluation_{when}").query("kind == 'solution'").set_index("example_id")
+                     for when in ("before", "after"))
+    bits, later = -before["loglikelihood"] / np.log(2), -after["loglikelihood"] / np.log(2)
+    own = {domain: rows.index for domain, rows in before.groupby("domain")}
+    lengths = before["characters"].groupby(before["domain"]).median()
+    resamples = hierarchical_resamples([(later - bits)[own[domain]].to_numpy()[:, None] for domain in domains],
+                                       resamples=run.settings.bootstrap, seed=run.settings.seed)
+    scored = run.get("scores").query("variant == 'paper'").set_index("domain")
+    change_N = np.array([abs((later - bits)[own[domain]].mean()) for domain in domains])
+    per_answer = {}
+    for name, x_N in (*((score, scored.loc[domains, score].to_numpy(float)) for score in SCORES),
+                      ("bits", np.array([bits[own[domain]].mean() for domain in domains]))):
+        per_answer[name] = {"pearson": pearson(x_N, change_N),
+                            "pearson_interval": _interval(resamples.correlations(x_N[None]))}
+    short_N = [float((1 / before["characters"][own[domain]]).mean()) for domain in domains]
+    shifts = run.get("domain_shift").query("measure == 'bits'").set_index("domain")["shift"].abs()
+    return {"characters_low": float(lengths.min()), "characters_high": float(lengths.max()),
+            "shortness": pearson(short_N, shifts[domains].to_numpy()), "per_answer": per_answer}
+
+
+@stage("json", version=2, uses=("bootstrap", "permutations", "seed"),
        needs=("scores", "domain_shift", "evaluation_before", "evaluation_after"))
 def hardness(run: OpenRun, report) -> list[dict]:
     """Do a domain's bits before training go along with its change, and what is left of the score then? One seed alone.
 
     One row a measure, where bits were evaluated: n, pearson of the bits before and the absolute change, with
     pearson_interval (hierarchical bootstrap), and left (score -> its partial correlation given these bits: pearson,
-    pearson_interval, p by Freedman and Lane's permutations; or `undefined`); or `undefined`. Stage
-    `baseline_confounds` has the same over all seeds, given length as well.
+    pearson_interval, p by Freedman and Lane's permutations; or `undefined`); or `undefined`. For the bits also
+    `answers`: characters_low and characters_high (median length of the scored answers, shortest and longest domain),
+    shortness (r of the mean of 1 / characters with the absolute change), per_answer (score, or bits -> pearson and
+    pearson_interval with the absolute change in bits per whole answer); or `undefined`. Stage `baseline_confounds` has
+    the partial correlations over all seeds, given the questions' length as well.
     """
     alone, settings = run.with_seeds(()), run.settings
     shifts = run.get("domain_shift")
@@ -258,6 +287,11 @@ def hardness(run: OpenRun, report) -> list[dict]:
             defined = len(domains) >= 4 and np.isfinite(found) and interval is not None
             row["left"][score] = ({"pearson": float(found), "pearson_interval": interval, "p": test.p} if defined else
                                   {"undefined": "too few domains, or nothing left to correlate"})
+        if measure == "bits":
+            try:
+                row["answers"] = _whole_answers(run, domains)
+            except StsError as error:
+                row["answers"] = {"undefined": str(error)}
         rows.append(row)
     return rows
 

@@ -296,11 +296,13 @@ class OpenRun(Inputs):
 
     def with_seed(self, seed: int) -> OpenRun:
         """The same run with another seed, sharing the store and the models in memory; the SAE stays the same one."""
-        return self._sibling(f"seed:{seed}", seed=seed, seeds=[]) if seed != self.settings.seed else self
+        if seed == self.settings.seed:
+            return self
+        return self._sibling(f"seed:{seed}", seed=seed, seeds=[], sweep_seeds=None)
 
     def with_seeds(self, seeds: Sequence[int]) -> OpenRun:
         """The same run with other `seeds` to compare with, sharing the store, the models in memory and the SAE."""
-        return self._sibling(f"seeds:{list(seeds)}", seeds=list(seeds))
+        return self._sibling(f"seeds:{list(seeds)}", seeds=list(seeds), sweep_seeds=None)
 
     def recorded_alone(self) -> OpenRun:
         """The same run with nothing but what is there of it: no stage is computed, no model or data fetched or read.
@@ -320,7 +322,7 @@ class OpenRun(Inputs):
         if name == self.settings.sft_data:
             return self
         load_run(self.settings, {"sft_data": name})  # a wrong name is said here
-        return self._sibling(f"training:{name}", sft_data=name, seeds=[])
+        return self._sibling(f"training:{name}", sft_data=name, seeds=[], sweep_seeds=None)
 
     def with_training_sets(self, names: list[str]) -> OpenRun:
         """The same run with other `training_sets` to compare, sharing the store, the models in memory and the SAE."""

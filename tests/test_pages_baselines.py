@@ -26,7 +26,7 @@ def test_the_choice_of_latents_must_beat_both_kinds_of_matched_sets(rate, energy
     assert pages_baselines.choice_verdict(below) == "not shown"
     for kind in (1, 2):  # sets that are not alike are no control
         apart = [row | ({"matched": 0.6} if place == kind else {}) for place, row in enumerate(rows)]
-        assert pages_baselines.choice_verdict(apart) == "not shown, as no sets match"
+        assert pages_baselines.choice_verdict(apart) == "not shown, as sets of one kind do not match"
     rows[1] = {"null": "rate", "undefined": "no correlation is defined"}
     assert pages_baselines.choice_verdict(rows) == "undefined"
 

@@ -55,7 +55,7 @@ def test_every_page_function_shows_what_was_evaluated(results, kinds, shown):
 
     name = pages_measures.NAMES[finest]
     summary, conclusion = pages_forecast.forecast_summary(run), pages_forecast.forecast_conclusion(run)
-    assert f"- change in {name}" in summary and f"- {name}: " in conclusion
+    assert f"- Change in {name}" in summary and f"- {name}: " in conclusion
     assert "undefined (not evaluated" not in summary + conclusion
     assert ("not evaluated (`eval_kinds`)" in summary) == (kinds == ("solution",))
     assert "What limits this run" in summary  # the smoke run's noise meets no claim
@@ -83,7 +83,7 @@ def test_the_chapter_runs_on_letters_alone():
     outputs = [output for cell in nbformat.read(target, 4).cells if cell.cell_type == "code"
                for output in cell.outputs]
     page = "\n".join("".join(output.get("data", {}).get("text/markdown", "")) for output in outputs)
-    assert "change in p(right option): STS_act" in page and "zero-shot" in page and "McNemar" in page
+    assert "Change in p(right option): STS_act" in page and "zero-shot" in page and "McNemar" in page
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 12
     assert not [output for output in outputs if output.output_type in ("error", "stream")]
 
@@ -160,8 +160,8 @@ def test_limits_count_domains_that_moved_and_read_the_saes_record(results, monke
     monkeypatch.setattr(type(run), "sae_folder", tmp_path)
     monkeypatch.setattr(type(run), "stored", lambda self, name: True)
     said = pages_limits.limits_sentence(run, "bits", "p_right")
-    assert "1 of 3 domains changed in bits per character" in said and "median absolute change is 0.2)" in said
-    assert "0 of 3 domains changed in p(right option)" in said
+    assert "1 of 3 domains changed in bits per character" in said and "median absolute change: 0.2)" in said
+    assert "0 of 3 domains changed in p(right option)" in said and "0.2 percentage points)" in said
     assert "With 3 domains" not in said and "explains 50% of" in said and "avoids 25% of" in said
     (tmp_path / "training.json").unlink()
     assert "not recorded" in pages_limits.sae_fidelity(run)

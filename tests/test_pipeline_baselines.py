@@ -186,9 +186,21 @@ def test_hardness_is_set_beside_the_score_with_the_runs_own_seed(run):
             residuals(one.to_numpy(), values["base_bits"].to_numpy()) for one in (values[score], shift)))[0])
         confound = row_of(alone.get("baseline_confounds"), measure="bits", score=score, controls=["base_bits"])
         assert (left["pearson_interval"], left["p"]) == (confound["pearson_interval"], confound["p"])
+    answers, frames = row["answers"], {}
+    for when in ("before", "after"):
+        frame = run.get(f"evaluation_{when}").query("kind == 'solution'")
+        frames[when] = frame.assign(bits=-frame["loglikelihood"] / np.log(2), short=1 / frame["characters"])
+    mean = {when: frame.groupby("domain")[["bits", "short"]].mean() for when, frame in frames.items()}
+    change = (mean["after"]["bits"] - mean["before"]["bits"]).abs()
+    assert answers["shortness"] == pytest.approx(pearsonr(mean["before"]["short"], shift[change.index])[0])
+    assert answers["per_answer"]["bits"]["pearson"] == pytest.approx(pearsonr(mean["before"]["bits"], change)[0])
+    assert answers["per_answer"]["sts_icl"]["pearson"] == pytest.approx(
+        pearsonr(values.loc[change.index, "sts_icl"], change)[0])
+    assert f"r = {answers['shortness']:.2f} with" in pages_forecast.length_sentence(run)
     said = pages_forecast.hardness_sentence(run, "bits")
     assert f"r = {row['pearson']:.2f} (" in said and f"partial r = {row['left']['sts_act']['pearson']:.2f} (" in said
     assert said in pages_forecast.forecast_summary(run)
+    assert pages_forecast.length_sentence(run) in pages_forecast.forecast_summary(run)
 
 
 def test_hardness_is_left_out_where_it_was_not_measured_and_undefined_with_few_domains(run):

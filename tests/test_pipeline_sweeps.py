@@ -203,8 +203,10 @@ def test_the_sweeps_may_be_repeated_at_fewer_seeds_than_the_run_has(run):
     alone = sts.open_run("smoke", results=run.results, seeds=[])
     assert fewer.other_seeds == (1,)
     assert fewer.get("sweep_correlations") == alone.get("sweep_correlations")
-    assert "1 seed (of the run's 2:" in pages_sweeps.summary(fewer)
+    assert "1 seed (of the run's 2)" in pages_sweeps.summary(fewer)
     assert "1 seed," in pages_sweeps.summary(alone) and "2 seeds," in pages_sweeps.summary(run)
+    named = sts.open_run("smoke", results=run.results, sweep_seeds=[1]).with_seed(1)
+    assert named.with_forecast(top_n=4).settings.top_n == 4 and named.with_training("gsm8k").settings.seed == 1
     with pytest.raises(StsError, match=r"sweep_seeds: \[5\] must be among the run's seeds, \[1\]"):
         sts.open_run("smoke", sweep_seeds=[5])
 

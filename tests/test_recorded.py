@@ -1,6 +1,8 @@
 """What is recorded of a run, and pages' results from it without model and data."""
 
+import contextlib
 import json
+import re
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ from safetensors.torch import load_file
 
 import sts
 from sts import inputs
+from sts.config import ROOT
 from sts.errors import StsError
 from sts.recorded import BLANK, NO_TEXT, drawn, record
-from sts.stages import STAGES
+from sts.stages import STAGES, registered
 from sts.store import Store
 
 NAMES = ("scores", "latent_examples", "small_sae_quality", "sft_shift", "ablated_answers", "domain_shift",
@@ -163,3 +166,19 @@ def test_provenance_keeps_where_and_when_it_was_computed(run, folder):
     noted = json.loads((folder / f"scores-{run.key('scores')}.parquet.provenance.json").read_text())
     own = run.provenance("scores")
     assert (noted["finished"], noted["seconds"], noted["device"]) == (own["finished"], own["seconds"], own["device"])
+
+
+@pytest.mark.parametrize("folder", sorted(path for path in (ROOT / "data" / "recorded").iterdir() if path.is_dir()),
+                         ids=lambda path: path.name)
+def test_every_result_in_the_repository_is_one_that_its_run_asks_for(folder):
+    """A raised version, or a changed profile, leaves results behind that no page would find."""
+    run = sts.open_run(folder.name).recorded_alone()
+    asked = set()
+    for name in (run.settings.sft_data, *run.settings.training_sets):
+        for seed in (run.settings.seed, *run.other_seeds):
+            one = run.with_training(name).with_seed(seed)
+            for stage in registered():
+                with contextlib.suppress(StsError):  # not recorded
+                    asked.add(f"{stage}-{one.key(stage)}")
+    found = {re.match(r"\w+-[0-9a-f]{12}", path.name)[0] for path in folder.glob("*.provenance.json")}
+    assert found and found - asked == set()
