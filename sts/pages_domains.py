@@ -64,8 +64,8 @@ def missing_note(run: OpenRun, missing: dict[str, str]) -> str:
     if len(training_sets(run)) == 1:
         lines.append(
             f"- **This run has one training set, `{run.settings.sft_data}`**, so the page shows its row of the matrix, "
-            "and everything that compares training sets is undefined. The setting `training_sets` names further ones; "
-            "the profile `full` adds code (MBPP) and health (CounselChat, PubMedQA). With these in `STS_DATA_DIR`: "
+            "and everything that compares training sets is undefined. The setting `training_sets` names further ones, "
+            "such as code (MBPP) and health (CounselChat, PubMedQA). With these in `STS_DATA_DIR`: "
             "`sts run training_domains -p training_sets \"[mbpp, counsel_chat, pubmedqa]\"`. Each costs a fine-tuning "
             "and an evaluation.")
     trained_on = [name for name in training_sets(run) if run.settings.domain_data in name.split("+")]

@@ -83,6 +83,7 @@ def registered() -> dict[str, Stage]:
         pipeline_comparison,
         pipeline_domains,
         pipeline_generation,
+        pipeline_hardness,
         pipeline_shift,
         pipeline_sweeps,
         pipeline_zero,

@@ -199,7 +199,7 @@ def test_one_training_set_alone_says_what_more_would_tell():
     run = sts.open_run("smoke", training_sets=[])
     shown, missing = pages_domains.present(run)
     note = pages_domains.missing_note(shown, missing)
-    assert "one training set, `gsm_symbolic`" in note and "`full` adds code" in note
+    assert "one training set, `gsm_symbolic`" in note and "code (MBPP)" in note
     page = "\n".join([pages_domains.summary(run), pages_domains.power_sentence(run),
                       *(pages_domains.specific_sentence(run, measure) for measure in pages_domains.measures(run))])
     assert "undefined" in page and "nan" not in page.lower().split()
