@@ -32,6 +32,7 @@ MEASURES = {
     "p_right": "probability of the right option (percentage points)",
     "bits": "bits per character of the right answer",
     "accuracy_generated": "accuracy of generated answers (percentage points)",
+    "bits_answer": "bits of the whole right answer",
 }
 #: The measures that say of an item only whether it is right.
 BINARY = ("accuracy", "accuracy_norm", "accuracy_generated")
@@ -127,7 +128,10 @@ def item_measures(rows: pandas.DataFrame) -> pandas.DataFrame:
     """Every measure of every item.
 
     accuracy: the right option's letter is the likeliest; accuracy_norm: its text is, per character (the harness's
-    `acc_norm`); p_right: the right letter's share of the letters' probability. All three are 0 to 100.
+    `acc_norm`); p_right: the right letter's share of the letters' probability. All three are 0 to 100. bits and
+    bits_answer: of the solution, per character and in all.
+
+    Letters that tie for the likeliest count as the harness counts them: the first is taken.
 
     Returns:
         index example_id; columns domain and the keys of `MEASURES`; NaN where an item was not evaluated that way.
@@ -145,7 +149,8 @@ def item_measures(rows: pandas.DataFrame) -> pandas.DataFrame:
     if len(options):
         items["accuracy_norm"] = _best_is_right(options, options["loglikelihood"] / options["characters"])
     solutions = rows[rows["kind"] == "solution"].set_index("example_id")
-    items["bits"] = -solutions["loglikelihood"] / math.log(2) / solutions["characters"]
+    items["bits_answer"] = -solutions["loglikelihood"] / math.log(2)
+    items["bits"] = items["bits_answer"] / solutions["characters"]
     return items
 
 
@@ -153,6 +158,16 @@ def _best_is_right(rows: pandas.DataFrame, score: pandas.Series) -> pandas.Serie
     """100 where an item's highest score is its right option's, else 0; by example_id."""
     best = rows.loc[score.groupby(rows["example_id"]).idxmax()]
     return 100.0 * best.set_index("example_id")["is_right"].astype(float)
+
+
+def tied_share(rows: pandas.DataFrame) -> float:
+    """Share of the items with letters, 0 to 1, in which two or more letters tie for the likeliest; NaN without any.
+
+    In bfloat16 that is common: its 8 bits of precision give many letters the same logit.
+    """
+    letters = rows[rows["kind"] == "letter"]
+    best = letters["loglikelihood"] == letters.groupby("example_id")["loglikelihood"].transform("max")
+    return float((best.groupby(letters["example_id"]).sum() > 1).mean()) if len(letters) else math.nan
 
 
 def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, *, resamples: int = 5000,

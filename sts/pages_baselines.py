@@ -8,14 +8,15 @@ import pandas
 
 from sts import learned, paper
 from sts.baselines import PREDICTORS, RANDOM
-from sts.beside_paper import NAMES
 from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase, p_value
-from sts.pipeline_comparison import SCORES
+from sts.pages_measures import NAMES, ORDER, in_order
+from sts.pipeline_comparison import SCORES, controls_of
 from sts.stages import OpenRun
 from sts.verdicts import counted
 
 SCORE_NAMES = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
-CONTROL_NAMES = {"base_bits": "bits before", "question_tokens": "length"}
+CONTROL_NAMES = {"base_bits": "bits before", "base_bits_answer": "bits per answer before",
+                 "question_tokens": "length of the questions", "answer_shortness": "1 / length of the answers"}
 
 BASELINE_RULE = ("The score counts as **better** than a baseline if the 95% interval of the difference of their "
                  "correlations, taken from the same resamples, lies above zero; as **worse** if it lies below; "
@@ -29,7 +30,9 @@ CHOICE_RULE = ("*The choice of latents matters* counts as **held** for a score i
 PROBE_RULE = ("*A probe forecasts the change* counts as **held** if at most 5% of shuffled targets give it a "
               "correlation as high; otherwise as **not shown**.")
 CONFOUND_RULE = ("*The score says more than hardness and length* counts as **held** if the 95% interval of its partial "
-                 "correlation, given both, lies above zero and p is below 0.05; otherwise as **not shown**.")
+                 "correlation, given the bits before, the length of the questions and that of the answers, lies above "
+                 "zero and p is below 0.05; otherwise as **not shown**. The length of the answers was added to this "
+                 "rule after it was seen to go along with the change in bits.")
 
 
 # --- the rules ----------------------------------------------------------------------------------------------------
@@ -74,9 +77,8 @@ def _verdict(row: dict) -> str:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 def measures(run: OpenRun) -> list[str]:
-    """Measures that were evaluated, the finest first: bits per character, then accuracy, then the others."""
-    found = list(dict.fromkeys(row["measure"] for row in run.get("baseline_correlations")))
-    return sorted(found, key=lambda measure: (measure != "bits", measure != "accuracy"))
+    """Measures that were evaluated, the finest first (`pages_measures.ORDER`)."""
+    return in_order(row["measure"] for row in run.get("baseline_correlations"))
 
 
 def correlations_of(run: OpenRun, measure: str) -> dict[str, dict]:
@@ -117,8 +119,9 @@ def rows_of(run: OpenRun, measure: str) -> list[dict]:
 
 
 def forest_panels(run: OpenRun) -> dict[str, list[dict]]:
-    """Panels of the forest plot: the change in bits and in accuracy, as far as they were evaluated."""
-    return {f"absolute change in\n{NAMES[measure]}": rows_of(run, measure) for measure in measures(run)[:2]}
+    """Panels of the forest plot: the change in both kinds of bits and in accuracy, as far as they were evaluated."""
+    return {f"absolute change in\n{NAMES[measure]}": rows_of(run, measure)
+            for measure in measures(run) if measure in ORDER}
 
 
 def needed(run: OpenRun) -> float | None:
@@ -159,14 +162,14 @@ def _range(interval: dict | None) -> str:
 
 
 def confound_table(run: OpenRun) -> pandas.DataFrame:
-    """The score's correlation as it is and given base loss, length and both, in every measure."""
+    """The score's correlation as it is and given hardness, lengths and all of these, in every measure."""
     lines = []
     for measure in measures(run):
         found = correlations_of(run, measure)
         own = [row for row in run.get("baseline_confounds") if row["measure"] == measure]
         for score, name in SCORE_NAMES.items():
             for controls, row in (("nothing", found[score]), *(
-                    (" and ".join(CONTROL_NAMES[one] for one in row["controls"]), row)
+                    (", ".join(CONTROL_NAMES[one] for one in row["controls"]), row)
                     for row in own if row["score"] == score)):
                 defined = row.get("pearson") is not None
                 lines.append({
@@ -291,9 +294,9 @@ def probe_sentence(run: OpenRun, measure: str) -> str:
 
 
 def confound_sentence(run: OpenRun, measure: str) -> str:
-    """What is left of the score once base loss and length are taken out."""
+    """What is left of the score once hardness and lengths are taken out."""
     own = {row["score"]: row for row in run.get("baseline_confounds")
-           if row["measure"] == measure and len(row["controls"]) == 2}
+           if (row["measure"], row["controls"]) == (measure, list(controls_of(measure)))}
     parts = []
     for score, label in SCORE_NAMES.items():
         row = own[score]
@@ -333,6 +336,8 @@ def summary(run: OpenRun) -> str:
     told = learned.learned_sentence(run, every_seed=True)
     listed = "\n".join([
         f"- {told[0].upper()}{told[1:]}", f"- {score_sentence(run, first)}", f"- {comparison_sentence(run, first)}",
+        *([f"- {score_sentence(run, 'bits_answer')} {comparison_sentence(run, 'bits_answer')}"]
+          if {"bits", "bits_answer"} <= set(measures(run)) else []),
         f"- Does the choice of latents matter? {choice_sentence(run, first)}",
         f"- Does a probe forecast the change? {probe_sentence(run, first)}",
         f"- Does the score say more than hardness and length? {confound_sentence(run, first)}"])

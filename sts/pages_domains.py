@@ -5,10 +5,10 @@ from __future__ import annotations
 import pandas
 
 from sts import paper
-from sts.beside_paper import NAMES
 from sts.errors import StsError
 from sts.learned import SMALLEST_FALL
 from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase, p_value
+from sts.pages_measures import NAMES, decimals, in_order
 from sts.pipeline_domains import training_seeds
 from sts.stages import OpenRun
 from sts.verdicts import counted
@@ -83,9 +83,8 @@ def _code(names: list[str]) -> str:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 def measures(run: OpenRun) -> list[str]:
-    """Measures that were evaluated, the finest first: bits per character, then accuracy, then the others."""
-    found = run.get("training_matrix")["measure"].unique().tolist()
-    return sorted(found, key=lambda measure: (measure != "bits", measure != "accuracy"))
+    """Measures that were evaluated, the finest first (`pages_measures.ORDER`)."""
+    return in_order(run.get("training_matrix")["measure"])
 
 
 def _specific(run: OpenRun, measure: str, forecast: str) -> dict:
@@ -173,12 +172,11 @@ def cells_table(run: OpenRun, measure: str) -> pandas.DataFrame:
     cells = run.get("training_matrix")
     own = cells[(cells["measure"] == measure) & (cells["seed"] == run.settings.seed)]
     frame = pandas.DataFrame({"domain": sorted(own["domain"].unique())}).set_index("domain")
-    digits = 3 if measure == "bits" else 1
     for name in training_sets(run):
         part = own[own["training_set"] == name].set_index("domain").loc[frame.index]
         for score, label in SCORE_NAMES.items():
             frame[f"{name}: {label}"] = [f"{value:.3g}" for value in part[score]]
-        frame[f"{name}: change"] = ["{:+.{d}f} ({:+.{d}f} to {:+.{d}f})".format(*values, d=digits)
+        frame[f"{name}: change"] = ["{:+.{d}f} ({:+.{d}f} to {:+.{d}f})".format(*values, d=decimals(measure))
                                     for values in part[["shift", "low", "high"]].itertuples(index=False)]
     return frame.reset_index()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sts import learned
 from sts.data import MATHEMATICS
 from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase
+from sts.pages_baselines import BASELINE_RULE, SCORE_NAMES, _range, comparison_verdict
 from sts.pages_limits import clear_domains, limits_sentence, power_sentence
 from sts.pages_measures import ACCURACIES, NAMES, measures_shown, p_value
 from sts.paper import published_correlations
@@ -39,38 +40,36 @@ def hardness_sentence(run: OpenRun, measure: str) -> str:
     if "undefined" in row:
         return f"{start}no correlation that is defined ({row['undefined']})."
     parts = []
-    for score, label in (("sts_act", "STS_act"), ("sts_icl", "STS_ICL")):
-        left = row["left"][score]
+    for score, label in SCORE_NAMES.items():
+        found = row["scores"][score]
+        less, left = found["less"], found["left"]
+        said = (f"r = {found['pearson']:.2f} (difference {less['mean']:+.2f}, {_range(less['interval'])}: "
+                f"**{learned.judged(run, comparison_verdict(less))}**)")
         if "undefined" in left:
-            parts.append(f"{label}: undefined ({left['undefined']})")
+            parts.append(f"{label} has {said}; its partial r given these bits is undefined ({left['undefined']})")
             continue
         interval, verdict = left["pearson_interval"], learned.judged(run, correlation_verdict(left))
-        parts.append(f"{label} partial r = {left['pearson']:.2f} ({interval['low']:.2f} to {interval['high']:.2f}, p "
-                     f"{p_phrase(left['p'])}): **{verdict}**")
-    own = row["pearson_interval"]
-    return (f"{start}r = {row['pearson']:.2f} ({own['low']:.2f} to {own['high']:.2f}). What the score adds to it: "
-            f"{'; '.join(parts)} (95% intervals over questions and domains, n = {row['n']} domains; the claim of "
-            "positive correlation by the rule below). [Baselines](baselines.ipynb) has the other rivals.")
+        parts.append(f"{label} has {said}; given these bits, its partial r is {left['pearson']:.2f} "
+                     f"({_range(interval)}, p {p_phrase(left['p'])}): **{verdict}**")
+    return (f"{start}r = {row['pearson']:.2f} ({_range(row['pearson_interval'])}). {'. '.join(parts)} (95% intervals "
+            f"over questions and domains, n = {row['n']} domains, seed {row['seed']}; by the rules below). "
+            "[Baselines](baselines.ipynb) averages over seeds and has the other rivals.")
 
 
 def length_sentence(run: OpenRun) -> str:
     """How much of bits per character is the answers' length, and what is left per whole answer; "" without bits."""
-    row = next((row for row in run.get("hardness") if row["measure"] == "bits"), {})
-    own = row.get("answers") or {"undefined": ""}
-    if "undefined" in own:
+    rows = {row["measure"]: row for row in run.get("hardness")}
+    own, whole = rows.get("bits", {}).get("answers"), rows.get("bits_answer", {"undefined": ""})
+    if own is None or own["shortness"] is None or "undefined" in whole:
         return ""
-
-    def said(name: str) -> str:
-        found = own["per_answer"][name]
-        interval = found["pearson_interval"]
-        return f"{found['pearson']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})" if interval else "undefined"
-
+    of = {label: whole["scores"][score] for score, label in SCORE_NAMES.items()} | {"the bits before training": whole}
+    found = [f"{row['pearson']:.2f} ({_range(row['pearson_interval'])}) for {label}" for label, row in of.items()]
     return ("**What is scored, and how long it is.** The right answer, with its worked solution where the data set has "
             f"one: {own['characters_low']:.0f} to {own['characters_high']:.0f} characters (median, by domain). The "
             f"shorter it is, the more each of its bits weighs: the mean of 1 / characters alone has r = "
             f"{own['shortness']:.2f} with the absolute change in bits per character. Counted per whole answer instead, "
-            f"r is {said('sts_act')} for STS_act, {said('sts_icl')} for STS_ICL and {said('bits')} for the bits before "
-            f"training (95% intervals over questions and domains, n = {row['n']} domains).")
+            f"r is {', '.join(found[:-1])} and {found[-1]} (95% intervals over questions and domains, n = "
+            f"{whole['n']} domains, seed {whole['seed']}).")
 
 
 def forecast_line(run: OpenRun, measure: str) -> str:
@@ -102,9 +101,9 @@ def forecast_summary(run: OpenRun) -> str:
         "**The answer of this run.** The paper claims that the score correlates with the absolute change of a domain. "
         f"On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on `{settings.domain_data}`:\n\n"
         f"{lines}\n\n"
-        f"{learned.RULE} {CORRELATION_RULE} {_multiplicity(run)} The intervals here resample domains alone. "
-        "The chapter on baselines resamples the questions within them as well and averages over seeds; where the two "
-        f"differ, trust that one. Seed {settings.seed}, one training run. For "
+        f"{learned.RULE} {CORRELATION_RULE} {BASELINE_RULE} {_multiplicity(run)} The intervals of the "
+        "first lines resample domains alone. The chapter on baselines resamples the questions within them as well and "
+        f"averages over seeds; where the two differ, trust that one. Seed {settings.seed}, one training run. For "
         f"comparison, the paper reports {published.min():.2f} to {published.max():.2f} on eight selected domains of "
         "three models.")
 

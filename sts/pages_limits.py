@@ -8,7 +8,7 @@ import pandas
 
 from sts.errors import StsError
 from sts.learned import training_log
-from sts.pages_measures import NAMES
+from sts.pages_measures import NAMES, unit
 from sts.stages import OpenRun
 from sts.stats import smallest_detectable_correlation
 
@@ -43,9 +43,10 @@ def limits_sentence(run: OpenRun, *measures: str) -> str:
     """
     shifts, told = run.get("domain_shift"), []
     for measure in measures:
-        own, unit = shifts[shifts["measure"] == measure], "" if measure == "bits" else " percentage points"
+        own = shifts[shifts["measure"] == measure]
+        median = f"{own['shift'].abs().median():.2g}{unit(measure)}"
         told.append(f"{len(clear_domains(shifts, measure))} of {len(own)} domains changed in {NAMES[measure]} by more "
-                    f"than their interval's noise (median absolute change: {own['shift'].abs().median():.2g}{unit})")
+                    f"than their interval's noise (median absolute change: {median})")
     power = f"{power_sentence(len(own))}. " if len(own) >= 4 else ""
     return f"What limits this run: {'; '.join(told)}. {power}{sae_fidelity(run)}"
 

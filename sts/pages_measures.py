@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pandas
 
-from sts.evaluate import BINARY
+from sts.evaluate import BINARY, tied_share
+from sts.stages import OpenRun
 from sts.stats import BOOTSTRAP_FROM
 
 #: measure -> how tables and sentences call it; the finest first, which resolves the smallest changes.
 NAMES = {"bits": "bits per character", "p_right": "p(right option)", "accuracy": "accuracy",
-         "accuracy_norm": "accuracy by option text", "accuracy_generated": "accuracy of generated answers"}
+         "accuracy_norm": "accuracy by option text", "accuracy_generated": "accuracy of generated answers",
+         "bits_answer": "bits per answer"}
+#: In what order pages take several measures: both kinds of bits, then accuracy, then the others.
+ORDER = ("bits", "bits_answer", "accuracy")
 ACCURACIES = ("accuracy", "accuracy_norm")
 NOTHING_ELSE = "No further measure was evaluated in this run; the setting eval_kinds names what is."
 
@@ -23,6 +29,21 @@ def measures_shown(shifts: pandas.DataFrame) -> tuple[str, str, str]:
     others = evaluated[1:]
     return (evaluated[0], others[0] if others else "",
             next((measure for measure in ACCURACIES if measure in others), ""))
+
+
+def in_order(measures: Iterable[str]) -> list[str]:
+    """Measures without repetition, by `ORDER`; the others behind, as they come."""
+    return sorted(dict.fromkeys(measures), key=lambda measure: ORDER.index(measure) if measure in ORDER else len(ORDER))
+
+
+def unit(measure: str) -> str:
+    """What stands behind a change's number: nothing for bits, else percentage points."""
+    return "" if measure.startswith("bits") else " percentage points"
+
+
+def decimals(measure: str) -> int:
+    """Decimals that changes in a measure are given with."""
+    return 3 if measure == "bits" else 1
 
 
 def p_value(p: float, *, digits: int = 3) -> str:
@@ -42,8 +63,8 @@ def shift_table(shifts: pandas.DataFrame) -> pandas.DataFrame:
         own = shifts[shifts["measure"] == measure].set_index("domain").reindex(frame.index)
         if own["shift"].isna().all():
             continue
-        digits, unit = (3, "") if measure == "bits" else (1, ", points")
-        frame[f"{name}{unit}"] = [_change(row, digits) for row in own.itertuples()]
+        heading = name if not unit(measure) else f"{name}, points"
+        frame[heading] = [_change(row, decimals(measure)) for row in own.itertuples()]
         if measure in BINARY:
             frame[f"p (McNemar), {name}"] = ["" if pandas.isna(p) else p_value(p, digits=2) for p in own["mcnemar_p"]]
     return frame.reset_index()
@@ -72,3 +93,13 @@ def interval_note(shifts: pandas.DataFrame, resamples: int) -> str:
             "t": f"Student's t for the {kinds.get('t', 0)} of {kinds.sum()} domains with fewer than {BOOTSTRAP_FROM}",
             "none": f"none for the {kinds.get('none', 0)} with a single question"}
     return f"95% interval over questions: {'; '.join(text for kind, text in said.items() if kind in kinds)}"
+
+
+def ties_sentence(run: OpenRun) -> str:
+    """In how many questions letters tie for the likeliest, before and after; "" without letters or ties."""
+    shares = [tied_share(run.get(f"evaluation_{when}")) for when in ("before", "after")]
+    if not any(share > 0 for share in shares):
+        return ""
+    return (f"In {shares[0]:.0%} of the questions before training and {shares[1]:.0%} after it, two or more letters "
+            "tie for the likeliest, as a model's outputs are rounded; accuracy then takes the first of them, as "
+            "lm-evaluation-harness does. The probability of the right option depends on no such choice.")

@@ -10,7 +10,7 @@ import pandas
 from sts import learned, paper
 from sts.pages import CORRELATION_RULE, p_phrase, p_value
 from sts.pages_baselines import SCORE_NAMES, _range, _two, _verdict
-from sts.pages_measures import NAMES
+from sts.pages_measures import NAMES, in_order
 from sts.pipeline_sweeps import repeated
 from sts.stages import OpenRun
 from sts.sweeps import AXES, SCORES
@@ -65,9 +65,8 @@ def best_verdict(best: dict) -> str:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 def measures(run: OpenRun) -> list[str]:
-    """Measures that were evaluated, bits per character first, then accuracy, then the others."""
-    found = list(dict.fromkeys(row["measure"] for row in run.get("sweep_correlations")["values"]))
-    return sorted(found, key=lambda measure: (measure != "bits", measure != "accuracy"))
+    """Measures that were evaluated, the finest first (`pages_measures.ORDER`)."""
+    return in_order(row["measure"] for row in run.get("sweep_correlations")["values"])
 
 
 def rows_of(run: OpenRun, measure: str, **wanted) -> list[dict]:

@@ -365,7 +365,7 @@ def evaluation_after(run: OpenRun, report) -> pandas.DataFrame:
     return _evaluation(run, load_tuned(run.load_model(), run.get("sft")), report)
 
 
-@stage("parquet", version=3, uses=("bootstrap", "seed"), needs=("evaluation_before", "evaluation_after"))
+@stage("parquet", version=4, uses=("bootstrap", "seed"), needs=("evaluation_before", "evaluation_after"))
 def domain_shift(run: OpenRun, report) -> pandas.DataFrame:
     """Change of every measure that `eval_kinds` gives, by domain, with intervals and McNemar's test."""
     return domain_shifts(run.get("evaluation_before"), run.get("evaluation_after"),

@@ -75,8 +75,19 @@ def text_baselines(run: OpenRun, report) -> pandas.DataFrame:
                               "tfidf": similar[domain]} for domain, own in texts.items()])
 
 
-@stage("parquet", uses=("top_n",), needs=("scores", "shift", "shift_controls", "sft_shift", "domain_stats",
-                                          "domain_raw_stats", "domain_model_change", "text_baselines", "domain_shift"))
+def answer_shortness(evaluation: pandas.DataFrame) -> pandas.Series:
+    """Mean of 1 / characters of the scored solutions, by domain: what bits per character multiply a whole answer by.
+
+    Args:
+        evaluation: rows of `evaluate.evaluate`.
+    """
+    answers = evaluation[evaluation["kind"] == "solution"]
+    return (1 / answers["characters"]).groupby(answers["domain"]).mean()
+
+
+@stage("parquet", version=2, uses=("top_n",),
+       needs=("scores", "shift", "shift_controls", "sft_shift", "domain_stats", "domain_raw_stats",
+              "domain_model_change", "text_baselines", "domain_shift", "evaluation_before"))
 def baseline_values(run: OpenRun, report) -> pandas.DataFrame:
     """Every baseline that is the same for all measures, for this seed: column domain, and one column a predictor."""
     domains, raw = split_domains(run.get("domain_stats")), split_domains(run.get("domain_raw_stats"))
@@ -95,8 +106,11 @@ def baseline_values(run: OpenRun, report) -> pandas.DataFrame:
     frame["cosine_raw_centred"] = baselines.training_cosine(raw, raw_shift, centred=True)
     frame["cosine_sae"] = baselines.training_cosine(domains, shift)
     frame = frame.join(run.get("text_baselines").set_index("domain")[["tfidf", "question_tokens"]])
-    before = run.get("domain_shift").query("measure == 'bits'").set_index("domain")["before"]
-    frame["base_bits"] = before.reindex(frame.index).astype(float)  # NaN where no solutions were evaluated
+    shifts = run.get("domain_shift")
+    for name, measure in (("base_bits", "bits"), ("base_bits_answer", "bits_answer")):
+        before = shifts[shifts["measure"] == measure].set_index("domain")["before"]
+        frame[name] = before.reindex(frame.index).astype(float)  # NaN where no solutions were evaluated
+    frame["answer_shortness"] = answer_shortness(run.get("evaluation_before")).reindex(frame.index).astype(float)
     frame = frame.join(baselines.model_change(split_domains(run.get("domain_model_change"))))
     return frame.rename_axis("domain").reset_index()
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas
 
 from sts import baselines
+from sts.config import Run
 from sts.errors import StsError
 from sts.evaluate import MEASURES, item_measures
 from sts.pipeline import split_domains
@@ -28,8 +29,8 @@ from sts.stats_domains import (
     reliability,
 )
 
-#: What the score is corrected for.
-CONTROLS = ("base_bits", "question_tokens")
+#: What the score is corrected for besides hardness.
+LENGTHS = ("question_tokens", "answer_shortness")
 #: What the stages below need of every seed.
 EVERY_SEED = ("baseline_values", "probe_predictions", "random_latent_scores", "evaluation_before", "evaluation_after")
 
@@ -188,33 +189,57 @@ def _null(measure: str, null: str, name: str, values_R: np.ndarray, observed: di
 
 # --- confounds and power ------------------------------------------------------------------------------------------
 
-@stage("json", uses=("seeds", "seed", "bootstrap", "permutations"), needs=EVERY_SEED, inputs=("seeds",))
-def baseline_confounds(run: OpenRun, report) -> list[dict]:
-    """The score's partial correlation with the absolute change given base loss, length, and both; mean over seeds.
+def hardness_of(measure: str) -> str:
+    """The predictor that says how hard a domain is before training, in the unit of a measure if it is one of bits."""
+    return "base_bits_answer" if measure == "bits_answer" else "base_bits"
 
-    One row a measure, score and list of controls: controls, n, seeds, pearson (partial), pearson_interval
-    (hierarchical bootstrap; the controls keep their measured values), p (Freedman and Lane's permutations); or
-    `undefined`.
+
+def controls_of(measure: str) -> tuple[str, ...]:
+    """Everything that the score is corrected for at once: hardness, and both lengths."""
+    return hardness_of(measure), *LENGTHS
+
+
+def partial_rows(x_PSN: np.ndarray, change_SN: np.ndarray, controls_SNK: np.ndarray,
+                 resamples: Resamples | None, settings: Run) -> list[dict]:
+    """Partial correlations with the absolute change given controls, mean over seeds; one row a predictor.
+
+    Args:
+        resamples: of the experiment; None with fewer than three domains, for which nothing is defined.
+
+    Returns:
+        pearson, by_seed, pearson_interval (hierarchical bootstrap; the controls keep their measured values), p
+        (Freedman and Lane's permutations); or `undefined` alone.
+    """
+    reason = {"undefined": "too few domains, bits that were not evaluated, or nothing left to correlate"}
+    if controls_SNK.shape[1] < controls_SNK.shape[2] + 3 or not np.isfinite(controls_SNK).all():
+        return [reason for _ in x_PSN]
+    found_PS = correlation_rows(x_PSN, change_SN, controls_SNK)
+    tests = permutation_p_over_seeds(x_PSN, change_SN, controls_SNK, resamples=settings.permutations,
+                                     seed=settings.seed)
+    rows = []
+    for x_SN, found_S, test in zip(x_PSN, found_PS, tests, strict=True):
+        interval = _interval(resamples.correlations(x_SN, controls_SNK)) if np.isfinite(found_S).all() else None
+        rows.append({"pearson": float(found_S.mean()), "by_seed": found_S.tolist(), "pearson_interval": interval,
+                     "p": test.p} if interval else reason)
+    return rows
+
+
+@stage("json", version=2, uses=("seeds", "seed", "bootstrap", "permutations"), needs=EVERY_SEED, inputs=("seeds",))
+def baseline_confounds(run: OpenRun, report) -> list[dict]:
+    """The score's partial correlation with the absolute change given hardness, each length, and all of them.
+
+    One row a measure, score and list of controls (`controls_of`): measure, score, controls, n, seeds and the fields of
+    `partial_rows`.
     """
     rows = []
     for one in _experiments(run):
-        for controls in ((CONTROLS[0],), (CONTROLS[1],), CONTROLS):
+        every, resamples = controls_of(one.measure), one.resamples if len(one.domains) >= 3 else None
+        for controls in (*((name,) for name in every), every):
             controls_SNK = np.stack([one.predictor(name) for name in controls], axis=-1)
             x_PSN = np.stack([one.predictor(score) for score in SCORES])
-            found_PS = correlation_rows(x_PSN, one.change_SN, controls_SNK) if np.isfinite(
-                controls_SNK).all() else np.full(x_PSN.shape[:2], np.nan)
-            if len(one.domains) < len(controls) + 3 or not np.isfinite(found_PS).all():
-                reason = "too few domains, bits that were not evaluated, or nothing left to correlate"
-                rows += [{"measure": one.measure, "score": score, "controls": list(controls), "undefined": reason}
-                         for score in SCORES]
-                continue
-            tests = permutation_p_over_seeds(x_PSN, one.change_SN, controls_SNK,
-                                             resamples=run.settings.permutations, seed=run.settings.seed)
-            for score, x_SN, found_S, test in zip(SCORES, x_PSN, found_PS, tests, strict=True):
-                rows.append({"measure": one.measure, "score": score, "controls": list(controls),
-                             "n": len(one.domains), "seeds": len(one.runs), "pearson": float(found_S.mean()),
-                             "by_seed": found_S.tolist(), "p": test.p,
-                             "pearson_interval": _interval(one.resamples.correlations(x_SN, controls_SNK))})
+            found = partial_rows(x_PSN, one.change_SN, controls_SNK, resamples, run.settings)
+            rows += [{"measure": one.measure, "score": score, "controls": list(controls), "n": len(one.domains),
+                      "seeds": len(one.runs)} | row for score, row in zip(SCORES, found, strict=True)]
     return rows
 
 

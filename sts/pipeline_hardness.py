@@ -3,88 +3,65 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas
 
 from sts.errors import StsError
-from sts.pipeline_baselines import SCORES
-from sts.pipeline_comparison import _interval, item_differences
+from sts.pipeline_baselines import SCORES, answer_shortness
+from sts.pipeline_comparison import _interval, item_differences, partial_rows
 from sts.stages import OpenRun, stage
 from sts.stats import pearson
-from sts.stats_domains import correlation_rows, hierarchical_resamples, permutation_p_over_seeds
+from sts.stats_domains import hierarchical_resamples
 
 
-def _whole_answers(run: OpenRun, domains: list[str]) -> dict:
-    """How long the scored answers are, and the correlations with the change in bits counted per answer instead.
-
-    Bits per character of a one-sentence answer depend on its length: what is the same in every answer is divided by
-    few characters in one domain and by many in another.
-    """
-    before, after = (run.get(f"evaluation_{when}").query("kind == 'solution'").set_index("example_id")
-                     for when in ("before", "after"))
-    bits, later = -before["loglikelihood"] / np.log(2), -after["loglikelihood"] / np.log(2)
-    own = {domain: rows.index for domain, rows in before.groupby("domain")}
-    lengths = before["characters"].groupby(before["domain"]).median()
-    resamples = hierarchical_resamples([(later - bits)[own[domain]].to_numpy()[:, None] for domain in domains],
-                                       resamples=run.settings.bootstrap, seed=run.settings.seed)
-    scored = run.get("scores").query("variant == 'paper'").set_index("domain")
-    change_N = np.array([abs((later - bits)[own[domain]].mean()) for domain in domains])
-    per_answer = {}
-    for name, x_N in (*((score, scored.loc[domains, score].to_numpy(float)) for score in SCORES),
-                      ("bits", np.array([bits[own[domain]].mean() for domain in domains]))):
-        per_answer[name] = {"pearson": pearson(x_N, change_N),
-                            "pearson_interval": _interval(resamples.correlations(x_N[None]))}
-    short_N = [float((1 / before["characters"][own[domain]]).mean()) for domain in domains]
-    shifts = run.get("domain_shift").query("measure == 'bits'").set_index("domain")["shift"].abs()
-    return {"characters_low": float(lengths.min()), "characters_high": float(lengths.max()),
-            "shortness": pearson(short_N, shifts[domains].to_numpy()), "per_answer": per_answer}
+def _answers(before: pandas.DataFrame, domains: list[str], change_N: np.ndarray) -> dict:
+    lengths = before.query("kind == 'solution'").groupby("domain")["characters"].median()
+    try:
+        shortness = pearson(answer_shortness(before)[domains].to_numpy(), change_N)
+    except StsError:  # answers of one length everywhere
+        shortness = None
+    return {"characters_low": float(lengths.min()), "characters_high": float(lengths.max()), "shortness": shortness}
 
 
-@stage("json", version=2, uses=("bootstrap", "permutations", "seed"),
+@stage("json", version=3, uses=("bootstrap", "permutations", "seed"),
        needs=("scores", "domain_shift", "evaluation_before", "evaluation_after"))
 def hardness(run: OpenRun, report) -> list[dict]:
-    """Do a domain's bits before training go along with its change, and what is left of the score then? One seed alone.
+    """Do a domain's bits before training go along with its change as the score does? One seed alone.
 
-    One row a measure, where bits were evaluated: n, pearson of the bits before and the absolute change, with
-    pearson_interval (hierarchical bootstrap), and left (score -> its partial correlation given these bits: pearson,
-    pearson_interval, p by Freedman and Lane's permutations; or `undefined`); or `undefined`. For the bits also
-    `answers`: characters_low and characters_high (median length of the scored answers, shortest and longest domain),
-    shortness (r of the mean of 1 / characters with the absolute change), per_answer (score, or bits -> pearson and
-    pearson_interval with the absolute change in bits per whole answer); or `undefined`. Stage `baseline_confounds` has
-    the partial correlations over all seeds, given the questions' length as well.
+    One row a measure, where bits were evaluated: measure, n, seed, pearson of the bits before (per answer for
+    `bits_answer`, else per character) and the absolute change, with pearson_interval (hierarchical bootstrap), and
+    scores: score -> pearson, pearson_interval, less (its pearson minus that of the bits before: mean, and interval
+    from the same resamples), left (`partial_rows` given these bits); or `undefined`. For the measure `bits` also
+    answers: characters_low and characters_high (median length of the scored answers, shortest and longest domain),
+    shortness (pearson of the mean of 1 / characters, or None). Stage `baseline_confounds` has all seeds and more
+    controls.
     """
-    alone, settings = run.with_seeds(()), run.settings
-    shifts = run.get("domain_shift")
-    bits = shifts[shifts["measure"] == "bits"].set_index("domain")["before"]
-    scored = run.get("scores").query("variant == 'paper'").set_index("domain")
-    rows = []
-    for measure, own in (item_differences(alone) if len(bits) else {}).items():
+    settings, shifts, before = run.settings, run.get("domain_shift"), run.get("evaluation_before")
+    scored, rows = run.get("scores").query("variant == 'paper'").set_index("domain"), []
+    differences = item_differences(run.with_seeds(()))
+    for measure, own in (differences if "bits" in differences else {}).items():
         domains = sorted(own)
-        change_SN = np.abs(np.array([[own[domain].mean() for domain in domains]]))
-        bits_SN, row = bits[domains].to_numpy(float)[None], {"measure": measure, "n": len(domains)}
+        change_N = np.abs([own[domain].mean() for domain in domains])
+        unit = measure if measure == "bits_answer" else "bits"
+        bits_N = shifts[shifts["measure"] == unit].set_index("domain")["before"].loc[domains].to_numpy(float)
+        row = {"measure": measure, "n": len(domains), "seed": settings.seed}
+        x_PSN = scored.loc[domains, list(SCORES)].to_numpy(float).T[:, None]
         try:
             resamples = hierarchical_resamples([own[domain] for domain in domains], resamples=settings.bootstrap,
                                                seed=settings.seed)
-            row |= {"pearson": pearson(bits_SN[0], change_SN[0]),
-                    "pearson_interval": _interval(resamples.correlations(bits_SN))}
+            drawn_B = resamples.correlations(bits_N[None])
+            row |= {"pearson": pearson(bits_N, change_N), "pearson_interval": _interval(drawn_B), "scores": {}}
+            found = [pearson(x_N, change_N) for x_N in x_PSN[:, 0]]
         except StsError as error:
             rows.append(row | {"undefined": str(error)})
             continue
+        left = partial_rows(x_PSN, change_N[None], bits_N[None, :, None], resamples, settings)
+        for score, x_SN, r, rest in zip(SCORES, x_PSN, found, left, strict=True):
+            own_B = resamples.correlations(x_SN)
+            row["scores"][score] = {"pearson": r, "pearson_interval": _interval(own_B), "left": rest,
+                                    "less": {"mean": r - row["pearson"], "interval": _interval(own_B - drawn_B)}}
         if row["pearson_interval"] is None:
-            rows.append(row | {"undefined": "too few domains for an interval"})
-            continue
-        x_PSN, controls_SNK = scored.loc[domains, list(SCORES)].to_numpy(float).T[:, None], bits_SN[..., None]
-        found_P = correlation_rows(x_PSN, change_SN, controls_SNK)[:, 0]
-        tests = permutation_p_over_seeds(x_PSN, change_SN, controls_SNK, resamples=settings.permutations,
-                                         seed=settings.seed)
-        row["left"] = {}
-        for score, x_SN, found, test in zip(SCORES, x_PSN, found_P, tests, strict=True):
-            interval = _interval(resamples.correlations(x_SN, controls_SNK))
-            defined = len(domains) >= 4 and np.isfinite(found) and interval is not None
-            row["left"][score] = ({"pearson": float(found), "pearson_interval": interval, "p": test.p} if defined else
-                                  {"undefined": "too few domains, or nothing left to correlate"})
-        if measure == "bits":
-            try:
-                row["answers"] = _whole_answers(run, domains)
-            except StsError as error:
-                row["answers"] = {"undefined": str(error)}
+            row["undefined"] = "too few domains for an interval"
+        elif measure == "bits":
+            row["answers"] = _answers(before, domains, change_N)
         rows.append(row)
     return rows

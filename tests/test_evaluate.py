@@ -9,7 +9,7 @@ import torch
 
 from sts.data import Example, load_examples
 from sts.errors import StsError
-from sts.evaluate import KINDS, domain_shifts, evaluate, item_measures
+from sts.evaluate import KINDS, domain_shifts, evaluate, item_measures, tied_share
 from sts.prompts import solution_text
 from sts.stats import mcnemar_p
 from sts.work import Work
@@ -144,6 +144,17 @@ def test_measures_by_hand():
     assert items["p_right"].to_dict() == pytest.approx({"a": 60.0, "b": 20.0})
     assert items["accuracy"].to_dict() == {"a": 100.0, "b": 0.0}
     assert items["bits"].to_dict() == pytest.approx({"a": 2.0, "b": 0.5})
+    assert items["bits_answer"].to_dict() == pytest.approx({"a": 20.0, "b": 3.0})
+
+
+def test_ties_for_the_likeliest_letter_are_counted():
+    rows = frame([("a", "law", "letter", 0, -1.0, 1, True), ("a", "law", "letter", 1, -1.0, 1, False),
+                  ("b", "law", "letter", 0, -1.0, 1, True), ("b", "law", "letter", 1, -2.0, 1, False),
+                  ("c", "law", "letter", 0, -1.0, 1, True), ("c", "law", "letter", 1, -2.0, 1, False),
+                  ("c", "law", "letter", 2, -2.0, 1, False),
+                  ("c", "law", "solution", -1, -1.0, 10, True)])
+    assert tied_share(rows) == pytest.approx(1 / 3)  # the two letters of c that tie are not the likeliest
+    assert numpy.isnan(tied_share(rows.query("kind == 'solution'")))
 
 
 def test_normalised_accuracy_divides_by_characters():
@@ -195,7 +206,8 @@ def test_domain_shift_is_the_paired_mean_change_with_its_sign():
         after.append((f"i{index}", domain, "solution", -1,
                       -(bits + change + generator.normal(0, 1)) * math.log(2), 10, True))
     shifts = domain_shifts(frame(before), frame(list(reversed(after)))).set_index("domain")
-    assert list(shifts["measure"].unique()) == ["bits"]  # nothing has options, so there is no accuracy to report
+    assert list(shifts["measure"].unique()) == ["bits", "bits_answer"]  # nothing has options, so no accuracy
+    shifts = shifts[shifts["measure"] == "bits"]
     assert shifts.loc["math", "shift"] == pytest.approx(-0.4, abs=0.06)
     assert shifts.loc["math", "high"] < 0 < shifts.loc["law", "high"]
     assert shifts.loc["law", "low"] < 0

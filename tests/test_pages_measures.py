@@ -20,7 +20,7 @@ COMBINATIONS = {
     ("letter", "solution"): ("bits", "p_right", "accuracy"),
     ("letter",): ("p_right", "accuracy", "accuracy"),
     ("option",): ("accuracy_norm", "", ""),
-    ("solution",): ("bits", "", ""),
+    ("solution",): ("bits", "bits_answer", ""),
     ("option", "solution"): ("bits", "accuracy_norm", "accuracy_norm"),
     ("letter", "option"): ("p_right", "accuracy", "accuracy"),
     ("letter", "option", "solution"): ("bits", "p_right", "accuracy"),

@@ -109,13 +109,13 @@ def test_domain_shift_is_after_minus_before(run):
               / before[law]["characters"]).mean()
     shifts = run.get("domain_shift").set_index(["domain", "measure"])
     assert shifts.loc[("law", "bits"), "shift"] == pytest.approx(change)
-    assert set(shifts.index.get_level_values("measure")) == {"bits", "accuracy", "p_right"}
+    assert set(shifts.index.get_level_values("measure")) == {"bits", "bits_answer", "accuracy", "p_right"}
 
 
 def test_correlations_are_those_of_the_absolute_shift(run):
     scores, shifts = run.get("scores"), run.get("domain_shift")
     found = {(row["measure"], row["variant"], row["score"]): row for row in run.get("correlations")}
-    assert len(found) == 12
+    assert len(found) == 16
     for variant in ("paper", "official_code"):
         for score in ("sts_act", "sts_icl"):
             x = scores[scores["variant"] == variant].set_index("domain")[score]
@@ -191,7 +191,7 @@ def test_other_families_run_through_all_stages(tmp_path, model):
     run = sts.open_run("smoke", results=tmp_path, model=model, domains=["law", "math", "physics"],
                        sft_examples=8, domain_limit=4)
     rows = pandas.DataFrame(run.get("correlations"))
-    assert len(rows) == 12
+    assert len(rows) == 16
     assert run.get("domain_shift")["shift"].abs().max() > 0
 
 

@@ -70,6 +70,11 @@ def test_every_baseline_has_a_value_in_every_domain(run):
     before = run.get("domain_shift").query("measure == 'bits'").set_index("domain")["before"]
     assert own["sts_icl"].to_dict() == scores["sts_icl"].to_dict()
     assert own["base_bits"].to_dict() == before.to_dict()
+    solutions = run.get("evaluation_before").query("kind == 'solution'").set_index("domain")
+    whole = -solutions["loglikelihood"].groupby("domain").mean() / np.log(2)
+    assert own["base_bits_answer"].to_dict() == pytest.approx(whole.to_dict())
+    short = {domain: np.mean([1 / n for n in solutions.loc[[domain], "characters"]]) for domain in own.index}
+    assert own["answer_shortness"].to_dict() == pytest.approx(short)
 
 
 def test_all_latents_are_the_score_at_full_width(run):
@@ -103,7 +108,7 @@ def test_probes_predict_from_mean_activations(run):
 
 def test_changes_of_questions_average_to_the_domains_shift(run):
     found = item_differences(run)
-    assert set(found) == {"accuracy", "p_right", "bits"}
+    assert set(found) == {"accuracy", "p_right", "bits", "bits_answer"}
     for seed, own in enumerate((run, run.with_seed(1))):
         shifts = own.get("domain_shift").query("measure == 'bits'").set_index("domain")["shift"]
         assert {name: items[:, seed].mean() for name, items in found["bits"].items()} == pytest.approx(shifts.to_dict())
@@ -156,15 +161,19 @@ def test_random_sets_are_correlated_like_the_score(run):
     assert null["p"] == pytest.approx((1 + (means >= observed).sum()) / (1 + len(means)), abs=0.01)
 
 
-def test_confounds_are_partial_correlations_of_the_seeds(run):
-    row = row_of(run.get("baseline_confounds"), measure="bits", score="sts_icl",
-                 controls=["base_bits", "question_tokens"])
+@pytest.mark.parametrize(("measure", "controls"), [
+    ("bits", ["base_bits", "question_tokens", "answer_shortness"]), ("bits", ["answer_shortness"]),
+    ("bits_answer", ["base_bits_answer", "question_tokens", "answer_shortness"])])
+def test_confounds_are_partial_correlations_of_the_seeds(run, measure, controls):
+    row = row_of(run.get("baseline_confounds"), measure=measure, score="sts_icl", controls=controls)
     expected = []
     for own in (run, run.with_seed(1)):
         values = own.get("baseline_values").set_index("domain")
-        shift = own.get("domain_shift").query("measure == 'bits'").set_index("domain")["shift"].abs()[values.index]
-        expected.append(partial_correlation(values["sts_icl"], shift, [values["base_bits"], values["question_tokens"]]))
+        shift = own.get("domain_shift").query("measure == @measure").set_index("domain")["shift"].abs()[values.index]
+        expected.append(partial_correlation(values["sts_icl"], shift, [values[name] for name in controls]))
     assert row["by_seed"] == pytest.approx(expected) and 0 < row["p"] <= 1
+    said = f"STS_ICL partial r = {pages_baselines._two(row['pearson'])} ("
+    assert (said in pages_baselines.confound_sentence(run, measure)) == (len(controls) == 3)
 
 
 def residuals(values, control):
@@ -181,7 +190,12 @@ def test_hardness_is_set_beside_the_score_with_the_runs_own_seed(run):
     rival = row_of(alone.get("baseline_correlations"), measure="bits", predictor="base_bits")
     assert row["pearson"] == pytest.approx(pearsonr(values["base_bits"], shift)[0]) and row["n"] == 14
     assert row["pearson_interval"] == rival["pearson_interval"]
-    for score, left in row["left"].items():
+    for score, found in row["scores"].items():
+        own = row_of(alone.get("baseline_correlations"), measure="bits", predictor=score)
+        assert (found["pearson"], found["pearson_interval"]) == (pytest.approx(own["pearson"]), own["pearson_interval"])
+        assert found["less"] == {"mean": pytest.approx(rival["less"][score]["mean"]),
+                                 "interval": rival["less"][score]["interval"]}
+        left = found["left"]
         assert left["pearson"] == pytest.approx(pearsonr(*(
             residuals(one.to_numpy(), values["base_bits"].to_numpy()) for one in (values[score], shift)))[0])
         confound = row_of(alone.get("baseline_confounds"), measure="bits", score=score, controls=["base_bits"])
@@ -193,14 +207,17 @@ def test_hardness_is_set_beside_the_score_with_the_runs_own_seed(run):
     mean = {when: frame.groupby("domain")[["bits", "short"]].mean() for when, frame in frames.items()}
     change = (mean["after"]["bits"] - mean["before"]["bits"]).abs()
     assert answers["shortness"] == pytest.approx(pearsonr(mean["before"]["short"], shift[change.index])[0])
-    assert answers["per_answer"]["bits"]["pearson"] == pytest.approx(pearsonr(mean["before"]["bits"], change)[0])
-    assert answers["per_answer"]["sts_icl"]["pearson"] == pytest.approx(
+    whole = row_of(run.get("hardness"), measure="bits_answer")
+    assert whole["pearson"] == pytest.approx(pearsonr(mean["before"]["bits"], change)[0])
+    assert whole["scores"]["sts_icl"]["pearson"] == pytest.approx(
         pearsonr(values.loc[change.index, "sts_icl"], change)[0])
-    assert f"r = {answers['shortness']:.2f} with" in pages_forecast.length_sentence(run)
+    length = pages_forecast.length_sentence(run)
+    assert f"r = {answers['shortness']:.2f} with" in length and f"{whole['pearson']:.2f} (" in length
     said = pages_forecast.hardness_sentence(run, "bits")
-    assert f"r = {row['pearson']:.2f} (" in said and f"partial r = {row['left']['sts_act']['pearson']:.2f} (" in said
-    assert said in pages_forecast.forecast_summary(run)
-    assert pages_forecast.length_sentence(run) in pages_forecast.forecast_summary(run)
+    act = row["scores"]["sts_act"]
+    assert f"r = {row['pearson']:.2f} (" in said and f"partial r is {act['left']['pearson']:.2f} (" in said
+    assert f"difference {act['less']['mean']:+.2f}" in said and "seed 0" in said
+    assert said in pages_forecast.forecast_summary(run) and length in pages_forecast.forecast_summary(run)
 
 
 def test_hardness_is_left_out_where_it_was_not_measured_and_undefined_with_few_domains(run):
@@ -256,7 +273,7 @@ def test_with_few_domains_the_chapter_says_what_is_undefined(run, domains):
     few = sts.open_run("smoke", results=run.results, domains=domains, seeds=[])
     rows = few.get("baseline_correlations")
     assert all("undefined" in row for row in rows if row["predictor"].startswith("probe_") or len(domains) == 2)
-    assert all("undefined" in row for row in few.get("baseline_confounds") if len(row["controls"]) == 2)
+    assert all("undefined" in row for row in few.get("baseline_confounds") if len(row["controls"]) == 3)
     page = pages_baselines.summary(few)
     assert "undefined" in page and "nan" not in page.lower().split()
     json.dumps([few.get(name) for name in ("baseline_nulls", "baseline_power")], allow_nan=False)
@@ -302,4 +319,5 @@ def test_the_page_quotes_the_stages(run):
     assert [float(one) for one in by_seed] == pytest.approx(row["by_seed"], abs=0.0051)
     beside = pages_baselines.beside_paper_table(run).set_index("baseline of the paper")
     assert beside["paper"].tolist() == ["0.03", "0.11", "0.61", "0.03", "0.08", "0.79"]
-    assert pages_baselines.measures(run) == ["bits", "accuracy", "p_right"]
+    assert pages_baselines.measures(run) == ["bits", "bits_answer", "accuracy", "p_right"]
+    assert len(pages_baselines.forest_panels(run)) == 3

@@ -58,8 +58,9 @@ def test_an_unknown_training_set_is_refused_at_once(run):
 
 def test_cells_are_the_numbers_of_each_training_sets_own_run(run):
     matrix = run.get("training_matrix")
-    assert list(matrix["training_set"].unique()) == SETS and set(matrix["measure"]) == {"accuracy", "p_right", "bits"}
-    assert len(matrix) == 3 * 14 * 3 and set(matrix["seed"]) == {0}
+    assert list(matrix["training_set"].unique()) == SETS
+    assert set(matrix["measure"]) == {"accuracy", "p_right", "bits", "bits_answer"}
+    assert len(matrix) == 3 * 14 * 4 and set(matrix["seed"]) == {0}
     for name in SETS:
         alone = sts.open_run("smoke", results=run.results, sft_data=name)
         shifts = alone.get("domain_shift").query("measure == 'bits'").set_index("domain")
@@ -102,7 +103,7 @@ def test_shared_latents_are_counted_between_every_two_training_sets(run):
 
 def test_the_pooled_test_ranks_training_sets_in_each_domain(run):
     rows = {(row["measure"], row["forecast"]): row for row in run.get("training_specificity")}
-    assert set(rows) == {(measure, name) for measure in ("accuracy", "p_right", "bits")
+    assert set(rows) == {(measure, name) for measure in ("accuracy", "p_right", "bits", "bits_answer")
                          for name in ("sts_act", "sts_icl", "tfidf")}
     for forecast in ("sts_act", "sts_icl", "tfidf"):
         cells = cells_of(run, measure="bits")
@@ -124,7 +125,7 @@ def test_further_seeds_train_every_set_again_and_are_averaged(run):
     both = sts.open_run("smoke", results=run.results, training_seeds=[0, 1], domains=["law", "math", "physics"])
     assert list(training_runs(both)) == [(name, seed) for name in SETS for seed in (0, 1)]
     matrix = both.get("training_matrix")
-    assert len(matrix) == 2 * 3 * 3 * 3
+    assert len(matrix) == 2 * 3 * 3 * 4
     own = matrix.query("measure == 'bits'").set_index(["training_set", "seed", "domain"])["shift"]
     assert own["mmlu_exemplars", 0, "law"] != own["mmlu_exemplars", 1, "law"]
     assert own["gsm_symbolic", 1, "law"] == both.with_seed(1).get("domain_shift").query(

@@ -124,7 +124,7 @@ def test_another_seed_repeats_the_experiment_and_shares_the_models(run):
     for name in ("shift", "sft", "evaluation_after", "correlations"):
         assert other.key(name) != run.key(name)
     rows = pandas.DataFrame(run.get("correlations_by_seed"))
-    assert len(rows) == 2 * 2 * 12 and set(rows["seed"]) == {0, 1}
+    assert len(rows) == 2 * 2 * 16 and set(rows["seed"]) == {0, 1}
     alone = sts.open_run("smoke", results=run.results, seed=1, seeds=[])
     # The same experiment run by itself; only its SAE, trained within the run, has another seed.
     assert alone.key("sft") == other.key("sft")
@@ -287,7 +287,7 @@ def test_seeds_are_told_or_their_absence_is(run):
     assert "one seed, 0" in beside_paper.seeds_sentence(sts.open_run("smoke", results=run.results, seeds=[]))
     table = beside_paper.seeds_table(run)
     assert list(table.columns[3:]) == ["seed 0, all", "seed 0, extremes", "seed 1, all", "seed 1, extremes"]
-    assert len(table) == 12
+    assert len(table) == 16
 
 
 def test_seeds_are_counted_only_if_each_of_them_learned(run, monkeypatch):
@@ -298,4 +298,4 @@ def test_seeds_are_counted_only_if_each_of_them_learned(run, monkeypatch):
     falls[1] = -0.1
     told = beside_paper.seeds_sentence(run)
     assert "rose by 10% with seed 1" in told and "p below 0.05" not in told
-    assert told.count("(not judged, as training taught nothing with seed 1)") == 4
+    assert told.count("(not judged, as training taught nothing with seed 1)") == 6

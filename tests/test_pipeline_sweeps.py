@@ -330,4 +330,4 @@ def test_the_page_quotes_the_stages(run):
     assert shown["STS_act: less own"].startswith(f"{row['less']['mean']:+.2f} (")
     assert len(table) == 24 and pages_sweeps.missing_sentence(run) == ""
     assert pages_sweeps.sparsity_table(run)["STS"].tolist()[:5] == ["0.78", "0.77", "0.72", "0.75", "0.65"]
-    assert pages_sweeps.measures(run) == ["bits", "accuracy", "p_right"]
+    assert pages_sweeps.measures(run) == ["bits", "bits_answer", "accuracy", "p_right"]
