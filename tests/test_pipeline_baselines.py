@@ -1,6 +1,7 @@
 """Stages of the chapter on baselines on the smoke run: each result recomputed from its inputs by other means."""
 
 import json
+import re
 
 import numpy as np
 import pandas
@@ -9,7 +10,7 @@ import torch
 from scipy.stats import pearsonr
 
 import sts
-from sts import baselines, learned, pages_baselines, pages_forecast
+from sts import baselines, learned, pages_baselines, pages_forecast, pages_headline
 from sts.errors import StsError
 from sts.finetune import load_tuned
 from sts.pipeline import domain_groups, split_domains
@@ -321,3 +322,20 @@ def test_the_page_quotes_the_stages(run):
     assert beside["paper"].tolist() == ["0.03", "0.11", "0.61", "0.03", "0.08", "0.79"]
     assert pages_baselines.measures(run) == ["bits", "bits_answer", "accuracy", "p_right"]
     assert len(pages_baselines.forest_panels(run)) == 3
+
+
+def test_the_headline_holds_each_scores_r_and_what_is_left_of_it(run):
+    table = pages_headline.headline_table(run).set_index("r with the absolute change in")
+    assert list(table) == ["bits per character", "bits per answer", "accuracy"] and len(table) == 6
+    assert (table["accuracy"] == "undefined").all()  # it did not move
+    for measure, column, hard in (("bits", "bits per character", "base_bits"),
+                                  ("bits_answer", "bits per answer", "base_bits_answer")):
+        of = {label: row_of(run.get("baseline_correlations"), measure=measure, predictor=name)
+              for label, name in (("STS_act", "sts_act"), ("STS_ICL", "sts_icl"), ("bits before training", hard))}
+        of["STS_ICL, given hardness and lengths"] = row_of(
+            run.get("baseline_confounds"), measure=measure, score="sts_icl",
+            controls=[hard, "question_tokens", "answer_shortness"])
+        for label, row in of.items():
+            r, low, high = re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", table.loc[label, column]).groups()
+            assert (float(r), float(low), float(high)) == pytest.approx(
+                (row["pearson"], *(row["pearson_interval"][end] for end in ("low", "high"))), abs=0.0051)

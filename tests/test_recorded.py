@@ -12,6 +12,7 @@ import sts
 from sts import inputs
 from sts.config import ROOT
 from sts.errors import StsError
+from sts.pages_headline import headline_markdown
 from sts.recorded import BLANK, NO_TEXT, drawn, record
 from sts.stages import STAGES, registered
 from sts.store import Store
@@ -182,3 +183,13 @@ def test_every_result_in_the_repository_is_one_that_its_run_asks_for(folder):
                     asked.add(f"{stage}-{one.key(stage)}")
     found = {re.match(r"\w+-[0-9a-f]{12}", path.name)[0] for path in folder.glob("*.provenance.json")}
     assert found and found - asked == set()
+
+
+def test_the_readme_quotes_the_recorded_run():
+    readme, full = (ROOT / "README.md").read_text(encoding="utf-8"), sts.open_run("full").recorded_alone()
+    assert headline_markdown(full) in readme
+    seeds, shifts = 1 + len(full.other_seeds), full.get("domain_shift").query("measure == 'bits'")
+    assert f"Over {('one', 'two', 'three', 'four', 'five')[seeds - 1]} seeds" in readme
+    assert len(shifts) == 14 and (shifts["shift"] > 0).all() and "All 14 domains got worse" in readme
+    answers = next(row["answers"] for row in full.get("hardness") if row["measure"] == "bits")
+    assert f"{answers['characters_low']:.0f} to {answers['characters_high']:.0f} characters (median" in readme
