@@ -32,8 +32,8 @@ def forest(panels: dict[str, list[dict]], needed: float | None = None) -> Figure
         places[row["group"], row["label"]] = height
         ticks.append((height, row["label"]))
         height += 1
-    figure, axes = plt.subplots(1, len(panels), figsize=(7, 1.4 + 0.24 * height), sharey=True, layout="constrained",
-                                squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(7 if len(panels) < 3 else 8, 1.4 + 0.24 * height), sharey=True,
+                                layout="constrained", squeeze=False)
     for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
         for row in rows:
             y = places[row["group"], row["label"]]

@@ -360,10 +360,18 @@ class OpenRun(Inputs):
 
     @property
     def _sae_name(self) -> str:
-        return str(self.sae_folder or self.settings.sae)
+        folder = self.sae_folder
+        if folder and self.settings.sae == "train" and not (folder / "cfg.json").is_file():
+            raise StsError(f"{folder.name} was recorded without its weights. To train it here: sts stage sae --again, "
+                           "with the same run and parameters.")
+        return str(folder or self.settings.sae)
 
     def sae(self):
-        """The run's SAE, checked to fit the model and the layer."""
+        """The run's SAE, checked to fit the model and the layer.
+
+        Raises:
+            StsError: it was recorded without its weights, or it does not fit.
+        """
         sae = self._once("loaded_sae", lambda: load_sae(self._sae_name, device=self.device,
                                                         dtype=self.settings.sae_dtype,
                                                         fold_norms=self.settings.fold_norms))

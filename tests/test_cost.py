@@ -295,6 +295,34 @@ def test_savings_compare_with_whole_prompts_through_all_layers(run):
     assert "leaving early a factor of 2.00" in pages_cost.savings_sentence(saved)
 
 
+def test_the_forecasts_sums_are_counted_from_the_stored_tensors(run):
+    for name in ("shift", "domain_stats"):
+        tensors, own = run.get(name), run.get("forecast_sums")[name]
+        groups = {field.rpartition("/")[0] for field in tensors}  # "" for shift, the domains for domain_stats
+        assert own["tokens"] == sum(int(tensors[f"{group}/tokens".lstrip("/")]) for group in groups)
+        assert own["latents"] == 128  # the smoke run's SAE
+        assert own["bytes"] == sum(len(tensor.numpy().tobytes()) for tensor in tensors.values())
+
+
+def test_a_result_recorded_without_its_data_counts_as_computed(tmp_path, monkeypatch):
+    from sts.recorded import record
+
+    source = sts.open_run("smoke", results=tmp_path / "source", seeds=[])
+    source.get("sae")
+    record(source, tmp_path / "recorded")
+    assert not list((tmp_path / "recorded").glob("sae-*/*.safetensors"))  # its weights stay behind
+    other = sts.open_run("smoke", results=tmp_path / "other", seeds=[])
+    monkeypatch.setattr(other.store, "recorded", (tmp_path / "recorded",))
+    assert other.computed("sae") == other.provenance("sae") and other.computed("sae")["key"] == source.key("sae")
+    assert "sae" in other.used and not list((tmp_path / "other").glob("**/sae-*"))  # shown, and not computed again
+    tokens = other.computed("forecast_tokens")  # not recorded, so it is computed
+    assert tokens["key"] == source.key("forecast_tokens") and other.stored("forecast_tokens")
+    with pytest.raises(StsError, match="recorded without its weights. To train it here: sts stage sae --again"):
+        other.get("shift")
+    other.compute("sae")
+    assert sts.open_run("smoke", results=tmp_path / "other", seeds=[]).get("shift")["tokens"] > 0
+
+
 def test_a_stage_stored_without_its_work_is_named_and_nothing_stops(run, monkeypatch):
     whole = run.provenance
 
