@@ -307,10 +307,18 @@ def forecast_tokens(run: OpenRun, report) -> dict:
 
 @stage("json", needs=("shift", "domain_stats"))
 def forecast_sums(run: OpenRun, report) -> dict:
-    """Of `shift` and `domain_stats` the numbers of counted tokens and latents, and the bytes of the sums kept."""
+    """Of `shift` and `domain_stats` the numbers of counted tokens and latents, and the bytes of the sums kept.
+
+    Raises:
+        StsError: only a part of these sums is recorded.
+    """
     found = {}
     for name in ("shift", "domain_stats"):
         tensors = run.get(name)
+        if missing := set(run.get("shift")) - {field.rpartition("/")[2] for field in tensors}:
+            raise StsError(f"Stage {name!r} was recorded without {', '.join(sorted(missing))}, so the bytes of its "
+                           f"sums are not known. To compute it here: sts stage {name} --again, with the same run and "
+                           "parameters.")
         found[name] = {
             "tokens": sum(tensor.item() for field, tensor in tensors.items() if field.rpartition("/")[2] == "tokens"),
             "latents": next(len(tensor) for field, tensor in tensors.items() if field.endswith("squared_difference_L")),

@@ -39,17 +39,27 @@ def _without_answers(written: dict) -> dict:
                       "answers": [one | {"answer": NO_TEXT} for one in written["answers"]]}
 
 
+def _sums(*kept: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Of sums by domain ("law/tokens"), those named `kept` and the numbers of tokens."""
+    return lambda sums: {field: value for field, value in sums.items()
+                         if field.rpartition("/")[2] in ("tokens", *kept)}
+
+
 #: Stage -> (why it is not recorded as it is, what is recorded instead: a function of the result, or None for nothing).
 CHANGED: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
     "latent_examples": ("texts", _without_tokens),
     "ablated_answers": ("texts", _without_answers),
     "text_activations": ("size", None),
-    "domain_stats": ("size; stage scores holds what is made of it", None),
-    "domain_rows": ("size; stage scores holds what is made of it", None),
+    "domain_stats": ("size; the sums that scores are made of are recorded", _sums("base_sum_L",
+                                                                                   "squared_difference_L")),
+    "domain_rows": ("size; the sums that scores are made of are recorded", _sums("base_square_sum_L",
+                                                                                  "squared_difference_L")),
     "domain_raw_stats": ("size; stage baseline_values holds what is made of it", None),
     "domain_model_change": ("size; stage baseline_values holds what is made of it", None),
     "random_latent_scores": ("size; stage baseline_nulls holds what is made of it", None),
 }
+#: Recorded of the run's own seed alone; of others, stage scores holds what is made of them.
+OWN_SEED = ("domain_stats", "domain_rows")
 _TRAINING = ("sft_data", "sft_examples", "sft_held_out", "seed")
 _DOMAINS = ("domain_data", "domain_split", "domains", "domain_limit")
 #: Input of a stage (`OpenRun.identity`) -> the settings that decide what it is; the stage itself need not use them.
@@ -95,6 +105,8 @@ def record(run: OpenRun, target: Path) -> list[str]:
         why, change = CHANGED.get(name, ("", lambda value: value))
         if one.settings.sft_data != run.settings.sft_data:
             why, change = "size; stage training_matrix holds what is made of it", None
+        if name in OWN_SEED and one.settings.seed != run.settings.seed:
+            why, change = f"size; recorded for seed {run.settings.seed} alone", None
         if kind == "folder" and not why:
             if (own.path(name, key, kind) / KEPT_OF_FOLDERS).exists():
                 why = f"weights; of the folder {KEPT_OF_FOLDERS} is recorded"
@@ -106,14 +118,7 @@ def record(run: OpenRun, target: Path) -> list[str]:
             path = copy.path(name, key, kind)
             path.with_name(path.name + PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
             continue
-        value = change(read(own.path(name, key, kind), kind))
-        if kind == "tensors":
-            value = {field: tensor.float() if tensor.dtype == torch.float64 else tensor
-                     for field, tensor in value.items()}
-        if kind == "folder":
-            part = copy.scratch(name, key)
-            shutil.copy2(value / KEPT_OF_FOLDERS, part / KEPT_OF_FOLDERS)
-            value = part
+        value = as_recorded(name, kind, read(own.path(name, key, kind), kind), copy.scratch(name, key))
         copy.write(name, key, kind, value, provenance)
     shutil.rmtree(target / "unfinished", ignore_errors=True)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -121,6 +126,23 @@ def record(run: OpenRun, target: Path) -> list[str]:
         raise StsError(f"{target} takes up {size / 1e6:.1f} MB; at most {LIMIT / 1e6:.0f} MB are recorded. Leave "
                        "stages out in sts.recorded.CHANGED.")
     return sorted(found)
+
+
+def as_recorded(name: str, kind: str, value: Any, scratch: Path) -> Any:
+    """What is recorded of a stage's result: without texts and large sums, tensors as 32-bit floats.
+
+    Args:
+        value: as `store.read` gives it.
+        scratch: a folder that exists; of a folder, the file that is kept is copied there.
+    """
+    if kind == "folder":
+        shutil.copy2(value / KEPT_OF_FOLDERS, scratch / KEPT_OF_FOLDERS)
+        return scratch
+    _, change = CHANGED.get(name, ("", None))
+    value = change(value) if change else value
+    if kind == "tensors":
+        value = {field: tensor.float() if tensor.dtype == torch.float64 else tensor for field, tensor in value.items()}
+    return value
 
 
 def _training_runs(run: OpenRun) -> list[OpenRun]:

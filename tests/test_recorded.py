@@ -16,9 +16,10 @@ from sts.pages_headline import headline_markdown
 from sts.recorded import BLANK, NO_TEXT, drawn, record
 from sts.stages import STAGES, registered
 from sts.store import Store
+from sts.verify import verify
 
 NAMES = ("scores", "latent_examples", "small_sae_quality", "sft_shift", "ablated_answers", "domain_shift",
-         "text_baselines")
+         "text_baselines", "sweep_latents", "forecast_sums")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_results_come_back_without_model_and_data(run, elsewhere):
         found = elsewhere.get("sft_shift")[name]
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), tensor.double(), rtol=1e-6, atol=0)
-    assert elsewhere.provenance("domain_stats")["withheld"].startswith("size")
+    assert elsewhere.provenance("text_activations")["withheld"].startswith("size")
 
 
 def test_texts_and_weights_are_not_recorded(run, elsewhere, folder):
@@ -70,17 +71,60 @@ def test_texts_and_weights_are_not_recorded(run, elsewhere, folder):
     assert {token for card in found for context in card["contexts"] for token in context["tokens"]} == {BLANK}
     assert [card["contexts"][0]["values"] for card in found] == [card["contexts"][0]["values"] for card in cards]
     assert [path.name for path in elsewhere.get("sft").iterdir()] == ["training.json"]
-    assert not list(folder.glob("domain_stats-*.safetensors")) and list(folder.glob("shift-*.safetensors"))
+    assert not list(folder.glob("text_activations-*.safetensors")) and list(folder.glob("shift-*.safetensors"))
     assert all(load_file(path) for path in folder.glob("*.safetensors"))
 
 
 def test_what_is_not_recorded_says_what_is_missing(elsewhere):
     with pytest.raises(StsError, match="not here"):
-        elsewhere.get("domain_stats")
-    other = sts.open_run("smoke", results=elsewhere.results, seeds=[], top_n=3)
+        elsewhere.get("text_activations")
+    other = sts.open_run("smoke", results=elsewhere.results, seeds=[], score_tokens=100)
     other.store = elsewhere.store
     with pytest.raises(StsError, match="not here"):  # other settings: recorded results are not taken for these
         other.get("scores")
+
+
+def test_scores_with_other_numbers_of_latents_are_computed_from_what_is_recorded(run, elsewhere):
+    other = sts.open_run("smoke", results=elsewhere.results, seeds=[], top_n=3)
+    other.store = Store(other.store.folder, elsewhere.store.recorded)
+    found = other.get("scores").set_index(["variant", "domain"])
+    for variant, shift, domains, summed, scale in (
+            ("paper", "shift", "domain_stats", "base_sum_L", 1),
+            ("official_code", "shift_rows", "domain_rows", "base_square_sum_L", 3)):
+        chosen = run.get(shift)["squared_difference_L"].argsort(descending=True)[:3]
+        sums = run.get(domains)
+        act = (sums[f"law/{summed}"][chosen].sum() / sums["law/tokens"] / scale).item()
+        assert found.loc[(variant, "law"), "sts_act"] == pytest.approx(act, rel=1e-5)
+    assert other.get("sweep_latents")["value"].nunique() > 1
+    with pytest.raises(StsError, match="domain_stats' was recorded without base_fired_L.*sts stage domain_stats"):
+        other.compute("forecast_sums")
+
+
+@pytest.mark.parametrize("stage", ["scores", "domain_shift", "sweep_latents"])
+def test_recorded_results_are_verified_from_recorded_ones(run, folder, elsewhere, stage):
+    assert verify(elsewhere, stage).agrees
+
+
+@pytest.mark.parametrize("stage", ["latent_examples", "domain_stats", "sae"])
+def test_what_is_recorded_in_part_is_verified_in_that_part(run, folder, tmp_path, stage):
+    opened = sts.open_run("smoke", results=tmp_path, seeds=[])
+    for need in opened._needs(STAGES[stage]):  # what it is computed from, such as the SAE's weights, is here
+        opened.compute(need)
+    opened.store = Store(opened.store.folder, (folder,))
+    found = verify(opened, stage)
+    assert found.agrees and found.entries > 10
+
+
+def test_further_seeds_record_their_scores_without_the_sums(run, tmp_path):
+    opened = sts.open_run("smoke", results=run.results, seeds=[1])
+    opened.with_seed(1).get("scores")
+    record(opened, tmp_path / "recorded")
+    assert len(list((tmp_path / "recorded").glob("scores-*.parquet"))) == 2
+    own, = (tmp_path / "recorded").glob("domain_stats-*.safetensors")
+    assert opened.key("domain_stats") in own.name
+    note = tmp_path / "recorded" / (f"domain_stats-{opened.with_seed(1).key('domain_stats')}"
+                                       ".safetensors.provenance.json")
+    assert json.loads(note.read_text())["withheld"] == "size; recorded for seed 0 alone"
 
 
 def test_an_input_that_is_here_and_differs_is_not_passed_over(elsewhere, monkeypatch):
