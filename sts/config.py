@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sts.data import CORPORA, GENERATED, SOURCES
+from sts.data_sources import CORPORA, GENERATED, SOURCES
 from sts.errors import StsError
 
 #: The repository's root: runs/, data/ and notebooks/ lie beside the package.

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats as scipy_stats
 
 from sts.errors import StsError
-from sts.stats import MeanInterval
+from sts.stats_items import MeanInterval
 
 
 def crossed_mean_interval(values_DP: Sequence[Sequence[float]], *, level: float = 0.95,

@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 import numpy
 import pandas
 
-from sts.data import LETTERS, Example
+from sts.data_sources import LETTERS, Example
 from sts.errors import StsError, one_of
 from sts.models import LanguageModel
 from sts.prompts import question_text, render, solution_text
-from sts.stats import mcnemar_p, paired_mean_interval
+from sts.stats_items import mcnemar_p, paired_mean_interval
 from sts.work import Work
 
 #: What the domain shift is measured in: column -> label with units.
@@ -179,8 +179,8 @@ def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, *, resample
 
     Returns:
         One row per domain and measure that was evaluated: domain, measure, n, before, after, shift, low, high (NaN for
-        one item), interval (its kind, see `stats.MeanInterval`), standard_error, mcnemar_p (McNemar's exact test that
-        items turn right as often as wrong; NaN unless the measure is one of `BINARY`).
+        one item), interval (its kind, see `stats_items.MeanInterval`), standard_error, mcnemar_p (McNemar's exact test
+        that items turn right as often as wrong; NaN unless the measure is one of `BINARY`).
     """
     return item_shifts(item_measures(before), item_measures(after), resamples=resamples, seed=seed)
 

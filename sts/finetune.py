@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from sts import processes
-from sts.data import Example
+from sts.data_sources import Example
 from sts.errors import StsError
 from sts.models import LanguageModel, decoder_layers
 from sts.prompts import question_text, render, solution_text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sts import learned
-from sts.data import MATHEMATICS
+from sts.data_sources import MATHEMATICS
 from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase
 from sts.pages_baselines import BASELINE_RULE, SCORE_NAMES, _range, comparison_verdict
 from sts.pages_limits import clear_domains, limits_sentence, power_sentence

@@ -8,7 +8,7 @@ import pandas
 
 from sts.evaluate import BINARY, tied_share
 from sts.stages import OpenRun
-from sts.stats import BOOTSTRAP_FROM
+from sts.stats_items import BOOTSTRAP_FROM
 
 #: measure -> how tables and sentences call it; the finest first, which resolves the smallest changes.
 NAMES = {"bits": "bits per character", "p_right": "p(right option)", "accuracy": "accuracy",

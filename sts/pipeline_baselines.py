@@ -15,7 +15,8 @@ from sts.errors import StsError
 from sts.evaluate import MEASURES
 from sts.finetune import load_tuned
 from sts.model_shift import model_paired_stats
-from sts.pipeline import DOMAIN, MASKS, SAE, domain_groups, masks, split_domains
+from sts.pipeline import DOMAIN, MASKS, domain_groups, masks, split_domains
+from sts.pipeline_sae import SAE
 from sts.pipeline_shift import codes, of_kind
 from sts.prompts import question_text
 from sts.saes import identity_sae

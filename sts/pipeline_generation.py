@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas
 
-from sts.data import Example
+from sts.data_sources import Example
 from sts.errors import StsError
 from sts.evaluate import item_shifts
 from sts.finetune import load_tuned

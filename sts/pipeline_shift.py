@@ -7,14 +7,15 @@ import random
 import torch
 
 from sts.activations import paired_stats
-from sts.data import Example
+from sts.data_sources import Example
 from sts.errors import StsError
 from sts.evaluate import MEASURES
 from sts.finetune import load_tuned
 from sts.model_shift import folded, model_paired_folds
 from sts.models import LanguageModel
 from sts.paper import extremes, spread_ratio, with_selection
-from sts.pipeline import MASKS, MODEL, SAE, SHIFT, masks, shift_groups
+from sts.pipeline import MASKS, SHIFT, masks, shift_groups
+from sts.pipeline_sae import MODEL, SAE
 from sts.prompts import Prompt, make_group, solution_prompt, without_options
 from sts.saes import SideBySide, identity_sae, random_code
 from sts.score import VARIANTS

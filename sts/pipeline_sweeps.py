@@ -18,19 +18,9 @@ from safetensors.torch import load_file, save_file
 from sts import sweeps
 from sts.activations import paired_stats
 from sts.errors import StsError
-from sts.pipeline import (
-    DOMAIN,
-    MASKS,
-    MODEL,
-    SHIFT,
-    _pieces,
-    domain_groups,
-    masks,
-    sae_documents,
-    shift_groups,
-    split_domains,
-)
+from sts.pipeline import DOMAIN, MASKS, SHIFT, domain_groups, masks, shift_groups, split_domains
 from sts.pipeline_comparison import _interval, item_differences
+from sts.pipeline_sae import MODEL, sae_documents, token_pieces
 from sts.sae_quality import reconstruction_quality
 from sts.sae_training import SaeTraining, collect_layers, save_sae, shard_paths, train_sae
 from sts.saes import SideBySide, check_fits, load_sae
@@ -92,8 +82,8 @@ def sweep_text(run: OpenRun) -> tuple[list[list[int]], list[list[int]]]:
         random.Random(SAE_SEED).shuffle(documents)
         cut = max(1, len(documents) // 50)
         share = max(1, round(tokens / whole * settings.sweep_text_tokens))
-        held_out += _pieces(run, documents[:cut], max(1000, share // 20))
-        train += _pieces(run, documents[cut:], share)
+        held_out += token_pieces(run, documents[:cut], max(1000, share // 20))
+        train += token_pieces(run, documents[cut:], share)
     if not train:
         raise StsError("sae_text holds too little text: one document is held out, and nothing is left to train on.")
     random.Random(SAE_SEED).shuffle(train)

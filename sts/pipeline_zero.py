@@ -13,7 +13,8 @@ from sts.evaluate import evaluate, item_measures
 from sts.finetune import load_tuned
 from sts.lower_layers import lower_layers_once
 from sts.models import LanguageModel
-from sts.pipeline import MASKS, MODEL, SAE
+from sts.pipeline import MASKS
+from sts.pipeline_sae import MODEL, SAE
 from sts.pipeline_shift import of_kind, solution_prompts
 from sts.prompts import make_prompt, question_text
 from sts.residuals import Extractor

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from sts.data import LETTERS, Example
+from sts.data_sources import LETTERS, Example
 from sts.errors import StsError
 
 #: A character from Unicode's private use area, which no text holds.

@@ -13,7 +13,7 @@ from sts.pipeline_shift import KINDS, of_kind
 from sts.shift import concentration, overlap, shifted_dimensions
 from sts.shift_stats import Concentration, concentrations, count_grid, overlap_rows, same_fraction
 from sts.stages import OpenRun
-from sts.stats import MeanInterval, paired_mean_interval
+from sts.stats_items import MeanInterval, paired_mean_interval
 
 #: The paper's N = 100 of 28,672 latents (its Qwen SAE), as a fraction.
 PAPER_FRACTION = 100 / 28_672

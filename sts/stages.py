@@ -84,6 +84,7 @@ def registered() -> dict[str, Stage]:
         pipeline_domains,
         pipeline_generation,
         pipeline_hardness,
+        pipeline_sae,
         pipeline_shift,
         pipeline_sweeps,
         pipeline_zero,
@@ -273,7 +274,7 @@ class OpenRun(Inputs):
             keys = [own.key(name) for own in training_runs(self).values() for name in EVERY_SET]
             return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
         if what == "sae_text":
-            from sts.pipeline import sae_documents
+            from sts.pipeline_sae import sae_documents
 
             return digest([text for name in settings.sae_text for text in sae_documents(self, name)])
         if what == "trial_problems":

@@ -17,8 +17,9 @@ import numpy as np
 from scipy import stats as scipy_stats
 
 from sts.errors import StsError
-from sts.stats import PermutationTest, _all_orders, _plain, _random_orders, paired_mean_interval
+from sts.stats import PermutationTest, _all_orders, _plain, _random_orders
 from sts.stats_domains import correlation_rows, percentile_interval
+from sts.stats_items import paired_mean_interval
 
 #: Up to so many training sets every order of whole training sets is counted (40,320 of eight).
 EXACT_UP_TO = 8

@@ -17,7 +17,7 @@ from sts.pages import p_phrase, p_value
 from sts.pages_limits import shift_limits_sentence
 from sts.paper import published_numbers
 from sts.stages import OpenRun
-from sts.stats import MeanInterval, paired_mean_interval
+from sts.stats_items import MeanInterval, paired_mean_interval
 
 #: The paper's share of the squared change in the top 100 latents (Figure 1a).
 PAPER_SHARE = 0.25

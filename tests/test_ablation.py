@@ -5,7 +5,7 @@ import torch
 from helpers import topk_sae
 
 from sts.ablation import zeroed
-from sts.data import Example
+from sts.data_sources import Example
 from sts.errors import StsError
 from sts.evaluate import evaluate
 from sts.models import decoder_layers

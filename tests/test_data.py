@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sts import data
-from sts.data import Example, by_domain, gsm_symbolic, last_boxed, load_examples, load_texts, split_options
+from sts import data, data_sources
+from sts.data import by_domain, gsm_symbolic, load_examples, load_texts, split_options
+from sts.data_sources import Example, last_boxed
 from sts.errors import StsError
 
 # MMLU-Pro's own list of categories.
@@ -44,7 +45,7 @@ def test_exemplars_cover_57_subjects_in_the_14_categories_of_mmlu_pro(exemplars)
         domains.setdefault(example.example_id.split("-")[1], set()).add(example.domain)
     assert len(domains) == 57
     assert all(len(found) == 1 for found in domains.values())
-    assert set().union(*domains.values()) == CATEGORIES == set(data.DOMAINS)
+    assert set().union(*domains.values()) == CATEGORIES == set(data_sources.DOMAINS)
     # A few assignments of MMLU-Pro that names alone do not give away.
     expected = {"virology": "health", "astronomy": "physics", "econometrics": "economics", "prehistory": "history",
                 "formal_logic": "philosophy", "machine_learning": "computer science", "marketing": "business",
@@ -155,13 +156,13 @@ ROWS = {
 
 
 def test_every_question_set_has_a_row_here():
-    assert {name for name, _ in ROWS} == set(data.SOURCES)
+    assert {name for name, _ in ROWS} == set(data_sources.SOURCES)
 
 
 @pytest.mark.parametrize(("name", "split"), list(ROWS))
 def test_a_local_file_in_the_public_columns_is_read(local, name, split):
     row, expected = ROWS[name, split]
-    local(data.SOURCES[name].folder, split, row)
+    local(data_sources.SOURCES[name].folder, split, row)
     assert load_examples(name, split=split) == [expected]
 
 
@@ -193,7 +194,7 @@ def test_an_unknown_data_set_lists_all_there_are():
     with pytest.raises(StsError) as error:
         load_examples("mmlu_max")
     assert "'mmlu_max'" in str(error.value)
-    assert all(name in str(error.value) for name in [*data.SOURCES, *data.GENERATED])
+    assert all(name in str(error.value) for name in [*data_sources.SOURCES, *data_sources.GENERATED])
 
 
 def test_an_unknown_split_lists_the_splits():
@@ -242,7 +243,7 @@ def test_without_a_network_the_way_out_is_said(name, monkeypatch):
         load_examples(name)
     message = str(error.value)
     assert "\n" not in message
-    assert "STS_DATA_DIR" in message and f"{name}/{data.SOURCES[name].splits[0]}.jsonl" in message
+    assert "STS_DATA_DIR" in message and f"{name}/{data_sources.SOURCES[name].splits[0]}.jsonl" in message
     assert "gsm_symbolic" in message and "mmlu_exemplars" in message
 
 

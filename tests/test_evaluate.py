@@ -11,7 +11,7 @@ from sts.data import Example, load_examples
 from sts.errors import StsError
 from sts.evaluate import KINDS, domain_shifts, evaluate, item_measures, tied_share
 from sts.prompts import solution_text
-from sts.stats import mcnemar_p
+from sts.stats_items import mcnemar_p
 from sts.work import Work
 
 EXAMPLES = [

@@ -13,7 +13,8 @@ from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 
 from sts import generation
-from sts.data import DOMAINS, LETTERS, Example, load_examples
+from sts.data import load_examples
+from sts.data_sources import DOMAINS, LETTERS, Example
 from sts.errors import StsError
 from sts.evaluate import evaluate
 from sts.generation import TASKS, benchmark_examples, build_tasks, generate_and_score, open_vllm

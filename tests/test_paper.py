@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from sts import paper, plots_paper
-from sts.data import DOMAINS
+from sts.data_sources import DOMAINS
 from sts.errors import StsError
 
 

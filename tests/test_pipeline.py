@@ -19,7 +19,8 @@ from sts.activations import Masks, paired_stats
 from sts.config import ROOT
 from sts.data import load_examples
 from sts.errors import StsError
-from sts.pipeline import domain_groups, shift_groups, split_domains, text_pieces
+from sts.pipeline import domain_groups, shift_groups, split_domains
+from sts.pipeline_sae import text_pieces
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from sts import stats
+from sts import stats, stats_items
 from sts.errors import StsError
 
 X = [1.0, 2.0, 3.0, 4.0, 5.0, 7.0]
@@ -181,7 +181,7 @@ def test_a_higher_level_gives_a_wider_interval():
 # --- paired means ---
 
 def test_paired_mean_and_its_standard_error_by_hand():
-    result = stats.paired_mean_interval([0.0, 1.0, 0.0, -1.0, 1.0], resamples=4000)
+    result = stats_items.paired_mean_interval([0.0, 1.0, 0.0, -1.0, 1.0], resamples=4000)
     # Squared deviations from 0.2 sum to 2.8; 2.8 / 4 = 0.7; sqrt(0.7 / 5).
     assert (result.mean, result.n) == (pytest.approx(0.2), 5)
     assert result.standard_error == pytest.approx(math.sqrt(0.14))
@@ -190,13 +190,13 @@ def test_paired_mean_and_its_standard_error_by_hand():
 
 def test_paired_interval_is_about_the_normal_one_for_many_items():
     differences = np.random.default_rng(0).choice([-1, 0, 1], size=600, p=[0.2, 0.5, 0.3])
-    result = stats.paired_mean_interval(differences, resamples=4000)
+    result = stats_items.paired_mean_interval(differences, resamples=4000)
     assert result.low == pytest.approx(result.mean - 1.96 * result.standard_error, abs=0.005)
     assert result.high == pytest.approx(result.mean + 1.96 * result.standard_error, abs=0.005)
 
 
 def test_one_item_has_a_mean_but_no_interval():
-    result = stats.paired_mean_interval([2.0])
+    result = stats_items.paired_mean_interval([2.0])
     assert result.mean == 2.0 and math.isnan(result.standard_error) and result.kind == "none"
     assert math.isnan(result.low) and math.isnan(result.high)
     assert not (result.low > 0 or result.high < 0)  # as every reader asks whether the sign is resolved
@@ -206,7 +206,7 @@ def test_one_item_has_a_mean_but_no_interval():
 @pytest.mark.parametrize("level", [0.8, 0.95])
 def test_few_items_get_students_interval(n, level):
     differences = np.random.default_rng(n).exponential(size=n)
-    result = stats.paired_mean_interval(differences, level=level)
+    result = stats_items.paired_mean_interval(differences, level=level)
     oracle = scipy_stats.ttest_1samp(differences, 0).confidence_interval(level)
     assert (result.low, result.high) == pytest.approx((oracle.low, oracle.high))
     assert (result.kind, result.resamples) == ("t", 0)
@@ -214,7 +214,7 @@ def test_few_items_get_students_interval(n, level):
 
 def test_from_sixteen_items_the_interval_is_scipys_percentile_bootstrap():
     differences = np.random.default_rng(4).exponential(size=16)
-    result = stats.paired_mean_interval(differences, resamples=20_000)
+    result = stats_items.paired_mean_interval(differences, resamples=20_000)
     oracle = scipy_stats.bootstrap((differences,), np.mean, method="percentile", n_resamples=20_000, rng=1)
     assert (result.low, result.high) == pytest.approx(tuple(oracle.confidence_interval), rel=0.02)
     assert (result.kind, result.resamples) == ("bootstrap", 20_000)
@@ -224,7 +224,7 @@ def test_from_sixteen_items_the_interval_is_scipys_percentile_bootstrap():
 def test_an_interval_of_five_items_leaves_the_true_mean_out_about_as_often_as_it_says(shape, most):
     generator = np.random.default_rng(0)
     samples = getattr(generator, shape)(size=(2000, 5)) - (shape == "exponential")  # true mean zero
-    found = [stats.paired_mean_interval(sample, resamples=100) for sample in samples]
+    found = [stats_items.paired_mean_interval(sample, resamples=100) for sample in samples]
     left_out = np.mean([result.low > 0 or result.high < 0 for result in found])
     assert 0.03 < left_out < most
     # What five items' bootstrap would do, so that the rule has a reason to be there.
@@ -234,7 +234,7 @@ def test_an_interval_of_five_items_leaves_the_true_mean_out_about_as_often_as_it
 
 
 def test_equal_differences_leave_no_uncertainty():
-    result = stats.paired_mean_interval([1.0] * 4, resamples=50)
+    result = stats_items.paired_mean_interval([1.0] * 4, resamples=50)
     assert (result.low, result.high, result.standard_error) == (1.0, 1.0, 0.0)
 
 
@@ -308,8 +308,8 @@ def test_bad_points_are_named(function, x, y, message):
     (lambda: stats.permutation_p(X, Y, exact_up_to=11), "at most 10"),
     (lambda: stats.permutation_p(X, Y, resamples=0), "at least 1"),
     (lambda: stats.bootstrap_interval(X, Y, level=95), "between 0 and 1"),
-    (lambda: stats.paired_mean_interval([]), "No differences"),
-    (lambda: stats.paired_mean_interval([1, math.nan]), "NaN"),
+    (lambda: stats_items.paired_mean_interval([]), "No differences"),
+    (lambda: stats_items.paired_mean_interval([1, math.nan]), "NaN"),
     (lambda: stats.smallest_detectable_correlation(3), "at least 4"),
     (lambda: stats.smallest_detectable_correlation(8, power=0.01), "alpha < power"),
     (lambda: stats.overlap_p(10, 11, 2, 1), "sizes from 0 to 10"),

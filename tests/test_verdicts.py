@@ -11,7 +11,7 @@ import torch
 
 from sts import learned, plots_shift, verdicts
 from sts.shift_stats import concentrations, overlap_rows
-from sts.stats import MeanInterval
+from sts.stats_items import MeanInterval
 
 
 @pytest.mark.parametrize(("low", "high", "verdict"), [

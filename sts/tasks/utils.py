@@ -7,7 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from sts.data import LETTERS, Example, last_boxed, load_examples, load_rows
+from sts.data import load_examples, load_rows
+from sts.data_sources import LETTERS, Example, last_boxed
 from sts.errors import one_of
 from sts.prompts import question_text
 

@@ -1,0 +1,164 @@
+"""What the question sets are: where each is found, how a row of it becomes an `Example`, and MMLU-Pro's categories."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    `options` is empty for an open question, then `answer_index` is -1. `answer` is the right option's text, or the
+    final answer of an open question. `solution` is the worked solution ("" where the data set has none).
+    """
+
+    example_id: str
+    domain: str
+    question: str
+    options: tuple[str, ...]
+    answer_index: int
+    answer: str
+    solution: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a question set is found: local file per split, and repository, configurations and revision on the hub."""
+
+    read: Callable[[dict, str], Example]
+    folder: str
+    splits: tuple[str, ...]
+    hub: str = ""
+    hub_configs: tuple[str, ...] = ("default",)
+    revision: str = ""
+
+
+# --- parts of solutions -------------------------------------------------------------------------------------------
+
+_PREAMBLE = re.compile(
+    r"^(A:\s*)?(Let['’]s think step by step\.\s*)?(We refer to Wikipedia( articles on [^.]*?)? for help\.\s*)?"
+    r"(Let['’]s solve this( problem)? step by step\.\s*)?", re.IGNORECASE)
+
+
+def without_preamble(solution: str) -> str:
+    """A worked solution without the boilerplate that many of a release open with."""
+    return _PREAMBLE.sub("", solution.strip(), count=1).strip()
+
+
+def last_boxed(solution: str) -> str:
+    """The content of the last \\boxed{...} of a LaTeX solution, braces balanced; "" if there is none."""
+    start = solution.rfind("\\boxed{")
+    if start < 0:
+        return ""
+    depth, begin = 0, start + len("\\boxed{")
+    for position in range(begin - 1, len(solution)):
+        depth += {"{": 1, "}": -1}.get(solution[position], 0)
+        if depth == 0:
+            return solution[begin:position]
+    return ""
+
+
+# --- readers: one row of a public data set -> Example -------------------------------------------------------------
+
+def _mmlu_pro(row: dict, row_id: str) -> Example:
+    options, index = tuple(row["options"]), int(row["answer_index"])
+    return Example(f"mmlu_pro-{row['question_id']}", row["category"], row["question"], options, index,
+                   options[index], without_preamble(row.get("cot_content") or ""))
+
+
+def _mmlu(row: dict, row_id: str) -> Example:
+    options, index = tuple(row["choices"]), int(row["answer"])
+    return Example(row_id, MMLU_PRO_CATEGORY[row["subject"]], row["question"], options, index, options[index], "")
+
+
+def _gsm8k(row: dict, row_id: str) -> Example:
+    worked, _, final = row["answer"].partition("####")
+    # <<48/2=24>> are calculator annotations of the release, not part of the prose.
+    worked = re.sub(r"<<.*?>>", "", worked).strip()
+    return Example(row_id, "math", row["question"], (), -1, final.strip(), f"{worked}\n#### {final.strip()}")
+
+
+def _math(row: dict, row_id: str) -> Example:
+    return Example(row_id, "math", row["problem"], (), -1, last_boxed(row["solution"]), row["solution"])
+
+
+def _limo(row: dict, row_id: str) -> Example:
+    return Example(row_id, "math", row["question"], (), -1, str(row["answer"]), row["solution"])
+
+
+def _arc(row: dict, row_id: str) -> Example:
+    options = tuple(row["choices"]["text"])
+    index = list(row["choices"]["label"]).index(row["answerKey"])
+    return Example(row_id, "science", row["question"], options, index, options[index], "")
+
+
+def _mbpp(row: dict, row_id: str) -> Example:
+    return Example(row_id, "code", row["text"], (), -1, "", row["code"].replace("\r\n", "\n"))
+
+
+def _counsel_chat(row: dict, row_id: str) -> Example:
+    return Example(row_id, "mental health", f"{row['title']}\n{row['question'] or ''}".strip(), (), -1, "",
+                   row["answer"] or "")
+
+
+def _pubmedqa(row: dict, row_id: str) -> Example:
+    question = "\n".join([*row["contexts"], row["question"]])
+    return Example(row_id, "medicine", question, (), -1, row["final_decision"], row["long_answer"])
+
+
+def _roleplay(row: dict, row_id: str) -> Example:
+    return Example(row_id, "roleplay", f"{row['instruction']}\n{row['input']}".strip(), (), -1, "", row["response"])
+
+
+SOURCES: dict[str, Source] = {
+    "mmlu_pro": Source(_mmlu_pro, "mmlu_pro", ("test", "validation"), "TIGER-Lab/MMLU-Pro",
+                       revision="b189ec765aa7ed75c8acfea42df31fdae71f97be"),
+    "gsm8k": Source(_gsm8k, "gsm8k", ("train", "test"), "openai/gsm8k", ("main",),
+                    "e53f048856ff4f594e959d75785d2c2d37b678ee"),
+    "math": Source(_math, "math", ("train", "test"), "EleutherAI/hendrycks_math",
+                   ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+                    "prealgebra", "precalculus"), "21a5633873b6a120296cce3e2df9d5550074f4a3"),
+    "limo": Source(_limo, "limo", ("train",), "GAIR/LIMO"),
+    "mmlu": Source(_mmlu, "mmlu", ("test", "val", "dev")),
+    "arc_easy": Source(_arc, "arc_easy", ("train", "test")),
+    "arc_challenge": Source(_arc, "arc_challenge", ("train", "test")),
+    "mbpp": Source(_mbpp, "mbpp", ("all",)),
+    "counsel_chat": Source(_counsel_chat, "counsel_chat", ("all",)),
+    "pubmedqa": Source(_pubmedqa, "pubmedqa", ("labelled",)),
+    "roleplay": Source(_roleplay, "roleplay", ("all",)),
+}
+#: Question sets whose every example is of the domain "math".
+MATHEMATICS = {"gsm8k", "math", "limo", "gsm_symbolic"}
+#: Question sets from installed packages, and their splits.
+GENERATED = {"gsm_symbolic": ("train", "test"), "mmlu_exemplars": ("train",)}
+CORPORA = ("web", "books", "textbook")
+
+_SUBJECTS = {
+    "math": "abstract_algebra college_mathematics elementary_mathematics high_school_mathematics "
+            "high_school_statistics",
+    "health": "anatomy clinical_knowledge college_medicine human_aging medical_genetics nutrition "
+              "professional_medicine virology",
+    "physics": "astronomy college_physics conceptual_physics high_school_physics",
+    "business": "business_ethics management marketing",
+    "biology": "college_biology high_school_biology",
+    "chemistry": "college_chemistry high_school_chemistry",
+    "computer science": "college_computer_science computer_security high_school_computer_science machine_learning",
+    "economics": "econometrics high_school_macroeconomics high_school_microeconomics",
+    "engineering": "electrical_engineering",
+    # MMLU-Pro has no question from moral_scenarios; it goes with moral_disputes.
+    "philosophy": "formal_logic logical_fallacies moral_disputes moral_scenarios philosophy world_religions",
+    "other": "global_facts high_school_geography high_school_government_and_politics human_sexuality miscellaneous "
+             "professional_accounting public_relations security_studies sociology us_foreign_policy",
+    "history": "high_school_european_history high_school_us_history high_school_world_history prehistory",
+    "psychology": "high_school_psychology professional_psychology",
+    "law": "international_law jurisprudence professional_law",
+}
+#: MMLU's 57 subjects -> MMLU-Pro's 14 categories, as MMLU-Pro's own `src` column assigns them.
+MMLU_PRO_CATEGORY = {subject: domain for domain, names in _SUBJECTS.items() for subject in names.split()}
+#: MMLU-Pro's 14 categories, in alphabetical order.
+DOMAINS = tuple(sorted(_SUBJECTS))
