@@ -118,6 +118,8 @@ class Run(BaseModel):
     eval_kinds: list[Literal["letter", "option", "solution"]] = Field(
         default_factory=lambda: ["letter", "solution"], min_length=1,
         description="what log-likelihoods are taken of: the options' letters, their texts, the worked solution")
+    opening_questions: int = Field(50, ge=0, description="questions a domain whose answer's opening words, 'The "
+                                                         "answer is (', are scored by themselves; 0 for none")
     eval_generate: list[Literal["mmlu_pro", "gsm8k", "math", "sft_held_out"]] = Field(
         default_factory=list, description="what is answered in words as well: domain_data's questions by chain of "
                                           "thought (mmlu_pro), GSM8K, MATH, or the held-out problems of sft_data")

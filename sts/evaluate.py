@@ -21,7 +21,7 @@ import pandas
 from sts.data_sources import LETTERS, Example
 from sts.errors import StsError, one_of
 from sts.models import LanguageModel
-from sts.prompts import question_text, render, solution_text
+from sts.prompts import OPENING, question_text, render, solution_text
 from sts.stats_items import mcnemar_p, paired_mean_interval
 from sts.work import Work
 
@@ -90,13 +90,33 @@ def _requests(lm: LanguageModel, example: Example) -> list[dict]:
                 "target": target, "characters": characters}
 
     # As the options are written in the question and the solutions: "(A)".
-    rows = [row("letter", index, blank + "The answer is (", letter, len(letter))
+    rows = [row("letter", index, blank + OPENING, letter, len(letter))
             for index, letter in enumerate(LETTERS[:len(example.options)])]
     rows += [row("option", index, blank + "The answer is", f" {option.strip()}", max(1, len(option.strip())))
              for index, option in enumerate(example.options)]
     if solution := solution_text(example):
         rows.append(row("solution", -1, "", blank + solution, len(blank + solution)))
     return rows
+
+
+def openings(lm: LanguageModel, examples: list[Example], *, batch: int = 8,
+             report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> pandas.DataFrame:
+    """Score the words that an answer opens with (`prompts.OPENING`), of the examples whose solution opens with them.
+
+    Args:
+        batch, report, work: as in `evaluate`.
+
+    Returns:
+        One row an item: example_id, domain, loglikelihood (nats). Items with a worked solution have none.
+    """
+    chosen = [example for example in examples if solution_text(example).startswith(OPENING)]
+    blank = "" if lm.tokenizer.chat_template else " "
+    requests = [{"example_id": example.example_id, "context": render(lm.tokenizer, question_text(example)),
+                 "target": blank + OPENING} for example in chosen]
+    values = harness_loglikelihoods(lm, requests, batch=batch, report=report, work=work) if requests else []
+    return pandas.DataFrame([(example.example_id, example.domain, value)
+                             for example, value in zip(chosen, values, strict=True)],
+                            columns=["example_id", "domain", "loglikelihood"])
 
 
 def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: int,

@@ -25,8 +25,9 @@ BASELINE_RULE = ("The score counts as **better** than a baseline if the 95% inte
 MATCH = 0.1
 CHOICE_RULE = ("*The choice of latents matters* counts as **held** for a score if at most 5% of random sets of like "
                "firing rates, and at most 5% of sets of like energy, reach its correlation, which is above zero, and "
-               f"these sets come within {MATCH:.0%} of the chosen latents' firing rate and energy; where they do not, "
-               "activity is not ruled out and the claim counts as **not shown** too; otherwise as **not shown**.")
+               f"these sets come within {MATCH:.0%} of the chosen latents' firing rate and energy; where they do not "
+               "come that near, activity is not ruled out and the claim counts as **not shown** too; otherwise as "
+               "**not shown**.")
 PROBE_RULE = ("*A probe forecasts the change* counts as **held** if at most 5% of shuffled targets give it a "
               "correlation as high; otherwise as **not shown**.")
 CONFOUND_RULE = ("*The score says more than hardness and length* counts as **held** if the 95% interval of its partial "
@@ -53,10 +54,11 @@ def choice_verdict(nulls: list[dict]) -> str:
     if any("undefined" in own[kind] for kind in ("rate", "energy")):
         return "undefined"
     both = [own[kind] for kind in ("rate", "energy")]
+    if max(row["p"] for row in both) > 0.05 or own["rate"]["observed"] <= 0:
+        return "not shown"
     if any(abs(row["matched"] - row["chosen"]) > MATCH * row["chosen"] for row in both):
         return "not shown, as sets of one kind do not match"
-    reached = max(row["p"] for row in both)
-    return "held" if reached <= 0.05 and own["rate"]["observed"] > 0 else "not shown"
+    return "held"
 
 
 def probe_verdict(null: dict) -> str:
@@ -231,7 +233,7 @@ def score_sentence(run: OpenRun, measure: str) -> str:
 
 
 def comparison_sentence(run: OpenRun, measure: str) -> str:
-    """How many of the other forecasts each score beats, and which forecast has the largest correlation."""
+    """How many of the other forecasts each score beats, which of these tell the other way round, and the best."""
     found = correlations_of(run, measure)
     rivals = {name: row for name, row in found.items()
               if PREDICTORS[name].forecast and name not in SCORES and "less" in row}
@@ -246,9 +248,21 @@ def comparison_sentence(run: OpenRun, measure: str) -> str:
         return f"In {NAMES[measure]} no comparison is defined."
     best = max(rivals, key=lambda name: rivals[name]["pearson"])
     row = rivals[best]
-    return (f"Against the {len(rivals)} other forecasts that need no probe and no tuned model: {'; '.join(parts)}. The "
-            f"largest correlation among them has *{PREDICTORS[best].label}*, r = {_two(row['pearson'])} (95% interval "
-            f"{_range(row['pearson_interval'])}), the best of {len(rivals)} and for that reason too high.")
+    return (f"Against the {len(rivals)} other forecasts that need no probe and no tuned model, in {len(parts)} "
+            f"times {len(rivals)} comparisons that are not corrected for their number: {'; '.join(parts)}."
+            f"{_reversed(rivals)} The largest correlation among them has *{PREDICTORS[best].label}*, r = "
+            f"{_two(row['pearson'])} (95% interval {_range(row['pearson_interval'])}), the best of {len(rivals)} and "
+            "for that reason too high.")
+
+
+def _reversed(rivals: dict[str, dict]) -> str:
+    """The rivals whose correlation is clearly negative: beaten, although they tell as much once the sign is known."""
+    names = [f"*{PREDICTORS[name].label}* ({_two(row['pearson'])})" for name, row in rivals.items()
+             if row["pearson_interval"] and row["pearson_interval"]["high"] < 0]
+    if not names:
+        return ""
+    return (f" Among those beaten, {', '.join(names)} {'goes' if len(names) == 1 else 'go'} along with the change the "
+            "other way round, which could not be known beforehand.")
 
 
 def choice_sentence(run: OpenRun, measure: str) -> str:

@@ -9,7 +9,10 @@ from sts.pages_baselines import BASELINE_RULE, SCORE_NAMES, _range, comparison_v
 from sts.pages_limits import clear_domains, limits_sentence, power_sentence
 from sts.pages_measures import ACCURACIES, NAMES, measures_shown, p_value
 from sts.paper import published_correlations
+from sts.pipeline_answers import PARTS
+from sts.prompts import OPENING
 from sts.stages import OpenRun
+from sts.verdicts import counted
 
 
 def _find(run: OpenRun, measure: str, score: str, variant: str = "paper") -> dict:
@@ -28,14 +31,17 @@ def _said(run: OpenRun, result: dict) -> str:
 
 
 def hardness_sentence(run: OpenRun, measure: str) -> str:
-    """Whether a domain's bits before training forecast as much as the score; "" where bits were not evaluated.
+    """Whether a domain's bits before training forecast as much as the score; "" where they were not evaluated.
+
+    Args:
+        measure: `bits` or `bits_answer`; for another one there is no such sentence.
 
     Said on the same page as the score's own correlation: without it, a score that follows hardness looks like more.
     """
     row = next((row for row in run.get("hardness") if row["measure"] == measure), None)
     if row is None:
         return ""
-    start = ("**Does hardness do as well?** How many bits per character a domain's answers take *before* training "
+    start = (f"**Does hardness do as well?** How many {NAMES[measure]} a domain's answers take *before* training "
              f"needs no SAE. Against the absolute change in {NAMES[measure]} it has ")
     if "undefined" in row:
         return f"{start}no correlation that is defined ({row['undefined']})."
@@ -64,12 +70,36 @@ def length_sentence(run: OpenRun) -> str:
         return ""
     of = {label: whole["scores"][score] for score, label in SCORE_NAMES.items()} | {"the bits before training": whole}
     found = [f"{row['pearson']:.2f} ({_range(row['pearson_interval'])}) for {label}" for label, row in of.items()]
-    return ("**What is scored, and how long it is.** The right answer, with its worked solution where the data set has "
+    return ("**What is scored, and how long it is.** The right answer, with its worked solution where the item has "
             f"one: {own['characters_low']:.0f} to {own['characters_high']:.0f} characters (median, by domain). The "
             f"shorter it is, the more each of its bits weighs: the mean of 1 / characters alone has r = "
             f"{own['shortness']:.2f} with the absolute change in bits per character. Counted per whole answer instead, "
             f"r is {', '.join(found[:-1])} and {found[-1]} (95% intervals over questions and domains, n = "
             f"{whole['n']} domains, seed {whole['seed']}).")
+
+
+def parts_sentence(run: OpenRun) -> str:
+    """Which part of the scored answers changed; "" where no opening words were scored."""
+    rows = {row["part"]: row for row in run.get("answer_parts")}
+    if not rows:
+        return ""
+    whole, changes = rows["whole"], [f"{PARTS[part]} {rows[part]['change']:+.2f}" for part in PARTS]
+    told = []
+    for score, label in SCORE_NAMES.items():
+        found = [rows[part]["scores"][score] for part in PARTS]
+        told.append(f"{label} " + ", ".join(
+            "undefined" if "undefined" in one else f"{one['pearson']:.2f} ({_range(one['pearson_interval'])})"
+            for one in found))
+    letter, seeds = rows["letter"], counted(whole["seeds"], "seed")
+    sentence = (f"**Which part of the answer changed?** Every scored sentence opens with *{OPENING}*. On "
+                f"{whole['questions']} questions a domain, the bits of an answer changed by {whole['change']:+.2f} "
+                f"(mean over {whole['n']} domains and {seeds}): {', '.join(changes)}. The right letter became more "
+                f"likely in {letter['n'] - letter['rose']} of {letter['n']} domains. ")
+    if abs(rows["opening"]["change"]) > abs(whole["change"]) / 2:
+        sentence += ("So most of the change in bits, per character and per answer, is that the tuned model begins its "
+                     "answers in another way, and says little of what it knows. ")
+    return (f"{sentence}Against the absolute change of these three parts in turn, r is: {'; '.join(told)} (95% "
+            "intervals over questions, domains and seeds).")
 
 
 def forecast_line(run: OpenRun, measure: str) -> str:
@@ -95,6 +125,8 @@ def forecast_summary(run: OpenRun) -> str:
         lines += f"\n- {hard}"
     if finest == "bits" and (length := length_sentence(run)):
         lines += f"\n- {length}"
+    if finest == "bits" and (parts := parts_sentence(run)):
+        lines += f"\n- {parts}"
     if missed:
         lines += f"\n- {limits_sentence(run, *missed)}"
     return (

@@ -6,29 +6,49 @@ import pandas
 
 from sts.baselines import PREDICTORS
 from sts.pages_baselines import SCORE_NAMES, _range, _two, correlations_of, measures
-from sts.pages_measures import NAMES, ORDER
-from sts.pipeline_comparison import controls_of, hardness_of
+from sts.pages_measures import NAMES
+from sts.pipeline_comparison import controls_of
 from sts.stages import OpenRun
+
+#: What the star at the probe says.
+NOTE = ("\\* held-out predictions; in brackets the central 95% for shuffled changes, which leaving a domain out pulls "
+        "below zero. Random latents: mean and central 95% of the sets.")
+
+
+#: Simple rivals that the table has.
+RIVALS = ("base_bits", "base_bits_answer", "answer_shortness")
+#: The measures that the table has, as far as they were evaluated.
+COLUMNS = ("bits", "bits_answer", "p_right", "accuracy")
 
 
 def headline_table(run: OpenRun) -> pandas.DataFrame:
-    """r with its 95% interval in each of `pages_measures.ORDER` that was evaluated; mean over seeds.
+    """r with its 95% interval in each of `COLUMNS` that was evaluated; mean over seeds.
 
-    Rows: the scores; bits before training, in the unit of the measure; one over the length of the answers; and the
-    partial correlations of the scores given hardness, length of the questions and length of the answers. From stages
-    `baseline_correlations` and `baseline_confounds`.
+    Rows: the scores; the same formulas with random latents of like energy (mean, and central 95% of the sets); bits
+    before training; one over the length of the answers; a probe on raw activations (r, and central 95% for shuffled
+    targets); the partial correlations of the scores given `controls_of` the measure. From stages
+    `baseline_correlations`, `baseline_nulls` and `baseline_confounds`.
     """
     columns = {}
-    for measure in (measure for measure in measures(run) if measure in ORDER):
+    for measure in (measure for measure in COLUMNS if measure in measures(run)):
         found = correlations_of(run, measure)
+        nulls = {(row["predictor"], row["null"]): row for row in run.get("baseline_nulls")
+                 if row["measure"] == measure}
         partial = {row["score"]: row for row in run.get("baseline_confounds")
                    if (row["measure"], row["controls"]) == (measure, list(controls_of(measure)))}
         columns[NAMES[measure]] = (
             {label: _said(found[score]) for score, label in SCORE_NAMES.items()}
-            | {"bits before training": _said(found[hardness_of(measure)]),
-               PREDICTORS["answer_shortness"].label: _said(found["answer_shortness"])}
+            | {f"{label}, random latents of like energy": _drawn(nulls[score, "energy"], "mean")
+               for score, label in SCORE_NAMES.items()}
+            | {PREDICTORS[name].label: _said(found[name]) for name in RIVALS}
+            | {f"{PREDICTORS['probe_raw'].label} *": _drawn(nulls.get(("probe_raw", "shuffled"), {}), "observed")}
             | {f"{label}, given hardness and lengths": _said(partial[score]) for score, label in SCORE_NAMES.items()})
     return pandas.DataFrame(columns).rename_axis("r with the absolute change in").reset_index()
+
+
+def _drawn(row: dict, value: str) -> str:
+    """A row of `baseline_nulls`: its value, and the central 95% of what was drawn."""
+    return f"{_two(row[value])} ({_range(row)})" if row.get("low") is not None else "undefined"
 
 
 def _said(row: dict) -> str:

@@ -31,8 +31,8 @@ from sts.stats_domains import (
 
 #: What the score is corrected for besides hardness.
 LENGTHS = ("question_tokens", "answer_shortness")
-#: What the stages below need of every seed.
-EVERY_SEED = ("baseline_values", "probe_predictions", "random_latent_scores", "evaluation_before", "evaluation_after")
+#: What the stages below need of every seed: predictors that are no probes, and what they predict.
+EVERY_SEED = ("baseline_values", "evaluation_before", "evaluation_after")
 
 
 def item_differences(run: OpenRun) -> dict[str, dict[str, np.ndarray]]:
@@ -98,7 +98,8 @@ def _interval(values_B: np.ndarray) -> dict | None:
 
 # --- correlations -------------------------------------------------------------------------------------------------
 
-@stage("json", uses=("seeds", "seed", "bootstrap", "permutations"), needs=EVERY_SEED, inputs=("seeds",))
+@stage("json", version=2, uses=("seeds", "seed", "bootstrap", "permutations"),
+       needs=(*EVERY_SEED, "probe_predictions"), inputs=("seeds",))
 def baseline_correlations(run: OpenRun, report) -> list[dict]:
     """Correlation of every predictor with the absolute change, mean over seeds; and how far the score exceeds it.
 
@@ -146,7 +147,8 @@ def _share_at_least(values: np.ndarray, observed: float) -> float:
     return float((1 + (values >= observed - 1e-12).sum()) / (1 + len(values)))
 
 
-@stage("json", uses=("seeds", "seed"), needs=(*EVERY_SEED, "baseline_correlations"), inputs=("seeds",))
+@stage("json", uses=("seeds", "seed"), inputs=("seeds",),
+       needs=(*EVERY_SEED, "probe_predictions", "random_latent_scores", "baseline_correlations"))
 def baseline_nulls(run: OpenRun, report) -> list[dict]:
     """What chance gives: random sets of latents against the score's, shuffled targets against the probes'.
 

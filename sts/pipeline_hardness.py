@@ -22,13 +22,13 @@ def _answers(before: pandas.DataFrame, domains: list[str], change_N: np.ndarray)
     return {"characters_low": float(lengths.min()), "characters_high": float(lengths.max()), "shortness": shortness}
 
 
-@stage("json", version=3, uses=("bootstrap", "permutations", "seed"),
+@stage("json", version=4, uses=("bootstrap", "permutations", "seed"),
        needs=("scores", "domain_shift", "evaluation_before", "evaluation_after"))
 def hardness(run: OpenRun, report) -> list[dict]:
     """Do a domain's bits before training go along with its change as the score does? One seed alone.
 
-    One row a measure, where bits were evaluated: measure, n, seed, pearson of the bits before (per answer for
-    `bits_answer`, else per character) and the absolute change, with pearson_interval (hierarchical bootstrap), and
+    One row a measure of `bits` and `bits_answer`, where they were evaluated: measure, n, seed, pearson of the same bits
+    before training and the absolute change, with pearson_interval (hierarchical bootstrap), and
     scores: score -> pearson, pearson_interval, less (its pearson minus that of the bits before: mean, and interval
     from the same resamples), left (`partial_rows` given these bits); or `undefined`. For the measure `bits` also
     answers: characters_low and characters_high (median length of the scored answers, shortest and longest domain),
@@ -38,11 +38,11 @@ def hardness(run: OpenRun, report) -> list[dict]:
     settings, shifts, before = run.settings, run.get("domain_shift"), run.get("evaluation_before")
     scored, rows = run.get("scores").query("variant == 'paper'").set_index("domain"), []
     differences = item_differences(run.with_seeds(()))
-    for measure, own in (differences if "bits" in differences else {}).items():
+    for measure in (measure for measure in ("bits", "bits_answer") if measure in differences):
+        own = differences[measure]
         domains = sorted(own)
         change_N = np.abs([own[domain].mean() for domain in domains])
-        unit = measure if measure == "bits_answer" else "bits"
-        bits_N = shifts[shifts["measure"] == unit].set_index("domain")["before"].loc[domains].to_numpy(float)
+        bits_N = shifts[shifts["measure"] == measure].set_index("domain")["before"].loc[domains].to_numpy(float)
         row = {"measure": measure, "n": len(domains), "seed": settings.seed}
         x_PSN = scored.loc[domains, list(SCORES)].to_numpy(float).T[:, None]
         try:

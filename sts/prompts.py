@@ -35,6 +35,10 @@ class PromptGroup:
     icl: tuple[Prompt, ...]
 
 
+#: How an answer to a question with options opens where it has no worked solution.
+OPENING = "The answer is ("
+
+
 def question_text(example: Example) -> str:
     """The question as the user's turn: the question, then its options as "(A) ..." lines."""
     options = [f"({letter}) {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
@@ -52,7 +56,7 @@ def solution_text(example: Example) -> str:
     if not example.options:
         return worked or example.answer
     worked = re.sub(r"\s*(So |Thus,? |Therefore,? |Hence,? )?[Tt]he answer is \(?[A-J]\)?\.?\s*$", "", worked)
-    return f"{worked} The answer is ({LETTERS[example.answer_index]}) {example.answer.rstrip('.')}.".strip()
+    return f"{worked} {OPENING}{LETTERS[example.answer_index]}) {example.answer.rstrip('.')}.".strip()
 
 
 def without_options(example: Example) -> Example:

@@ -78,6 +78,7 @@ def registered() -> dict[str, Stage]:
     """All stages by name; the modules that define them register them when they are imported."""
     from sts import (  # noqa: F401
         pipeline,
+        pipeline_answers,
         pipeline_baselines,
         pipeline_choices,
         pipeline_comparison,

@@ -1,0 +1,99 @@
+"""Which part of the answers changed: on the smoke run's questions without their worked solutions."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from scipy.stats import pearsonr
+
+import sts
+from sts import data, inputs, pages_forecast
+from sts.evaluate import openings
+from sts.finetune import load_tuned
+from sts.prompts import OPENING, question_text, render, solution_text
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The smoke run on answers that are one sentence, as those of MMLU-Pro's test questions are."""
+    with pytest.MonkeyPatch.context() as patch:
+        whole = inputs.load_examples
+        patch.setattr(inputs, "load_examples", lambda *args, **kwargs: [
+            dataclasses.replace(example, solution="") for example in whole(*args, **kwargs)])
+        opened = sts.open_run("smoke", results=tmp_path_factory.mktemp("answers"), opening_questions=2)
+        opened.get("answer_parts")
+        yield opened
+
+
+def bits_of(lm, context, target):
+    """Bits of `target` after `context`, from one pass over both."""
+    start, ids = (lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, context + target))
+    with torch.no_grad():
+        log_p = torch.log_softmax(lm.model(torch.tensor([ids])).logits[0].float(), -1)
+    return -sum(log_p[place - 1, ids[place]].item() for place in range(len(start), len(ids))) / np.log(2)
+
+
+def test_the_parts_of_an_answer_add_up_to_the_whole(run):
+    rows = {row["part"]: row for row in run.get("answer_parts")}
+    assert list(rows) == ["opening", "letter", "text", "whole"]
+    for field in ("before", "change"):
+        assert sum(rows[part][field] for part in ("opening", "letter", "text")) == pytest.approx(rows["whole"][field])
+    assert rows["whole"]["questions"] == 2 and rows["whole"]["seeds"] == 2 and rows["whole"]["n"] == 14
+
+
+def test_each_part_is_its_log_likelihood_after_what_comes_before_it(run):
+    tuned = load_tuned(run.load_model(), run.get("sft"))
+    expected = {"opening": [], "letter": [], "text": []}
+    for group in run.domain_examples().values():
+        for example in group[:2]:
+            context, solution = render(run.lm.tokenizer, question_text(example)), solution_text(example)
+            cut = len(OPENING)
+            for part, (start, end) in {"opening": (0, cut), "letter": (cut, cut + 1), "text": (cut + 1, None)}.items():
+                expected[part].append([bits_of(lm, context + solution[:start], solution[start:end])
+                                       for lm in (run.lm, tuned)])
+    alone = {row["part"]: row for row in sts.open_run(
+        "smoke", results=run.results, opening_questions=2, seeds=[]).get("answer_parts")}
+    for part, values in expected.items():
+        before, after = np.mean(values, axis=0)
+        assert alone[part]["before"] == pytest.approx(before, rel=1e-3)
+        assert alone[part]["change"] == pytest.approx(after - before, abs=5e-3)
+
+
+def test_parts_are_correlated_as_absolute_changes_of_domains(run):
+    row = next(row for row in run.get("answer_parts") if row["part"] == "opening")
+    found = []
+    for own in (run, run.with_seed(1)):
+        before, after = (own.get(f"openings_{when}").set_index("example_id") for when in ("before", "after"))
+        change = (after["loglikelihood"] - before["loglikelihood"]).groupby(before["domain"]).mean().abs()
+        scores = own.get("scores").query("variant == 'paper'").set_index("domain").loc[change.index]
+        found.append(pearsonr(scores["sts_icl"], change)[0])
+    assert row["scores"]["sts_icl"]["pearson"] == pytest.approx(np.mean(found))
+    interval = row["scores"]["sts_icl"]["pearson_interval"]
+    assert interval["low"] < np.mean(found) < interval["high"]
+
+
+def test_the_page_says_which_part_changed_and_what_follows(run, monkeypatch):
+    said = pages_forecast.parts_sentence(run)
+    rows = run.get("answer_parts")
+    assert f"changed by {rows[3]['change']:+.2f} (mean over 14 domains and 2 seeds)" in said
+    assert said in pages_forecast.forecast_summary(run)
+    assert f"more likely in {14 - rows[1]['rose']} of 14 domains" in said
+    for opening, told in ((0.9, True), (0.2, False), (-0.9, True)):
+        faked = [dict(row) for row in rows]
+        faked[0]["change"], faked[3]["change"] = opening, 1.0
+        monkeypatch.setattr(type(run), "get", lambda self, name, faked=faked: faked)
+        assert bool(re.search("begins its answers in another way", pages_forecast.parts_sentence(run))) == told
+
+
+def test_items_with_a_worked_solution_have_no_opening_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "load_examples", data.load_examples)
+    worked = sts.open_run("smoke", results=tmp_path, seeds=[])
+    assert worked.get("answer_parts") == [] and pages_forecast.parts_sentence(worked) == ""
+    examples = [example for group in worked.domain_examples().values() for example in group]
+    empty = openings(worked.lm, examples)
+    assert empty.empty and isinstance(empty, pandas.DataFrame) and "loglikelihood" in empty
+    few = sts.open_run("smoke", results=tmp_path, seeds=[], opening_questions=0)
+    assert few.get("answer_parts") == []
