@@ -26,9 +26,27 @@ def test_the_choice_of_latents_must_beat_both_kinds_of_matched_sets(rate, energy
     assert pages_baselines.choice_verdict(below) == "not shown"
     for kind in (1, 2):  # sets that are not alike are no control
         apart = [row | ({"matched": 0.6} if place == kind else {}) for place, row in enumerate(rows)]
-        assert pages_baselines.choice_verdict(apart) == "not shown, as sets of one kind do not match"
+        reason = ", as sets of one kind do not match" if verdict == "held" else ""  # else the sets themselves decide
+        assert pages_baselines.choice_verdict(apart) == f"not shown{reason}"
     rows[1] = {"null": "rate", "undefined": "no correlation is defined"}
     assert pages_baselines.choice_verdict(rows) == "undefined"
+
+
+def test_rivals_are_forecasts_and_those_that_tell_the_other_way_are_named(monkeypatch):
+    def row(r, low, high):
+        return {"n": 14, "pearson": r, "pearson_interval": {"low": low, "high": high}, "p": 0.01,
+                "less": {score: {"mean": 0.6 - r, "interval": {"low": 0.5 - r, "high": 0.7 - r}}
+                         for score in ("sts_act", "sts_icl")}}
+
+    found = {"sts_act": row(0.6, 0.5, 0.7), "sts_icl": row(0.6, 0.5, 0.7), "tfidf": row(0.2, -0.1, 0.5),
+             "raw_act": row(-0.8, -0.9, -0.6), "base_bits": row(0.65, 0.5, 0.8), "actual_act": row(0.99, 0.9, 1.0)}
+    monkeypatch.setattr(pages_baselines, "correlations_of", lambda run, measure: found)
+    monkeypatch.setattr(pages_baselines, "_judged", lambda run, verdict: verdict)
+    said = pages_baselines.comparison_sentence(None, "bits")
+    assert "Against the 3 other forecasts" in said and "in 2 times 3 comparisons that are not corrected" in said
+    assert "STS_act is better than 2 of 3, worse than 0, and not told apart from 1" in said
+    assert "Among those beaten, *STS_act, raw dimensions* (-0.80) goes along with the change the other way" in said
+    assert "has *bits per character before*, r = 0.65" in said  # and not what only the tuned model knows
 
 
 def test_a_probe_is_judged_by_shuffled_targets():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import nbformat
 import numpy
@@ -114,6 +115,19 @@ def test_mcnemars_p_stands_beside_accuracy_and_is_explained():
     only_bits = SHIFTS[SHIFTS["measure"] == "bits"]
     assert pages_measures.mcnemar_note(only_bits) == ""
     assert not any("McNemar" in column for column in pages_measures.shift_table(only_bits))
+
+
+def test_ties_are_told_before_and_after():
+    def rows(ties):
+        return pandas.DataFrame([(f"q{item}", "letter", -1.0 - (option and item >= ties)) for item in range(4)
+                                 for option in range(2)], columns=["example_id", "kind", "loglikelihood"])
+
+    def said(before, after):
+        frames = {"evaluation_before": rows(before), "evaluation_after": rows(after)}
+        return pages_measures.ties_sentence(types.SimpleNamespace(get=frames.get))
+
+    assert said(1, 3).startswith("In 25% of the questions before training and 75% after it, two or more letters tie")
+    assert said(0, 0) == ""
 
 
 @pytest.mark.parametrize(("p", "text"), [(0.004, "<0.01"), (0.0149, "0.01"), (1.0, "1.00")])

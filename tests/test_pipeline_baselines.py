@@ -1,7 +1,9 @@
 """Stages of the chapter on baselines on the smoke run: each result recomputed from its inputs by other means."""
 
+import itertools
 import json
 import re
+import types
 
 import numpy as np
 import pandas
@@ -14,8 +16,8 @@ from sts import baselines, learned, pages_baselines, pages_forecast, pages_headl
 from sts.errors import StsError
 from sts.finetune import load_tuned
 from sts.pipeline import domain_groups, split_domains
-from sts.pipeline_comparison import item_differences
-from sts.stats_domains import partial_correlation
+from sts.pipeline_comparison import baseline_power, item_differences, partial_rows
+from sts.stats_domains import hierarchical_resamples, partial_correlation
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +179,37 @@ def test_confounds_are_partial_correlations_of_the_seeds(run, measure, controls)
     assert (said in pages_baselines.confound_sentence(run, measure)) == (len(controls) == 3)
 
 
+def test_partial_rows_resample_and_permute_with_the_controls(run):
+    generator = np.random.default_rng(3)
+    controls, x, noise = generator.normal(size=(2, 7, 2)), generator.normal(size=(1, 2, 7)), generator.normal(
+        size=(7, 30, 2))
+    x += 2 * controls[..., 0]
+    differences = [5 + 2 * controls[:, domain, 0] + own for domain, own in enumerate(noise)]
+    change = np.abs(np.stack([own.mean(0) for own in differences], axis=1))
+    resamples = hierarchical_resamples(differences, resamples=400, seed=0)
+    row, = partial_rows(x, change, controls, resamples, run.settings)
+    each = [partial_correlation(x[0, seed], change[seed], controls[seed].T) for seed in (0, 1)]
+    assert row["by_seed"] == pytest.approx(each) and row["pearson"] == pytest.approx(np.mean(each))
+
+    drawn = []
+    for domains, weights, changes in zip(resamples.domains_BN, resamples.weights_BS, resamples.change_BSN, strict=True):
+        if len(set(domains)) >= 5:  # two controls
+            drawn.append(sum(weight * partial_correlation(x[0, seed][domains], changes[seed], controls[seed][domains].T)
+                             for seed, weight in enumerate(weights) if weight))
+    assert (row["pearson_interval"]["low"], row["pearson_interval"]["high"]) == pytest.approx(
+        tuple(np.quantile(drawn, [0.025, 0.975])), abs=1e-6)
+
+    left = np.stack([least_squares_residuals(change[seed], controls[seed]) for seed in (0, 1)])
+    shuffled = [np.mean([partial_correlation(x[0, seed], left[seed][list(order)], controls[seed].T)
+                         for seed in (0, 1)]) for order in itertools.permutations(range(7))]
+    assert row["p"] == pytest.approx(np.mean(np.abs(shuffled) >= abs(row["pearson"]) - 1e-12))
+
+
+def least_squares_residuals(values, controls):
+    design = np.column_stack([np.ones(len(values)), controls])
+    return values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
+
+
 def residuals(values, control):
     """What a least-squares line through a control leaves of the values."""
     design = np.stack([np.ones(len(control)), control], axis=1)
@@ -208,6 +241,7 @@ def test_hardness_is_set_beside_the_score_with_the_runs_own_seed(run):
     mean = {when: frame.groupby("domain")[["bits", "short"]].mean() for when, frame in frames.items()}
     change = (mean["after"]["bits"] - mean["before"]["bits"]).abs()
     assert answers["shortness"] == pytest.approx(pearsonr(mean["before"]["short"], shift[change.index])[0])
+    assert [row["measure"] for row in run.get("hardness")] == ["bits", "bits_answer"]
     whole = row_of(run.get("hardness"), measure="bits_answer")
     assert whole["pearson"] == pytest.approx(pearsonr(mean["before"]["bits"], change)[0])
     assert whole["scores"]["sts_icl"]["pearson"] == pytest.approx(
@@ -245,6 +279,13 @@ def test_what_the_design_could_find_is_judged_by_absolute_changes(run):
     assert f"{row['simulated']:.0%}" in pages_baselines.power_sentence(run, "bits")
 
 
+def test_changes_of_both_signs_are_judged_by_their_size():
+    """What is forecast is how far a domain moves; domains that move as far up as down do not differ in that."""
+    frame = pandas.DataFrame({"measure": "bits", "shift": [0.5, -0.5, 0.6, -0.6, 0.7, -0.7], "standard_error": 0.05})
+    row, = baseline_power(types.SimpleNamespace(get=lambda name: frame), None)
+    assert row["reliability"] == pytest.approx(1 - 0.05**2 / frame["shift"].abs().var())
+
+
 # --- settings -----------------------------------------------------------------------------------------------------
 
 def test_keys_follow_what_the_stages_read(run):
@@ -256,7 +297,8 @@ def test_keys_follow_what_the_stages_read(run):
         other = sts.open_run("smoke", results=run.results, **changed)
         return {name for name in names if other.key(name) != run.key(name)}
 
-    assert keys(baseline_draws=20) == {"random_latent_scores", "probe_predictions"} | after
+    assert keys(baseline_draws=20) == {"random_latent_scores", "probe_predictions", "baseline_correlations",
+                                       "baseline_nulls"}
     assert keys(top_n=8) == {"baseline_values", "random_latent_scores"} | after
     assert keys(seeds=[1, 2]) == after
     assert keys(sft_lr=1e-3) == {"domain_model_change", "baseline_values", "probe_predictions",
@@ -326,15 +368,20 @@ def test_the_page_quotes_the_stages(run):
 
 def test_the_headline_holds_each_scores_r_and_what_is_left_of_it(run):
     table = pages_headline.headline_table(run).set_index("r with the absolute change in")
-    assert list(table) == ["bits per character", "bits per answer", "accuracy"] and len(table) == 6
+    assert list(table) == ["bits per character", "bits per answer", "p(right option)", "accuracy"]
     assert (table["accuracy"] == "undefined").all()  # it did not move
     for measure, column, hard in (("bits", "bits per character", "base_bits"),
                                   ("bits_answer", "bits per answer", "base_bits_answer")):
         of = {label: row_of(run.get("baseline_correlations"), measure=measure, predictor=name)
-              for label, name in (("STS_act", "sts_act"), ("STS_ICL", "sts_icl"), ("bits before training", hard))}
+              for label, name in (("STS_act", "sts_act"), ("STS_ICL", "sts_icl"),
+                                  ("bits per character before", "base_bits"))}
         of["STS_ICL, given hardness and lengths"] = row_of(
             run.get("baseline_confounds"), measure=measure, score="sts_icl",
             controls=[hard, "question_tokens", "answer_shortness"])
+        sets = row_of(run.get("baseline_nulls"), measure=measure, predictor="sts_act", null="energy")
+        of["STS_act, random latents of like energy"] = {"pearson": sets["mean"], "pearson_interval": sets}
+        probe = row_of(run.get("baseline_nulls"), measure=measure, predictor="probe_raw", null="shuffled")
+        of["probe on raw activations *"] = {"pearson": probe["observed"], "pearson_interval": probe}
         for label, row in of.items():
             r, low, high = re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", table.loc[label, column]).groups()
             assert (float(r), float(low), float(high)) == pytest.approx(

@@ -152,6 +152,9 @@ def test_correlations_of_resamples_are_means_over_the_seeds_drawn(generator):
         assert plain[row] == pytest.approx(np.mean([scipy_stats.pearsonr(a, b)[0] for a, b, _ in parts]))
         assert partial[row] == pytest.approx(np.mean([partial_correlation(a, b, [c]) for a, b, c in parts]))
     assert np.isnan(plain[2]) and np.isnan(partial[2])  # two different domains always lie on a line
+    three = Resamples(np.array([[0, 0, 1, 1, 2, 2]]), np.array([[1, 0]]), drawn.change_BSN[:1])
+    assert np.isfinite(three.correlations(x)[0])
+    assert np.isnan(three.correlations(x, z[..., None])[0])  # three points always lie on a plane
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
