@@ -231,9 +231,18 @@ def test_every_result_in_the_repository_is_one_that_its_run_asks_for(folder):
 
 def test_the_readme_quotes_the_recorded_run():
     readme, full = (ROOT / "README.md").read_text(encoding="utf-8"), sts.open_run("full").recorded_alone()
+    plain = " ".join(readme.split())
     assert headline_markdown(full) in readme
     seeds, shifts = 1 + len(full.other_seeds), full.get("domain_shift").query("measure == 'bits'")
-    assert f"Over {('one', 'two', 'three', 'four', 'five')[seeds - 1]} seeds" in readme
-    assert len(shifts) == 14 and (shifts["shift"] > 0).all() and "All 14 domains got worse" in readme
+    assert f"Over {('one', 'two', 'three', 'four', 'five')[seeds - 1]} seeds" in plain
+    assert len(shifts) == 14 and (shifts["shift"] > 0).all() and "became less likely in all 14 domains" in plain
     answers = next(row["answers"] for row in full.get("hardness") if row["measure"] == "bits")
-    assert f"{answers['characters_low']:.0f} to {answers['characters_high']:.0f} characters (median" in readme
+    assert f"{answers['characters_low']:.0f} to {answers['characters_high']:.0f} characters, median" in plain
+    parts = {row["part"]: row for row in full.get("answer_parts")}
+    assert (f"mean change of {parts['whole']['change']:+.2f} bits an answer, the opening words *The answer is (* make "
+            f"{parts['opening']['change']:+.2f}, the right letter {parts['letter']['change']:+.2f} (it became more "
+            f"likely in {parts['letter']['n'] - parts['letter']['rose']} of 14 domains), the option's text "
+            f"{parts['text']['change']:+.2f}.") in plain
+    row = next(row for row in full.get("baseline_confounds")
+               if (row["measure"], row["score"], len(row["controls"])) == ("bits", "sts_act", 3))
+    assert f"(p = {row['p']:.2f})" in plain and row["pearson_interval"]["low"] < 0
