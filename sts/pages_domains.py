@@ -216,7 +216,7 @@ def own_list_sentence(run: OpenRun) -> str:
     return (f"Do demonstrations name their own training set's latents? Of {found['n']}, a list shares "
             f"{lead['own']:.1f} with its own set's fine-tuning and {lead['other']:.1f} with the others' (lead "
             f"{lead['lead']:+.1f}, p {p_phrase(lead['p'])}). The latents that fire most on the questions share "
-            f"{rate['own']:.1f} and {rate['other']:.1f}, which the first lead exceeds by "
+            f"{rate['own']:.1f} and {rate['other']:.1f}; the first lead exceeds theirs by "
             f"{beyond['lead']:+.1f} (p {p_phrase(beyond['p'])}): **{verdict}**.")
 
 

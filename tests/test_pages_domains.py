@@ -133,7 +133,7 @@ def test_lists_that_foresee_no_more_than_activity_does_are_not_the_training_sets
     run = given()
     run.results["training_overlap"] = shared(SETS, 60, by_rate)
     sentence = pages_domains.own_list_sentence(run)
-    assert f"share {by_rate}.0 and 10.0, which the first lead exceeds by {60 - by_rate:+.1f}" in sentence
+    assert f"share {by_rate}.0 and 10.0; the first lead exceeds theirs by {60 - by_rate:+.1f}" in sentence
     assert f"**{verdict}**" in sentence
 
 
