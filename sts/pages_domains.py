@@ -6,31 +6,30 @@ import pandas
 
 from sts import paper
 from sts.errors import StsError
-from sts.learned import SMALLEST_FALL
 from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase, p_value
 from sts.pages_measures import NAMES, decimals, in_order
-from sts.pipeline_domains import training_seeds
+from sts.pipeline_domains import beyond_rate, training_seeds
 from sts.stages import OpenRun
 from sts.verdicts import counted
+from sts.verdicts_domains import (
+    LEARNED_RULE,
+    OWN_LIST_RULE,
+    SPECIFIC_RULE,
+    idle_seeds,
+    judged_all,
+    judged_set,
+    own_list_verdict,
+    sets_of,
+    specific_verdict,
+)
 
 SCORE_NAMES = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
 FORECAST_NAMES = SCORE_NAMES | {"tfidf": "TF-IDF similarity of questions"}
 #: Domain of a training set here -> what the paper's Table 1 calls the closest (its health set is on mental health).
 PAPER_DOMAINS = {"computer science": "code", "health": "health", "psychology": "health"}
-
-SPECIFIC_RULE = ("*The score tells which training set moves a domain* counts as **held** if the mean rank correlation "
-                 "within domains has its whole 95% interval over domains above zero, with p below 0.05 when training "
-                 "sets are shuffled in each domain, *and* one of two stricter tests agrees: whole training sets "
-                 "shuffled (one-sided p below 0.05), or the interaction (interval above zero and p below 0.05). It "
-                 "counts as **in step only** if the first part alone holds: a few training sets that differ in "
-                 "strength everywhere agree with many a score by chance. As **reversed** if the interval lies below "
-                 "zero with p below 0.05; otherwise as **not shown**.")
-LEARNED_RULE = ("A training set was **learned** if the loss on its held-out problems fell by a tenth of its starting "
-                "value or more. Free text has a loss that no training can lower, so a smaller fall may still move "
-                "domains.")
-OWN_LIST_RULE = ("*Demonstrations name the latents of their own training set* counts as **held** if the lists share "
-                 "more with their own set's fine-tuning than with the others', with p below 0.05 over orders of the "
-                 "training sets; otherwise as **not shown**.")
+#: Measures that the summary judges besides the first -> what is said of them. Bits per character divide by the answer's
+#: length, bits per answer do not; both count words that many answers share, and the letter's probability does not.
+ALSO = {"bits_answer": "", "p_right": ", where no wording of the answer counts"}
 
 
 # --- what is there ------------------------------------------------------------------------------------------------
@@ -99,33 +98,6 @@ def _correlation(run: OpenRun, name: str, seed: int, measure: str, score: str) -
                 {"undefined": "not evaluated"})
 
 
-def _sets(run: OpenRun) -> pandas.DataFrame:
-    """What `training_matrix` holds of a training set as a whole, one row a set and seed."""
-    columns = ["training_set", "seed", "trained_domain", "loss_fall", "overlap", "overlap_n", "overlap_p"]
-    return run.get("training_matrix")[columns].drop_duplicates(["training_set", "seed"])
-
-
-# --- the rules ----------------------------------------------------------------------------------------------------
-
-def specific_verdict(row: dict) -> str:
-    """`SPECIFIC_RULE`, from a row of stage `training_specificity`."""
-    if "undefined" in row or row["low"] is None:
-        return "undefined"
-    if row["high"] < 0 and row["p_within"] < 0.05:
-        return "reversed"
-    if not (row["low"] > 0 and row["p_within"] < 0.05):
-        return "not shown"
-    own = row["interaction_low"] is not None and row["interaction_low"] > 0 and row["p_interaction"] < 0.05
-    return "held" if own or row["p_sets"] < 0.05 else "in step only"
-
-
-def own_list_verdict(lead: dict) -> str:
-    """`OWN_LIST_RULE`, from a kind's `lead` in stage `training_overlap`."""
-    if "undefined" in lead:
-        return "undefined"
-    return "held" if lead["lead"] > 0 and lead["p"] < 0.05 else "not shown"
-
-
 # --- tables -------------------------------------------------------------------------------------------------------
 
 def _interval(low: float | None, high: float | None) -> str:
@@ -143,14 +115,14 @@ def sets_table(run: OpenRun) -> pandas.DataFrame:
     lines, first = [], measures(run)[0]
     rates = {(row["trained"], row["seed"]): row["by_rate"] for row in run.get("training_overlap")["rows"]
              if row["estimated"] == row["trained"]}
-    for row in _sets(run).itertuples():
+    for row in sets_of(run).itertuples():
         line = {"training set": row.training_set, "seed": row.seed, "its domain": row.trained_domain,
                 "held-out loss": f"{-row.loss_fall:+.0%}",
                 f"latents foreseen, of {row.overlap_n}": f"{row.overlap} (p " + (
                     "undefined)" if pandas.isna(row.overlap_p) else f"{p_phrase(row.overlap_p)})"),
                 "by firing rate": rates[row.training_set, row.seed]}
         for score, name in SCORE_NAMES.items():
-            line[f"r of {name}, {NAMES[first]}"] = _said(_correlation(run, row.training_set, row.seed, first, score))
+            line[f"r of {name}, {NAMES[first]}"] = _said(run, row.training_set, row.seed, first, score)
         own = published[published["quantity"].str.endswith(f"domain {PAPER_DOMAINS.get(row.trained_domain)}")]
         line["paper: r of STS_ICL, latents of 100"] = ", ".join(
             f"{value:.2f}" if value_of.startswith("pearson") else f"{100 * value:.0f}"
@@ -159,12 +131,12 @@ def sets_table(run: OpenRun) -> pandas.DataFrame:
     return pandas.DataFrame(lines)
 
 
-def _said(row: dict) -> str:
+def _said(run: OpenRun, name: str, seed: int, measure: str, score: str) -> str:
+    row = _correlation(run, name, seed, measure, score)
     if "undefined" in row:
         return "undefined"
-    interval = row["pearson_interval"]
-    return (f"{_two(row['pearson'])} ({_interval(interval['low'], interval['high'])}), p {p_phrase(row['p'])}: "
-            f"{correlation_verdict(row)}")
+    interval, verdict = row["pearson_interval"], judged_set(run, name, seed, correlation_verdict(row))
+    return f"{_two(row['pearson'])} ({_interval(interval['low'], interval['high'])}), p {p_phrase(row['p'])}: {verdict}"
 
 
 def cells_table(run: OpenRun, measure: str) -> pandas.DataFrame:
@@ -195,12 +167,11 @@ def specificity_table(run: OpenRun) -> pandas.DataFrame:
                 "rank correlation within domains": _two(row["within"]),
                 "95% interval": _interval(row["low"], row["high"]), "domains": row["defined"],
                 "p, shuffled in each domain": p_value(row["p_within"]),
-                "p, whole sets shuffled": f"{p_value(row['p_sets'])} ({row['orders']} orders)",
+                "p, whole sets shuffled": f"{p_value(row['p_sets'])} (other side {p_value(row['p_opposite'])}; "
+                                           f"{row['orders']} orders)",
                 "right set named": "" if row["hits"] is None else f"{row['hits']:.0%}",
-                "interaction": _two(row["interaction"]),
-                "its 95% interval": _interval(row["interaction_low"], row["interaction_high"]),
-                "its p": "" if row["p_interaction"] is None else p_value(row["p_interaction"]),
-                "verdict": specific_verdict(row)})
+                "interaction (no test)": _two(row["interaction"]),
+                "verdict": judged_all(run, specific_verdict(row))})
     return pandas.DataFrame(lines).fillna("")
 
 
@@ -216,10 +187,10 @@ def learned_sentence(run: OpenRun) -> str:
     """What fine-tuning on each set did to the loss on its own held-out problems, and how many domains it moved."""
     parts, first = [], measures(run)[0]
     cells = run.get("training_matrix").query("measure == @first")
-    clear = ((cells["low"] > 0) | (cells["high"] < 0)).groupby(cells["training_set"]).mean()
-    for name, own in _sets(run).groupby("training_set", sort=False):
+    clear, idle = ((cells["low"] > 0) | (cells["high"] < 0)).groupby(cells["training_set"]).mean(), idle_seeds(run)
+    for name, own in sets_of(run).groupby("training_set", sort=False):
         falls = ", ".join(f"{-fall:+.0%}" for fall in own["loss_fall"])
-        verdict = "learned" if (own["loss_fall"] >= SMALLEST_FALL).all() else "not learned"
+        verdict = "not learned" if name in idle else "learned"
         parts.append(f"`{name}` {falls}, **{verdict}**, {clear[name]:.0%} of the domains moved")
     return (f"Loss on held-out problems of the training set, and share of domains whose change in {NAMES[first]} has "
             f"a 95% interval without zero: {'; '.join(parts)}.")
@@ -227,24 +198,26 @@ def learned_sentence(run: OpenRun) -> str:
 
 def correlation_sentence(run: OpenRun, measure: str) -> str:
     """Score against absolute change over domains, for each training set by itself (Table 1)."""
-    parts = []
+    parts, seed = [], run.settings.seed
     for name in training_sets(run):
-        said = [f"{label} {_said(_correlation(run, name, run.settings.seed, measure, score))}"
-                for score, label in SCORE_NAMES.items()]
+        said = [f"{label} {_said(run, name, seed, measure, score)}" for score, label in SCORE_NAMES.items()]
         parts.append(f"`{name}`: {'; '.join(said)}")
-    return f"Which domains does one training set move? In {NAMES[measure]}, r over domains. {'. '.join(parts)}."
+    return (f"Which domains does one training set move? In {NAMES[measure]}, r over domains. {'. '.join(parts)}. "
+            f"{counted(len(parts) * len(SCORE_NAMES), 'test')} stand here; no p is corrected for their number.")
 
 
 def own_list_sentence(run: OpenRun) -> str:
     """Whether each training set's demonstrations name the latents that its own fine-tuning moves."""
     found = run.get("training_overlap")
-    lead, rate = found["lead"]["foreseen"], found["lead"]["by_rate"]
+    lead, rate, beyond = found["lead"]["foreseen"], found["lead"]["by_rate"], beyond_rate(found["rows"])
     if "undefined" in lead:
         return "Do demonstrations name their own training set's latents? Undefined with one training set."
+    verdict = judged_all(run, own_list_verdict(lead, beyond))
     return (f"Do demonstrations name their own training set's latents? Of {found['n']}, a list shares "
             f"{lead['own']:.1f} with its own set's fine-tuning and {lead['other']:.1f} with the others' (lead "
-            f"{lead['lead']:+.1f}, p {p_phrase(lead['p'])}): **{own_list_verdict(lead)}**. The latents that fire most "
-            f"on the questions share {rate['own']:.1f} and {rate['other']:.1f}.")
+            f"{lead['lead']:+.1f}, p {p_phrase(lead['p'])}). The latents that fire most on the questions share "
+            f"{rate['own']:.1f} and {rate['other']:.1f}; the first lead exceeds theirs by "
+            f"{beyond['lead']:+.1f} (p {p_phrase(beyond['p'])}): **{verdict}**.")
 
 
 def specific_sentence(run: OpenRun, measure: str) -> str:
@@ -255,12 +228,23 @@ def specific_sentence(run: OpenRun, measure: str) -> str:
         if specific_verdict(row) == "undefined":
             parts.append(f"{name} undefined")
             continue
-        special = "undefined" if row["p_interaction"] is None else f"p {p_phrase(row['p_interaction'])}"
         parts.append(f"{name} has a mean rank correlation within domains of {_two(row['within'])} (95% interval "
                      f"{_interval(row['low'], row['high'])}, n = {row['defined']} domains of {row['training_sets']} "
                      f"training sets; shuffled in each domain p {p_phrase(row['p_within'])}, whole sets shuffled p "
-                     f"{p_phrase(row['p_sets'])}, interaction {special}): **{specific_verdict(row)}**")
+                     f"{p_phrase(row['p_sets'])}): **{judged_all(run, specific_verdict(row))}**")
     return f"Which training set moves a domain? In {NAMES[measure]}: {'; '.join(parts)}."
+
+
+def also_sentence(run: OpenRun, measure: str) -> str:
+    """`specific_sentence` in few words, for the measures that stand behind the first."""
+    parts, what = [], NAMES[measure] + ALSO[measure]
+    for score, name in SCORE_NAMES.items():
+        row = _specific(run, measure, score)
+        verdict = specific_verdict(row)
+        parts.append(f"{name} undefined" if verdict == "undefined" else
+                     f"{name} {_two(row['within'])} ({_interval(row['low'], row['high'])}), whole sets p "
+                     f"{p_phrase(row['p_sets'])}: **{judged_all(run, verdict)}**")
+    return f"The same in {what}: {'; '.join(parts)}."
 
 
 def rival_sentence(run: OpenRun, measure: str) -> str:
@@ -270,7 +254,7 @@ def rival_sentence(run: OpenRun, measure: str) -> str:
         return f"The likeness of the questions' words (TF-IDF), in {NAMES[measure]}: undefined."
     return (f"For comparison, the likeness of the questions' words (TF-IDF), which needs no model, in "
             f"{NAMES[measure]}: {_two(row['within'])} ({_interval(row['low'], row['high'])}): "
-            f"**{specific_verdict(row)}**.")
+            f"**{judged_all(run, specific_verdict(row))}**.")
 
 
 def power_sentence(run: OpenRun) -> str:
@@ -290,7 +274,9 @@ def summary(run: OpenRun) -> str:
     """First paragraph of the chapter."""
     first, settings = measures(run)[0], run.settings
     told = [learned_sentence(run), correlation_sentence(run, first), own_list_sentence(run),
-            specific_sentence(run, first), rival_sentence(run, first)]
+            specific_sentence(run, first),
+            *(also_sentence(run, measure) for measure in measures(run)[1:] if measure in ALSO),
+            rival_sentence(run, first)]
     listed = "\n".join(f"- {sentence}" for sentence in told)
     return (f"**The answer of this run.** `{settings.model}`, fine-tuned on {_code(training_sets(run))}, each tested "
             f"on `{settings.domain_data}`:\n\n{listed}\n\n{LEARNED_RULE} {CORRELATION_RULE} {OWN_LIST_RULE} "

@@ -119,14 +119,34 @@ def training_overlap(run: OpenRun, report) -> dict:
                              "by_rate": overlap(one["rate"], other["moved"]),
                              "estimates": overlap(one["estimated"], other["estimated"]),
                              "moved": overlap(one["moved"], other["moved"])})
-    shape = (len(seeds), len(names), len(names))
     lead = {}
     for kind in ("foreseen", "by_rate"):
         try:
-            lead[kind] = own_list_lead(np.array([row[kind] for row in rows]).reshape(shape), seed=run.settings.seed)
+            lead[kind] = own_list_lead(_shared(rows, kind), seed=run.settings.seed)
         except StsError as error:
             lead[kind] = {"undefined": str(error)}
     return {"rows": rows, "n": top_n, "width": len(estimated_L), "lead": lead}
+
+
+def _shared(rows: list[dict], kind: str) -> np.ndarray:
+    """One kind of the rows of `training_overlap` as seeds x estimated x trained, in the order of the rows."""
+    sets = len({row["trained"] for row in rows})
+    return np.array([row[kind] for row in rows], float).reshape(-1, sets, sets)
+
+
+def beyond_rate(rows: list[dict]) -> dict[str, float]:
+    """`own_list_lead` of what lists moved by demonstrations share more than lists by firing rate do, pair by pair.
+
+    Args:
+        rows: of stage `training_overlap`.
+
+    Returns:
+        As `own_list_lead`; lead is the difference of the two leads. Or `undefined`, with one training set.
+    """
+    try:
+        return own_list_lead(_shared(rows, "foreseen") - _shared(rows, "by_rate"))
+    except StsError as error:
+        return {"undefined": str(error)}
 
 
 # --- which training set moves a domain ----------------------------------------------------------------------------
@@ -138,7 +158,7 @@ def cube(cells: pandas.DataFrame, column: str) -> np.ndarray:
     return np.stack([wide.loc[[(seed, name) for name in names]].to_numpy(float) for seed in seeds])
 
 
-@stage("json", uses=("bootstrap", "permutations", "seed"), needs=("training_matrix",))
+@stage("json", uses=("bootstrap", "permutations", "seed"), needs=("training_matrix",), version=2)
 def training_specificity(run: OpenRun, report) -> list[dict]:
     """Does a forecast tell which training set moves a domain: `training_sets.specificity` of the absolute change.
 

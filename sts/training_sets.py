@@ -1,8 +1,10 @@
 """Does a forecast tell which training set moves a domain? Statistics over training sets and evaluation domains.
 
-Within one domain the questions are the same for every training set, so their number, length and hardness cancel. What
-is compared there is which of the training sets has the higher forecast and which caused the larger change. Training
-sets are few, and one of them may move everything more than the others; the tests below say what that leaves.
+Within one domain the questions are the same for every training set, so what their number, length and hardness add to
+*every* set's forecast or change cancels. What is compared there is which of the training sets has the higher forecast
+and which caused the larger change. What does not cancel is what belongs to a training set: one may move everything more
+than the others, or move domains with long answers, or all of the sciences, more. Domains are therefore no independent
+repetitions, and training sets are few: only `shuffled_sets`, which moves whole sets, allows for both.
 
 Shape suffixes: S seeds, T training sets, D evaluation domains, B permutations or resamples.
 """
@@ -18,7 +20,6 @@ from scipy import stats as scipy_stats
 
 from sts.errors import StsError
 from sts.stats import PermutationTest, _all_orders, _plain, _random_orders
-from sts.stats_domains import correlation_rows, percentile_interval
 from sts.stats_items import paired_mean_interval
 
 #: Up to so many training sets every order of whole training sets is counted (40,320 of eight).
@@ -27,7 +28,7 @@ EXACT_UP_TO = 8
 
 @dataclass(frozen=True)
 class Specificity:
-    """Whether a forecast tells which training set moves a domain. All p but `p_sets` are two-sided.
+    """Whether a forecast tells which training set moves a domain. `p_within` is two-sided, the others one-sided.
 
     Attributes:
         training_sets, domains, seeds: how many; `defined` is the number of domains with a rank correlation.
@@ -36,12 +37,12 @@ class Specificity:
         within: mean of these, `low` and `high` its 95% interval over domains.
         p_within: training sets shuffled in each domain by itself. It takes the domains as independent repetitions.
         p_sets: whole training sets shuffled, the same way in all domains. It allows for a training set that moves
-            every domain more, but has few orders: p is never below 1 / `orders`. One-sided (at least the measured
-            correlation), as the opposite order would double that.
+            every domain, or every domain of a kind, more, but has few orders: p is never below 1 / `orders`.
+            One-sided (at least the measured correlation), as the opposite order would double that.
+        p_opposite: the same for the other side, at most the measured correlation.
         hits: share of domains in which the training set with the highest forecast moved it most (mean over seeds).
         interaction: correlation of what is left of the ranks without the level of domains and of training sets: is a
-            domain foreseen to be hit by *this* set of all? `interaction_low`, `interaction_high` over domains.
-        p_interaction: domains shuffled, the same way for all training sets.
+            domain foreseen to be hit by *this* set of all? A description, see `interaction`.
     """
 
     training_sets: int
@@ -54,12 +55,10 @@ class Specificity:
     high: float
     p_within: float
     p_sets: float
+    p_opposite: float
     orders: int
     hits: float
     interaction: float
-    interaction_low: float
-    interaction_high: float
-    p_interaction: float
 
     def to_dict(self) -> dict:
         """Plain dict for JSON; NaN becomes None."""
@@ -194,34 +193,16 @@ def interaction_ranks(values_STD: np.ndarray) -> np.ndarray:
     return ranks_STD - ranks_STD.mean(1, keepdims=True)
 
 
-def interaction(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: int = 20_000, bootstrap: int = 5000,
-                seed: int = 0) -> dict[str, float]:
-    """Correlation of the `interaction_ranks` of forecast and change over all cells, mean over seeds.
+def interaction(forecast_STD: np.ndarray, change_STD: np.ndarray) -> float:
+    """Correlation of the `interaction_ranks` of forecast and change over all cells, mean over seeds; NaN if undefined.
 
-    Args:
-        resamples: permutations of domains, alike for all training sets and seeds.
-        bootstrap: resamples of domains for the interval.
-
-    Returns:
-        interaction, interaction_low, interaction_high (95%) and p_interaction (two-sided); NaN where not defined.
+    It comes without p and interval. Both would have to take domains as exchangeable, which they are not: with four
+    training sets whose forecast and change each have an effect on the sciences, unrelated to one another, a test that
+    shuffles domains calls one interaction in five or more significant at 5%.
     """
-    forecast_STD, change_STD = (interaction_ranks(values) for values in _checked(forecast_STD, change_STD))
-    x_STD, y_STD = (values / np.where(length > 0, length, np.nan) for values, length in (
-        (values, np.sqrt((values**2).sum((1, 2), keepdims=True))) for values in (forecast_STD, change_STD)))
-    products_DD = np.einsum("std,ste->de", x_STD, y_STD) / len(x_STD)
-    observed, domains = float(products_DD.trace()), products_DD.shape[0]
-    if math.isnan(observed):
-        return dict.fromkeys(("interaction", "interaction_low", "interaction_high", "p_interaction"), math.nan)
-    orders, exact = _orders(domains, resamples, seed)
-    p = _test(observed, (products_DD[order_BD, np.arange(domains)].sum(-1) for order_BD in orders), exact=exact).p
-    drawn_BD = np.random.default_rng(seed).integers(0, domains, (bootstrap, domains))
-    # Cells of the domains drawn; their means are not zero any more, which `correlation_rows` takes out.
-    values_SB = [correlation_rows(x_TD[:, drawn_BD].swapaxes(0, 1).reshape(bootstrap, -1),
-                                  y_TD[:, drawn_BD].swapaxes(0, 1).reshape(bootstrap, -1))
-                 for x_TD, y_TD in zip(x_STD, y_STD, strict=True)]
-    interval = percentile_interval(np.mean(values_SB, axis=0))
-    low, high = (math.nan, math.nan) if interval is None else (interval.low, interval.high)
-    return {"interaction": observed, "interaction_low": low, "interaction_high": high, "p_interaction": p}
+    x_STD, y_STD = (interaction_ranks(values) for values in _checked(forecast_STD, change_STD))
+    length_S = np.sqrt((x_STD**2).sum((1, 2)) * (y_STD**2).sum((1, 2)))
+    return float(((x_STD * y_STD).sum((1, 2)) / np.where(length_S > 0, length_S, np.nan)).mean())
 
 
 def specificity(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: int = 20_000, bootstrap: int = 5000,
@@ -238,12 +219,13 @@ def specificity(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: 
     by_domain_D = within_domains(forecast_STD, change_STD)
     sets, domains = np.shape(forecast_STD)[1:]
     p_within = shuffled_within_domains(forecast_STD, change_STD, resamples=resamples, seed=seed).p
-    whole = shuffled_sets(forecast_STD, change_STD, resamples=resamples, seed=seed)
+    whole, opposite = (shuffled_sets(sign * np.asarray(forecast_STD, float), change_STD, resamples=resamples, seed=seed)
+                       for sign in (1, -1))
     defined_D = by_domain_D[np.isfinite(by_domain_D)]
     mean = paired_mean_interval(defined_D, resamples=bootstrap, seed=seed)
     return Specificity(sets, domains, len(forecast_STD), len(defined_D), by_domain_D.tolist(), mean.mean, mean.low,
-                       mean.high, p_within, whole.p, whole.resamples, hits(forecast_STD, change_STD),
-                       **interaction(forecast_STD, change_STD, resamples=resamples, bootstrap=bootstrap, seed=seed))
+                       mean.high, p_within, whole.p, opposite.p, whole.resamples, hits(forecast_STD, change_STD),
+                       interaction(forecast_STD, change_STD))
 
 
 # --- lists of latents ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Stages of the chapter on training domains on the smoke run: each cell against a run of its own, each test naively."""
 
+import itertools
 import json
 
 import nbformat
@@ -11,7 +12,7 @@ import sts
 from sts import inputs, pages_domains, verify
 from sts.book import run_chapter
 from sts.errors import StsError
-from sts.pipeline_domains import EVERY_SET, cube, training_runs
+from sts.pipeline_domains import EVERY_SET, beyond_rate, cube, training_runs
 from sts.recorded import record
 from sts.stages import results_folder
 from sts.store import Store
@@ -99,6 +100,11 @@ def test_shared_latents_are_counted_between_every_two_training_sets(run):
     shared = np.array([row["foreseen"] for row in found["rows"]]).reshape(3, 3)
     assert found["lead"]["foreseen"]["lead"] == pytest.approx(
         shared.trace() / 3 - (shared.sum() - shared.trace()) / 6)
+    beyond, lead = beyond_rate(found["rows"]), found["lead"]
+    assert beyond["lead"] == pytest.approx(lead["foreseen"]["lead"] - lead["by_rate"]["lead"])
+    more = np.array([row["foreseen"] - row["by_rate"] for row in found["rows"]]).reshape(3, 3)
+    traces = [sum(more[row, column] for column, row in enumerate(order)) for order in itertools.permutations(range(3))]
+    assert beyond["p"] == pytest.approx(np.mean([trace >= traces[0] for trace in traces]))
 
 
 def test_the_pooled_test_ranks_training_sets_in_each_domain(run):

@@ -8,6 +8,7 @@ from scipy.stats import pearsonr, rankdata, spearmanr
 
 from sts import training_sets
 from sts.errors import StsError
+from sts.verdicts_domains import specific_verdict
 
 GENERATOR = np.random.default_rng(5)
 X, Y = GENERATOR.normal(size=(2, 4, 6)), np.abs(GENERATOR.normal(size=(2, 4, 6)))  # seeds, training sets, domains
@@ -55,6 +56,10 @@ def test_whole_sets_change_places_in_all_domains_at_once():
                for order in itertools.permutations(range(4))]
     found = training_sets.shuffled_sets(X, Y)
     assert found.exact and found.resamples == 24 and found.p == pytest.approx(np.mean(extreme))
+    opposite = [naive_within(X[:, list(order)], Y).mean() <= observed + 1e-12
+                for order in itertools.permutations(range(4))]
+    both = training_sets.specificity(X, Y, resamples=200, bootstrap=100)
+    assert (both.p_sets, both.p_opposite) == pytest.approx((np.mean(extreme), np.mean(opposite)))
 
 
 def test_interaction_ranks_sum_to_zero_both_ways_and_ignore_levels():
@@ -70,13 +75,8 @@ def test_the_interaction_is_the_correlation_of_what_levels_leave():
         return ranks - ranks.mean(0)
 
     expected = np.mean([pearsonr(residuals(x).ravel(), residuals(y).ravel())[0] for x, y in zip(X, Y, strict=True)])
-    found = training_sets.interaction(X, Y, bootstrap=300)
-    assert found["interaction"] == pytest.approx(expected)
-    assert found["interaction_low"] < expected < found["interaction_high"]
-    left = [(residuals(x), residuals(y)) for x, y in zip(X, Y, strict=True)]
-    extreme = [abs(np.mean([pearsonr(x[:, list(order)].ravel(), y.ravel())[0] for x, y in left])) >= abs(expected)
-               - 1e-12 for order in itertools.permutations(range(6))]
-    assert found["p_interaction"] == pytest.approx(np.mean(extreme))
+    assert training_sets.interaction(X, Y) == pytest.approx(expected)
+    assert np.isnan(training_sets.interaction(X, np.ones_like(Y)))
 
 
 # --- what the tests can and cannot be fooled by -------------------------------------------------------------------
@@ -85,7 +85,9 @@ def test_a_forecast_of_the_very_cells_is_found_by_all_tests():
     change = np.abs(GENERATOR.normal(size=(1, 4, 14)))
     found = training_sets.specificity(change**3, change, resamples=2000, bootstrap=300)
     assert found.within == pytest.approx(1) and found.interaction == pytest.approx(1) and found.hits == 1
-    assert found.p_within < 0.001 and found.p_sets == pytest.approx(1 / 24, abs=0.001) and found.p_interaction < 0.001
+    assert found.p_within < 0.001 and found.p_sets == pytest.approx(1 / 24) and found.p_opposite == 1
+    assert specific_verdict(found.to_dict()) == "held"
+    assert specific_verdict(training_sets.specificity(-change, change, resamples=500).to_dict()) == "reversed"
     assert found.low == pytest.approx(1)
 
 
@@ -96,7 +98,21 @@ def test_training_sets_that_differ_everywhere_are_no_proof_of_knowing_the_domain
     found = training_sets.specificity(x, y, resamples=2000, bootstrap=300)
     assert found.p_within < 0.001  # fourteen hits, as it takes them
     assert found.p_sets == pytest.approx(1 / 24)  # one coincidence, as it is
-    assert found.interaction_low < 0 < found.interaction_high
+    assert abs(found.interaction) < 0.4
+
+
+def test_effects_on_one_kind_of_domain_are_seldom_taken_for_knowledge_of_domains():
+    """Score and change know nothing of one another, but each has an effect of the training set on nine domains."""
+    generator, science = np.random.default_rng(0), np.arange(14) < 9
+
+    def drawn():
+        return 10 * generator.normal(size=(1, 4, 1)) * science + generator.normal(size=(1, 4, 14))
+
+    verdicts = [specific_verdict(training_sets.specificity(drawn(), drawn(), resamples=200, bootstrap=100).to_dict())
+                for _ in range(400)]
+    wrong = {verdict: verdicts.count(verdict) / len(verdicts) for verdict in ("held", "reversed", "in step only")}
+    assert wrong["held"] <= 0.06 and wrong["reversed"] <= 0.06  # at most 1 / 24 each in the long run
+    assert wrong["in step only"] > 0.1  # what the domains say as if they were independent
 
 
 def test_domains_that_move_in_any_case_say_nothing_of_training_sets():
