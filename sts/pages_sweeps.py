@@ -1,242 +1,75 @@
-"""What the chapter on ablations says: its tables, and sentences with verdicts by rules fixed beforehand."""
+"""What the chapter on ablations says: sentences with verdicts by `rules_sweeps`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
-import pandas
 
-from sts import learned, paper
-from sts.pages import CORRELATION_RULE, p_phrase, p_value
-from sts.pages_baselines import SCORE_NAMES, _range, _two, _verdict
-from sts.pages_measures import NAMES, in_order
+from sts import learned
+from sts.errors import StsError
+from sts.pages import CORRELATION_RULE, p_phrase
+from sts.pages_baselines import SCORE_NAMES, _range, _two
+from sts.pages_measures import NAMES
 from sts.pipeline_sweeps import repeated
+from sts.rules_sweeps import BEST_RULE, CLAIM_RULE, FIXED_RULE, SETTING_RULE, best_verdict, value_verdict
 from sts.stages import OpenRun
-from sts.sweeps import AXES, SCORES
+from sts.sweeps import AXES, SAE_AXES, SCORES
+from sts.tables_sweeps import axes_of, claims_table, measures, rows_of, signed, varied
 from sts.verdicts import counted
 
-SETTING_RULE = ("A value of a setting is **better** (or **worse**) than the run's own if the 95% interval of its "
-                "r minus r of the run's own lies above (or below) zero, both taken from the same resamples; otherwise "
-                "as **not told apart**. A setting **matters** if any of its other values is better or worse. As many "
-                "values are compared, each p (by swapping the two scores within domains) is also corrected by Holm's "
-                "method, over all values and both scores of a measure together.")
-CLAIM_RULE = ("The paper's claims about rank, width and sparsity are judged at the two ends of the sweep, named "
-              "beforehand: **held** if the 95% interval of r of the last value minus r of the first lies below zero; "
-              "**reversed** if it lies above; otherwise **not shown**. *All layers predict* counts as **held** if the "
-              "claim of positive correlation is held at every layer, otherwise as **not shown**.")
-BEST_RULE = ("The best of all values is **no more than chance** unless at most 5% of shuffled orders of the domains "
-             "give a best value as high, with the pick of the best made anew in every order.")
-#: Sweeps that take more than stored sums: axes -> settings that ask for them.
-FURTHER = {("demonstrations", "shift_demonstrations"): "`sweep_demonstrations`, `sweep_shift_demonstrations`",
-           ("score_tokens", "shift_tokens"): "`sweep_tokens`, `sweep_shift_tokens`", ("masks",): "`sweep_masks`",
-           ("width", "layer", "k"): "`sweep_widths`, `sweep_layers`, `sweep_k`"}
+#: Axes that take more than stored sums -> the setting that asks for them.
+FURTHER = {"demonstrations": "sweep_demonstrations", "shift_demonstrations": "sweep_shift_demonstrations",
+           "score_tokens": "sweep_tokens", "shift_tokens": "sweep_shift_tokens", "masks": "sweep_masks",
+           "width": "sweep_widths", "layer": "sweep_layers", "k": "sweep_k"}
 
 
-# --- the rules ----------------------------------------------------------------------------------------------------
+# --- which settings matter ----------------------------------------------------------------------------------------
 
-def value_verdict(less: dict | None) -> str:
-    """`SETTING_RULE` for one value, from its row's `less`."""
-    if not less or less["interval"] is None:
-        return "undefined"
-    if less["interval"]["low"] > 0:
-        return "better"
-    return "worse" if less["interval"]["high"] < 0 else "not told apart"
+def _others(run: OpenRun, measure: str) -> list[tuple[dict, str]]:
+    """Rows of values other than the run's own with their verdicts, where one is defined."""
+    rows = [(row, value_verdict(row.get("less"))) for row in rows_of(run, measure) if not row["own"]]
+    return [(row, verdict) for row, verdict in rows if verdict != "undefined"]
 
-
-def ends_verdict(claim: dict) -> str:
-    """`CLAIM_RULE`, from a row of the `claims` of stage `sweep_correlations`."""
-    return {"worse": "held", "better": "reversed", "not told apart": "not shown"}.get(value_verdict(claim), "undefined")
-
-
-def layers_verdict(rows: list[dict]) -> str:
-    """`CLAIM_RULE` for the layers, from their rows for one measure and score."""
-    verdicts = [_verdict(row) for row in rows]
-    if "undefined" in verdicts:
-        return "undefined"
-    return "held" if set(verdicts) == {"held"} else "not shown"
-
-
-def best_verdict(best: dict) -> str:
-    """`BEST_RULE`, from a row of the `best` of stage `sweep_correlations`."""
-    return "more than chance" if best["p"] <= 0.05 else "no more than chance"
-
-
-# --- rows ---------------------------------------------------------------------------------------------------------
-
-def measures(run: OpenRun) -> list[str]:
-    """Measures that were evaluated, the finest first (`pages_measures.ORDER`)."""
-    return in_order(row["measure"] for row in run.get("sweep_correlations")["values"])
-
-
-def rows_of(run: OpenRun, measure: str, **wanted) -> list[dict]:
-    """Rows of the sweeps for a measure, of a score or axis if asked."""
-    return [row for row in run.get("sweep_correlations")["values"]
-            if row["measure"] == measure and all(row[name] == value for name, value in wanted.items())]
-
-
-def axes_of(run: OpenRun) -> list[str]:
-    """Settings that this run varies, in the order of the page."""
-    found = {row["axis"] for row in run.get("sweep_correlations")["values"]}
-    return [axis for axis in AXES if axis in found]
-
-
-def title_of(axis: str) -> str:
-    """What a figure calls a setting, with the paper's own figure."""
-    return AXES[axis].label + (f" ({AXES[axis].figure})" if AXES[axis].figure else "")
-
-
-def panels(run: OpenRun, measure: str) -> dict[str, list[dict]]:
-    """What `plots_sweeps.sweeps` draws: for each setting the correlations of all values and both scores."""
-    def line(row: dict) -> dict:
-        interval = row.get("pearson_interval") or {}
-        return {"score": row["score"], "value": row["value"], "own": row["own"], "r": row.get("pearson"),
-                "low": interval.get("low"), "high": interval.get("high")}
-
-    return {title_of(axis): [line(row) for row in rows_of(run, measure, axis=axis)] for axis in axes_of(run)}
-
-
-def difference_lines(run: OpenRun, measure: str) -> list[dict]:
-    """What `plots_sweeps.differences` draws: every value but the run's own."""
-    lines = []
-    for axis in axes_of(run):
-        rows = [row for value in _values(run, axis) for row in rows_of(run, measure, axis=axis, value=value)]
-        for row in (row for row in rows if not row["own"]):
-            less = row.get("less") or {"mean": None, "interval": None}
-            interval = less["interval"] or {}
-            lines.append({"group": AXES[axis].label, "value": row["value"], "score": row["score"], "mean": less["mean"],
-                          "low": interval.get("low"), "high": interval.get("high"),
-                          "verdict": value_verdict(row.get("less"))})
-    return lines
-
-
-def _values(run: OpenRun, axis: str) -> list[str]:
-    return list(dict.fromkeys(row["value"] for row in run.get("sweep_correlations")["values"] if row["axis"] == axis))
-
-
-# --- tables -------------------------------------------------------------------------------------------------------
-
-def values_table(run: OpenRun, measure: str) -> pandas.DataFrame:
-    """One line a setting and value: for both scores r with interval, p, and what it changes against the run's own."""
-    lines = []
-    for axis in axes_of(run):
-        for value in _values(run, axis):
-            own = {row["score"]: row for row in rows_of(run, measure, axis=axis, value=value)}
-            mark = " (own)" if own["sts_act"]["own"] else ""
-            line = {"setting": AXES[axis].label, "value": value + mark}
-            for score, name in SCORE_NAMES.items():
-                line |= _columns(name, own[score])
-            lines.append(line)
-    return pandas.DataFrame(lines)
-
-
-def _columns(name: str, row: dict) -> dict[str, str]:
-    if row.get("pearson") is None:
-        return {f"{name}: r (95% interval)": "undefined", f"{name}: p": "", f"{name}: less own": "",
-                f"{name}: p, Holm": "", f"{name}: verdict": ""}
-    less = row.get("less")
-    return {f"{name}: r (95% interval)": f"{_two(row['pearson'])} ({_range(row['pearson_interval'])})",
-            f"{name}: p": p_value(row["p"]),
-            f"{name}: less own": f"{_signed(less['mean'])} ({_range(less['interval'])})" if less else "",
-            f"{name}: p, Holm": p_value(less["p_holm"]) if less else "",
-            f"{name}: verdict": value_verdict(less) if less else ""}
-
-
-def _signed(value: float) -> str:
-    """Two decimals with their sign, and never "-0.00"."""
-    return f"{round(value, 2) + 0.0:+.2f}"
-
-
-def claims_table(run: OpenRun) -> pandas.DataFrame:
-    """The paper's claims of Figure 4a to d: the ends compared, by measure and score, with verdicts."""
-    lines, claims = [], run.get("sweep_correlations")["claims"]
-    for axis in (name for name in axes_of(run) if AXES[name].claim):
-        for measure in measures(run):
-            for score, name in SCORE_NAMES.items():
-                line = {"the paper's claim": AXES[axis].claim, "in": AXES[axis].figure, "change in": NAMES[measure],
-                        "score": name}
-                own = [row for row in claims if (row["axis"], row["measure"], row["score"]) == (axis, measure, score)]
-                if AXES[axis].ends and own:
-                    claim = own[0]
-                    line |= {"compared": f"{claim['last']} less {claim['first']}",
-                             "r, difference": _signed(claim['mean']), "95% interval": _range(claim["interval"]),
-                             "p": p_value(claim["p"]), "verdict": learned.judged(run, ends_verdict(claim))}
-                elif AXES[axis].ends:
-                    line |= {"compared": "ends", "r, difference": "undefined", "verdict": "undefined"}
-                else:
-                    rows = rows_of(run, measure, axis=axis, score=score)
-                    held = [row["value"] for row in rows if _verdict(row) == "held"]
-                    line |= {"compared": f"held at {len(held)} of {len(rows)}" + (
-                        f": {', '.join(held)}" if held else ""), "verdict": learned.judged(run, layers_verdict(rows))}
-                lines.append(line)
-    return pandas.DataFrame(lines).fillna("")
-
-
-def best_table(run: OpenRun) -> pandas.DataFrame:
-    """The largest correlation of all values beside the largest that chance gives, by measure and score."""
-    return pandas.DataFrame([{
-        "change in": NAMES[best["measure"]], "score": SCORE_NAMES[best["score"]], "values tried": best["scores"],
-        "best": f"{AXES[best['axis']].label}: {best['value']}", "its r": _two(best["pearson"]),
-        "best by chance, mean": _two(best["chance_mean"]), "best by chance, top 5%": _two(best["chance_high"]),
-        "a single value, top 5%": _two(best["single_high"]), "p": p_value(best["p"]), "verdict": best_verdict(best),
-    } for measure in measures(run) for best in run.get("sweep_correlations")["best"] if best["measure"] == measure])
-
-
-def sae_table(run: OpenRun) -> pandas.DataFrame | None:
-    """The sweep's SAEs: width, layer, sparsity and quality on held-out text; None if this run trains none."""
-    frame = run.get("sweep_saes")
-    if frame.empty:
-        return None
-    frame = frame[frame["axis"].isin(("width", "layer", "k"))].drop_duplicates(["layer", "latents", "k"])
-    return pandas.DataFrame({
-        "layer": frame["layer"], "latents": frame["latents"].map("{:,}".format), "k": frame["k"],
-        "L0 (active latents a token)": frame["l0"].map("{:.1f}".format),
-        "fraction of variance explained": frame["explained"].map("{:.3f}".format),
-        "silent latents": frame["silent"].map("{:.1%}".format)})
-
-
-def sparsity_table(run: OpenRun) -> pandas.DataFrame | None:
-    """The paper's Table 12 beside this run: L0 and r of each SAE; None if this run does not vary k."""
-    if "k" not in axes_of(run):
-        return None
-    published = paper.published_table(12)
-    lines = [{"SAE": "the paper's, Gemma-2-9B-it", "L0": row["quantity"].rsplit(" ", 1)[1],
-              "STS": f"{row['value']:.2f}"} for row in published.to_dict("records") if " L0 " in row["quantity"]]
-    l0 = run.get("sweep_saes").query("axis == 'k'").groupby("value")["l0"].first()
-    for value in _values(run, "k"):
-        line = {"SAE": f"this run's, k = {value}", "L0": f"{l0[value]:.1f}"}
-        for measure in measures(run):
-            for row in rows_of(run, measure, axis="k", value=value):
-                line[f"{SCORE_NAMES[row['score']]}, {NAMES[measure]}"] = (
-                    "undefined" if row.get("pearson") is None else _two(row["pearson"]))
-        lines.append(line)
-    return pandas.DataFrame(lines).fillna("")
-
-
-# --- sentences ----------------------------------------------------------------------------------------------------
 
 def difference_sentence(run: OpenRun, measure: str) -> str:
-    """How many values are better or worse than the run's own, and what is left after Holm's correction."""
-    rows = [row for row in rows_of(run, measure) if not row["own"]]
-    verdicts = {id(row): value_verdict(row.get("less")) for row in rows}
-    defined = [row for row in rows if verdicts[id(row)] != "undefined"]
-    if not defined:
+    """How many values are better or worse than the run's own, which give the same, and which settings matter."""
+    others = _others(run, measure)
+    if not others:
         return "no comparison is defined, as no correlation is."
     parts = []
     for score, name in SCORE_NAMES.items():
-        own = [verdicts[id(row)] for row in defined if row["score"] == score]
+        own = [verdict for row, verdict in others if row["score"] == score and verdict != "the same"]
+        same = [row for row, verdict in others if row["score"] == score and verdict == "the same"]
         parts.append(f"{name}: {own.count('better')} of {len(own)} other values better, {own.count('worse')} worse, "
-                     f"{own.count('not told apart')} not told apart")
+                     f"{own.count('not told apart')} not told apart" + (
+                         f" ({counted(len(same), 'more value')} left out, the same by definition or in fact: "
+                         f"{_places(same)})" if same else ""))
+    tested = sum(verdict != "the same" for _, verdict in others)
+    return (f"{'; '.join(parts)}. Of {counted(tested, 'comparison')} of scores that differ, about {0.05 * tested:.0f} "
+            f"would leave zero out by chance if none mattered. {_capital(matter_sentence(run, measure))}")
+
+
+def _places(rows: list[dict]) -> str:
+    """Settings with their values: "layer 7, 14; tokens a domain 1,000"."""
+    by_axis: dict[str, list[str]] = {}
+    for row in rows:
+        by_axis.setdefault(row["axis"], []).append(row["value"])
+    return "; ".join(f"*{AXES[axis].label}* {', '.join(values)}" for axis, values in by_axis.items())
+
+
+def matter_sentence(run: OpenRun, measure: str) -> str:
+    """Which settings matter by the rule, and which values are left after Holm's correction."""
+    others = _others(run, measure)
+    if not others:
+        return "no comparison is defined, as no correlation is."
     mattering = [axis for axis in axes_of(run) if any(
-        verdicts[id(row)] in ("better", "worse") for row in defined if row["axis"] == axis)]
-    left = [row for row in defined if row["less"]["p_holm"] < 0.05]
-    matter = ", ".join(f"*{AXES[axis].label}*" for axis in mattering) or "none"
-    chance = f"{0.05 * len(defined):.0f}"
+        verdict in ("better", "worse") and row["axis"] == axis for row, verdict in others)]
     kept = "; ".join(f"{AXES[row['axis']].label} {row['value']} ({SCORE_NAMES[row['score']]}, "
-                     f"{_signed(row['less']['mean'])})" for row in left)
-    return (f"{'; '.join(parts)}. Settings that matter by the rule: {matter}. Of "
-            f"{counted(len(defined), 'comparison')}, about {chance} would leave zero out by chance if none mattered; "
-            f"after Holm's correction, left at the 5% level: {kept or 'none'}.")
+                     f"{signed(row['less']['mean'])})" for row, _ in others if row["less"]["p_holm"] < 0.05)
+    return (f"settings that matter by the rule: {', '.join(f'*{AXES[axis].label}*' for axis in mattering) or 'none'}; "
+            f"left after Holm's correction, at the 5% level: {kept or 'none'}.")
 
 
 def claims_sentence(run: OpenRun, measure: str) -> str:
@@ -251,21 +84,34 @@ def claims_sentence(run: OpenRun, measure: str) -> str:
 
 
 def best_sentence(run: OpenRun, measure: str) -> str:
-    """What the best of all values reaches, and what the best reaches by chance."""
+    """What the best of all values reaches, what the best reaches by chance, and how far it is above the run's own."""
     found = [row for row in run.get("sweep_correlations")["best"] if row["measure"] == measure]
     if not found:
         return "undefined, as no correlation is."
-    return "; ".join(
+    told = "; ".join(
         f"the best of {best['scores']} values for {SCORE_NAMES[best['score']]} is *{AXES[best['axis']].label}: "
-        f"{best['value']}*, r = {_two(best['pearson'])}; with shuffled domains the best of as many reaches "
-        f"{_two(best['chance_mean'])} on average and {_two(best['chance_high'])} or more in one order of twenty "
-        f"(p {p_phrase(best['p'])}): **{best_verdict(best)}**" for best in found) + "."
+        f"{best['value']}*, r = {_two(best['pearson'])}{_above(run, best)}; with shuffled domains the best of as many "
+        f"reaches {_two(best['chance_mean'])} on average and {_two(best['chance_high'])} or more in one order of "
+        f"twenty (p {p_phrase(best['p'])}): **{best_verdict(best)}**" for best in found)
+    return (f"{told}. A best that was picked is too high, and so is what it gains: on other domains expect less. Its "
+            "interval does not know of the picking.")
+
+
+def _above(run: OpenRun, best: dict) -> str:
+    """What the best gains over the run's own score; for an SAE of the sweep, over the middle one too."""
+    less = best["less_own"]
+    if less is None:
+        return ""
+    rows = rows_of(run, best["measure"], score=best["score"], axis=best["axis"], value=best["value"])
+    own = rows[0].get("less") if best["axis"] in SAE_AXES else None
+    middle = f" and {signed(own['mean'])} ({_range(own['interval'])}) beside the sweep's middle SAE" if own else ""
+    return f", {signed(less['mean'])} ({_range(less['interval'])}) beside the run's own{middle}"
 
 
 def resolution_sentence(run: OpenRun, measure: str) -> str:
     """How small a difference this design can see: the width of the differences' intervals."""
-    halves = [(row["less"]["interval"]["high"] - row["less"]["interval"]["low"]) / 2 for row in rows_of(run, measure)
-              if row.get("less") and row["less"]["interval"]]
+    halves = [(row["less"]["interval"]["high"] - row["less"]["interval"]["low"]) / 2
+              for row, verdict in _others(run, measure) if verdict != "the same"]
     alone = [(row["pearson_interval"]["high"] - row["pearson_interval"]["low"]) / 2 for row in rows_of(run, measure)
              if row.get("pearson_interval")]
     if not halves:
@@ -274,6 +120,8 @@ def resolution_sentence(run: OpenRun, measure: str) -> str:
             f"that of a difference {np.median(halves):.2f}. A setting that changes r by less than about that goes "
             "unseen here.")
 
+
+# --- the SAEs -----------------------------------------------------------------------------------------------------
 
 def own_sentence(run: OpenRun) -> str:
     """Which values count as the run's own, and that its SAE is not that of the sweep."""
@@ -285,18 +133,80 @@ def own_sentence(run: OpenRun) -> str:
     return (f"{said} Every SAE of the sweep is trained alike, on {settings.sweep_text_tokens:,} tokens and "
             f"{settings.sweep_sae_samples:,} samples, and is compared with the one in the middle: layer "
             f"{settings.layer}, {settings.sae_latents:,} latents, k = {settings.sae_k}. The run's own SAE, which the "
-            "other sweeps use, may be better trained.")
+            "other sweeps use, is none of these.")
 
+
+def _own_training(run: OpenRun) -> dict:
+    """What is recorded of the training of the run's own SAE: latents, k, tokens, samples, explained; or nothing."""
+    settings = run.settings
+    try:
+        folder = run.sae_folder if settings.sae != "train" or run.stored("sae") else None
+    except StsError:  # the weights are not at hand, as where recorded results are rendered
+        folder = None
+    record = folder / "training.json" if folder else None
+    if record is None or not record.is_file():
+        return {}
+    training = json.loads(record.read_text(encoding="utf-8"))
+    size = ({"d_sae": settings.sae_latents, "k": settings.sae_k, "layer": settings.layer,
+             "samples": settings.sae_samples} if settings.sae == "train" else training.get("settings", {}))
+    return {"latents": size.get("d_sae"), "k": size.get("k"), "layer": size.get("layer"),
+            "samples": size.get("samples"), "tokens": training.get("tokens"),
+            "explained": training.get("held_out", {}).get("fraction_of_variance_explained")}
+
+
+def _training_sentence(run: OpenRun) -> str:
+    """How much text the run's own SAE and the sweep's were trained on, and how well each of the two does."""
+    own, settings = _own_training(run), run.settings
+    if None in (own.get("tokens"), own.get("samples"), own.get("explained")):
+        return ("How the run's own SAE was trained is not recorded with it; that of the sweep had "
+                f"{settings.sweep_text_tokens:,} tokens. ")
+    middle = run.get("sweep_saes").query("own").iloc[0]
+    return (f"The run's own was trained on {own['tokens']:,} tokens, {own['samples']:,} samples, and explains "
+            f"{own['explained']:.0%} of the variance; the other on about {settings.sweep_text_tokens:,} tokens, "
+            f"{settings.sweep_sae_samples:,} samples, and explains {middle['explained']:.0%} (each on its own held-out "
+            "text). ")
+
+
+def sae_difference(run: OpenRun, measure: str) -> str:
+    """r with the run's own SAE and with the middle one of the sweep, beside what other values change; "" without."""
+    parts = []
+    for row in (row for row in run.get("sweep_correlations")["saes"] if row["measure"] == measure):
+        changes = [abs(other["less"]["mean"]) for other, _ in _others(run, measure) if other["score"] == row["score"]]
+        larger = sum(change > abs(row["mean"]) for change in changes)
+        parts.append(f"{SCORE_NAMES[row['score']]}: r = {_two(row['own'])} with the run's own SAE, "
+                     f"{_two(row['middle'])} with the sweep's middle one, a difference of {signed(row['mean'])} "
+                     f"({_range(row['interval'])}; p {p_phrase(row['p'])}), **{value_verdict(row)}**; {larger} of "
+                     f"{len(changes)} ablations change r by more")
+    return "; ".join(parts) + "." if parts else ""
+
+
+def sae_sentence(run: OpenRun, measure: str) -> str:
+    """`sae_difference` with how the two SAEs were trained, and what cannot be told; "" if the run sweeps no SAEs."""
+    if run.get("sweep_saes").empty:
+        return ""
+    found = sae_difference(run, measure)
+    if not found:
+        return "The run's own SAE and the sweep's cannot be compared, as no correlation is defined."
+    own, settings = _own_training(run), run.settings
+    same = (own.get("latents"), own.get("k"), own.get("layer")) == (
+        settings.sae_latents, settings.sae_k, settings.layer)
+    like = "alike in layer, width and k" if same else (
+        f"which has {settings.sae_latents:,} latents and k = {settings.sae_k} at layer {settings.layer}")
+    return (f"The run's own SAE beside the one in the middle of the sweep, {like}. {found} {_training_sentence(run)}"
+            "How an SAE is trained, its text and its seed, is a source of variation of its own. With one SAE a value, "
+            "no sweep here can tell it from what the width, the layer or k does.")
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
 
 def missing_sentence(run: OpenRun) -> str:
-    """Sweeps that this run leaves out, and the settings that ask for them; "" if it has all."""
-    present = set(axes_of(run))
-    absent = [(axes, names) for axes, names in FURTHER.items() if not present & set(axes)]
+    """Sweeps that this run leaves out, each with the setting that asks for it; "" if it has all."""
+    present = varied(run)
+    absent = [f"{AXES[axis].label} (`{name}`)" for axis, name in FURTHER.items() if axis not in present]
     if not absent:
         return ""
-    listed = "; ".join(f"{', '.join(AXES[axis].label for axis in axes)} (settings {names})" for axes, names in absent)
-    return (f"**Not in this run.** The sweeps above come from sums that were stored anyway. These would have to read "
-            f"the domains again or train SAEs, and this run lists no values for them: {listed}.")
+    return ("**Not in this run.** These would have to read the domains again or train SAEs, and this run lists no "
+            f"other values for them: {'; '.join(absent)}.")
 
 
 def by_measure(run: OpenRun, sentence: Callable[[OpenRun, str], str]) -> str:
@@ -304,23 +214,48 @@ def by_measure(run: OpenRun, sentence: Callable[[OpenRun, str], str]) -> str:
     return "\n".join(f"- Change in {NAMES[measure]}: {sentence(run, measure)}" for measure in measures(run))
 
 
+def told_of(run: OpenRun, measure: str) -> str:
+    """All that is said of one measure, as a Markdown list; that it was not evaluated if so."""
+    if measure not in measures(run):
+        return f"{_capital(NAMES[measure])} was not evaluated in this run; see the setting `eval_kinds`."
+    told = (difference_sentence, claims_sentence, sae_difference, best_sentence)
+    return "\n".join(f"- {_capital(said)}" for said in (one(run, measure) for one in told) if said)
+
+
+def whole_answer(run: OpenRun) -> str:
+    """The measure beside the first that the length of the answers does not enter: "" if it was not evaluated."""
+    return "bits_answer" if "bits_answer" in measures(run)[1:] else ""
+
+
 def summary(run: OpenRun) -> str:
     """First paragraph of the chapter: the rules, then which settings matter in this run."""
-    first, settings = measures(run)[0], run.settings
+    first, second, settings = measures(run)[0], whole_answer(run), run.settings
     rows = rows_of(run, first)
-    listed = "\n".join([
-        f"- {_capital(learned.learned_sentence(run))}",
-        f"- Which settings matter? {_capital(difference_sentence(run, first))}",
-        f"- The paper's claims. {claims_sentence(run, first)}",
-        f"- Would picking the best help? {_capital(best_sentence(run, first))}"])
-    rules = "\n".join(f"- {rule}" for rule in (learned.RULE, CORRELATION_RULE, SETTING_RULE,
-                                                     CLAIM_RULE, BEST_RULE))
-    return (f"**The rules**, written before any result of the `full` run was seen.\n\n{rules}\n\n"
+    told = [_capital(learned.learned_sentence(run)),
+            f"Which settings matter? {_capital(difference_sentence(run, first))}",
+            f"The paper's claims. {claims_sentence(run, first)}"]
+    if second:
+        told += [f"The same in {NAMES[second]}, which do not divide by the length of the answers: "
+                 f"{matter_sentence(run, second)}",
+                 f"The paper's claims in {NAMES[second]}. {claims_sentence(run, second)}"]
+    sae = sae_sentence(run, first)
+    told += [f"Does the training of the SAE matter? {sae}"] if sae else []
+    told.append(f"Could the best be chance? {_capital(best_sentence(run, first))}")
+    rules = "\n".join(f"- {rule}" for rule in (learned.RULE, CORRELATION_RULE, SETTING_RULE, CLAIM_RULE, BEST_RULE))
+    listed = "\n".join(f"- {one}" for one in told)
+    return (f"**The rules.** {FIXED_RULE}\n\n{rules}\n\n"
             f"**The answer of this run**, for the change in {NAMES[first]} on `{settings.model}`, fine-tuned on "
             f"`{settings.sft_data}` and tested on `{settings.domain_data}`: n = {rows[0]['n']} domains, "
-            f"{_seeds(run)}, {counted(len(axes_of(run)), 'setting')} varied, "
-            f"{1 + sum(not row['own'] for row in rows) // len(SCORES)} different values in all, the run's own among "
-            f"them.\n\n{listed}")
+            f"{_seeds(run)}, {counted(len(varied(run)), 'setting')} varied, {_count(run, rows)}.\n\n{listed}")
+
+
+def _count(run: OpenRun, rows: list[dict]) -> str:
+    """How many values there are in all; every own value of one kind is one and the same score."""
+    others = sum(not row["own"] for row in rows) // len(SCORES)
+    if any(row["axis"] in SAE_AXES for row in rows):
+        return (f"{others + 2} different values in all, the run's own and, as SAEs are trained for the sweep, the "
+                "middle one of these among them")
+    return f"{counted(others + 1, 'different value')} in all, the run's own among them"
 
 
 def _seeds(run: OpenRun) -> str:

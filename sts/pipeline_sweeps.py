@@ -10,7 +10,6 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pandas
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +18,7 @@ from sts import sweeps
 from sts.activations import paired_stats
 from sts.errors import StsError
 from sts.pipeline import DOMAIN, MASKS, SHIFT, domain_groups, masks, shift_groups, split_domains
-from sts.pipeline_comparison import _interval, item_differences
+from sts.pipeline_comparison import item_differences
 from sts.pipeline_sae import MODEL, sae_documents, token_pieces
 from sts.sae_quality import reconstruction_quality
 from sts.sae_training import SaeTraining, collect_layers, save_sae, shard_paths, train_sae
@@ -27,8 +26,7 @@ from sts.saes import SideBySide, check_fits, load_sae
 from sts.shift import check_top_n
 from sts.shift_stats import same_fraction
 from sts.stages import OpenRun, stage
-from sts.stats import pearson
-from sts.stats_domains import hierarchical_resamples, permutation_p_over_seeds
+from sts.sweep_comparison import KINDS, compared
 
 #: Seed of the sweep's text and SAEs, the same in every seed of a run.
 SAE_SEED = 0
@@ -215,7 +213,7 @@ def swept(run: OpenRun) -> pandas.DataFrame:
         ignore_index=True)
 
 
-@stage("json", uses=("seeds", "sweep_seeds", "seed", "bootstrap", "permutations"),
+@stage("json", version=2, uses=("seeds", "sweep_seeds", "seed", "bootstrap", "permutations"),
        needs=("sweep_latents", "sweep_settings", "sweep_saes", "evaluation_before", "evaluation_after"),
        inputs=("seeds",))
 def sweep_correlations(run: OpenRun, report) -> dict[str, list[dict]]:
@@ -227,101 +225,18 @@ def sweep_correlations(run: OpenRun, report) -> dict[str, list[dict]]:
             minus r of the run's own, over the same resamples); or `undefined`.
         claims: one row a measure, score and axis whose ends the paper compares: first, last, mean, interval, p (last
             minus first).
-        best: one row a measure and score: `sweeps.BestOf`, with the axis and value of the best.
+        best: one row a measure and score: `sweeps.BestOf`, with the axis and value of the best, and less_own (mean,
+            interval, p: r of the best minus r of the run's own score; None if the best is that score, or if that has
+            no correlation).
+        saes: one row a measure and score if the run sweeps SAEs: own and middle (r with the run's own SAE and with the
+            middle one of the sweep), mean, interval, p (middle minus own).
     """
     run = repeated(run)
     frames = [swept(run.with_seed(seed)) for seed in (run.settings.seed, *run.other_seeds)]
-    found: dict[str, list[dict]] = {"values": [], "claims": [], "best": []}
+    found: dict[str, list[dict]] = {name: [] for name in KINDS}
     changes = item_differences(run)
     for done, (measure, differences) in enumerate(changes.items(), 1):
-        for name, rows in _compared(run, measure, frames, differences).items():
+        for name, rows in compared(measure, frames, differences, run.settings).items():
             found[name] += rows
         report(done / len(changes))
     return found
-
-
-def _compared(run: OpenRun, measure: str, frames: list[pandas.DataFrame],
-              differences: dict[str, np.ndarray]) -> dict[str, list[dict]]:
-    """The rows of `sweep_correlations` for one measure."""
-    settings, domains = run.settings, sorted(differences)
-    change_SN = np.abs(np.stack([differences[domain].mean(0) for domain in domains], axis=1))
-    places = frames[0][["axis", "value", "own"]].drop_duplicates().itertuples(index=False)
-    values = {(axis, value): own for axis, value, own in places}
-    tables = [frame.set_index(["axis", "value", "domain"]).sort_index() for frame in frames]
-    resamples = None
-    found: dict[str, list[dict]] = {"values": [], "claims": [], "best": []}
-    for score in sweeps.SCORES:
-        x, by_seed, rows = {}, {}, {}
-        for axis, value in values:
-            x_SN = np.stack([table.loc[(axis, value)].loc[domains, score].to_numpy(float) for table in tables])
-            rows[axis, value] = {"measure": measure, "score": score, "axis": axis, "value": value,
-                                 "own": bool(values[axis, value]), "n": len(domains), "seeds": len(frames)}
-            try:
-                by_seed[axis, value] = [pearson(*pair) for pair in zip(x_SN, change_SN, strict=True)]
-                x[axis, value] = x_SN
-            except StsError as error:
-                rows[axis, value]["undefined"] = str(error)
-        found["values"] += rows.values()
-        if not x:
-            continue
-        if resamples is None:
-            resamples = hierarchical_resamples([differences[domain] for domain in domains],
-                                               resamples=settings.bootstrap, seed=settings.seed)
-        drawn = {place: resamples.correlations(x_SN) for place, x_SN in x.items()}
-        tests = permutation_p_over_seeds(np.stack(list(x.values())), change_SN, resamples=settings.permutations,
-                                         seed=settings.seed)
-        for place, test in zip(x, tests, strict=True):
-            rows[place] |= {"by_seed": by_seed[place], "pearson": float(np.mean(by_seed[place])),
-                            "pearson_interval": _interval(drawn[place]), "p": test.p}
-        pairs, ends = _pairs(values, x), _ends(values, x)
-        every = [*((place, own) for place, own in pairs.items()), *ends.values()]
-        compared = dict(zip(every, _differences(every, x, drawn, change_SN, settings), strict=True))
-        for place, own in pairs.items():
-            rows[place]["less"] = compared[place, own]
-        for axis, (last, first) in ends.items():
-            found["claims"].append({"measure": measure, "score": score, "axis": axis, "first": first[1],
-                                    "last": last[1], **compared[last, first]})
-        tried = sweeps.different(x)
-        best = sweeps.best_of(np.stack(list(tried.values())), change_SN, seed=settings.seed,
-                              orders=min(settings.permutations, 20_000))
-        axis, value = list(tried)[best.index]
-        found["best"].append({"measure": measure, "score": score, "axis": axis, "value": value, **vars(best)})
-    _correct([row["less"] for row in found["values"] if "less" in row])
-    return found
-
-
-def _pairs(values: dict, x: dict) -> dict:
-    """(axis, value) -> (axis, the run's own value), for the other values; where both have a correlation."""
-    owns = {axis: (axis, value) for (axis, value), own in values.items() if own}
-    return {place: owns[place[0]] for place in x if not values[place] and owns[place[0]] in x}
-
-
-def _ends(values: dict, x: dict) -> dict:
-    """axis -> (last, first) value, for axes whose ends the paper's claim compares; where both have a correlation."""
-    ends = {}
-    for axis in (name for name, own in sweeps.AXES.items() if own.ends):
-        own = [place for place in values if place[0] == axis]
-        if len(own) > 1 and own[0] in x and own[-1] in x:
-            ends[axis] = (own[-1], own[0])
-    return ends
-
-
-def _differences(pairs: list[tuple], x: dict, drawn: dict, change_SN: np.ndarray, settings) -> list[dict]:
-    """For each pair of scores, r of the first minus r of the second: mean, interval, p."""
-    if not pairs:
-        return []
-    tests = sweeps.swap_tests(np.stack([x[one] for one, _ in pairs]), np.stack([x[two] for _, two in pairs]), change_SN,
-                              seed=settings.seed)
-    means = {place: float(np.mean([pearson(*pair) for pair in zip(x[place], change_SN, strict=True)]))
-             for place in {place for pair in pairs for place in pair}}
-    return [{"mean": means[one] - means[two], "interval": _interval(drawn[one] - drawn[two]), "p": test.p}
-            for (one, two), test in zip(pairs, tests, strict=True)]
-
-
-def _correct(differences: list[dict]) -> None:
-    """Add p_holm to differences: corrected by Holm's method for all of them together."""
-    from statsmodels.stats.multitest import multipletests
-
-    if differences:
-        for one, p in zip(differences, multipletests([one["p"] for one in differences], method="holm")[1], strict=True):
-            one["p_holm"] = float(p)

@@ -58,6 +58,8 @@ AXES = {
     "shift_tokens": Axis("tokens, training set"),
     "masks": Axis("tokens that count"),
 }
+#: Those whose values are SAEs of the sweep; the run's own SAE has no place in them.
+SAE_AXES = ("width", "width_share", "layer", "k", "norms")
 #: Setting that lists the other values of a setting of the forecast -> that setting.
 SETTINGS = {"sweep_demonstrations": "demonstrations", "sweep_shift_demonstrations": "shift_demonstrations",
             "sweep_tokens": "score_tokens", "sweep_shift_tokens": "shift_tokens"}
