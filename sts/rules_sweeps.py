@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sts.pages_baselines import _verdict
 
-#: Two values whose r differ by no more than this, over the whole interval, are the same: rounding in a batch does it.
+#: Values whose r differ by no more than this, over the whole interval, are the same: rounding in other batches does it.
 SAME_WITHIN = 0.001
 
 FIXED_RULE = ("These rules were fixed before the book's recorded run was looked at. What is said of values that give "
@@ -12,8 +12,8 @@ FIXED_RULE = ("These rules were fixed before the book's recorded run was looked 
               "per answer was added after that.")
 SETTING_RULE = ("A value of a setting is compared with the run's own by the 95% interval of its r minus r of the run's "
                 "own, both taken from the same resamples. It is **the same** if that interval lies within "
-                f"{SAME_WITHIN} of zero: by definition, as STS_act has nothing to do with the demonstrations before a "
-                "domain's questions, or in fact. Else it is **better** (or **worse**) if the interval lies above (or "
+                f"{SAME_WITHIN} of zero, by definition (STS_act is measured without the demonstrations before a "
+                "domain's questions) or in fact. Else it is **better** (or **worse**) if the interval lies above (or "
                 "below) zero, and otherwise **not told apart**. A setting **matters** if any of its other values is "
                 "better or worse. As many values are compared, each p (by swapping the two scores within domains) is "
                 "also corrected by Holm's method, over all values and both scores of a measure together.")

@@ -1,8 +1,12 @@
 """Verdicts of the chapter on ablations follow their rules, and its figures show every value."""
 
+import json
+from types import SimpleNamespace
+
+import pandas
 import pytest
 
-from sts import pages_sweeps, plots_sweeps
+from sts import pages_sweeps, plots_sweeps, rules_sweeps, tables_sweeps
 
 
 def less(low, high):
@@ -11,15 +15,18 @@ def less(low, high):
 
 @pytest.mark.parametrize(("low", "high", "verdict", "claim"), [
     (0.1, 0.9, "better", "reversed"), (-0.9, -0.1, "worse", "held"), (-0.1, 0.9, "not told apart", "not shown"),
-    (0.0, 0.9, "not told apart", "not shown"), (-0.9, 0.0, "not told apart", "not shown")])
+    (0.0, 0.9, "not told apart", "not shown"), (-0.9, 0.0, "not told apart", "not shown"),
+    (0.0, 0.0, "the same", "not shown"), (-0.0002, 0.0009, "the same", "not shown"),
+    (0.0002, 0.0008, "the same", "not shown"), (0.0002, 0.0012, "better", "reversed"),
+    (-0.0012, -0.0002, "worse", "held")])
 def test_a_value_differs_only_with_its_whole_interval(low, high, verdict, claim):
-    assert pages_sweeps.value_verdict(less(low, high)) == verdict
+    assert rules_sweeps.value_verdict(less(low, high)) == verdict
     # The paper's claims say that the last value predicts worse than the first.
-    assert pages_sweeps.ends_verdict(less(low, high)) == claim
+    assert rules_sweeps.ends_verdict(less(low, high)) == claim
 
 
 def test_no_interval_is_no_verdict():
-    assert pages_sweeps.value_verdict(None) == pages_sweeps.ends_verdict({"mean": 0.1, "interval": None}) == "undefined"
+    assert rules_sweeps.value_verdict(None) == rules_sweeps.ends_verdict({"mean": 0.1, "interval": None}) == "undefined"
 
 
 def correlation(low, p):
@@ -28,15 +35,117 @@ def correlation(low, p):
 
 def test_all_layers_predict_only_if_every_layer_does():
     good = correlation(0.1, 0.01)
-    assert pages_sweeps.layers_verdict([good, good]) == "held"
-    assert pages_sweeps.layers_verdict([good, correlation(-0.1, 0.01)]) == "not shown"
-    assert pages_sweeps.layers_verdict([good, correlation(0.1, 0.2)]) == "not shown"
-    assert pages_sweeps.layers_verdict([good, {"undefined": "constant"}]) == "undefined"
+    assert rules_sweeps.layers_verdict([good, good]) == "held"
+    assert rules_sweeps.layers_verdict([good, correlation(-0.1, 0.01)]) == "not shown"
+    assert rules_sweeps.layers_verdict([good, correlation(0.1, 0.2)]) == "not shown"
+    assert rules_sweeps.layers_verdict([good, {"undefined": "constant"}]) == "undefined"
 
 
 @pytest.mark.parametrize(("p", "verdict"), [(0.05, "more than chance"), (0.051, "no more than chance")])
 def test_the_best_is_judged_by_shuffled_domains(p, verdict):
-    assert pages_sweeps.best_verdict({"p": p}) == verdict
+    assert rules_sweeps.best_verdict({"p": p}) == verdict
+
+
+# --- sentences and tables -----------------------------------------------------------------------------------------
+
+ROW = {"measure": "bits", "n": 14, "seeds": 1}
+
+
+def value(axis, name, score="sts_act", *, measure="bits", own=False, low=0.5, p=0.001, less=None, p_holm=1.0):
+    found = {**ROW, "measure": measure, "axis": axis, "value": name, "score": score, "own": own, "by_seed": [0.6],
+             "pearson": 0.6, "pearson_interval": {"low": low, "high": 0.9}, "p": p}
+    return found if own else found | {"less": {"mean": sum(less) / 2, "p": 0.5, "p_holm": p_holm, "interval": {
+        "low": less[0], "high": less[1]}}}
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """A run that learned, with given rows of stage `sweep_correlations`."""
+    (tmp_path / "training.json").write_text(json.dumps({"held_out": 9, "held_out_before": 1, "held_out_after": 0.5}))
+
+    def run(**rows):
+        found = {"values": [], "claims": [], "best": [], "saes": []} | rows
+        stages = {"sweep_correlations": found, "sft": tmp_path, "sweep_saes": pandas.DataFrame()}
+        return SimpleNamespace(get=stages.__getitem__, settings=SimpleNamespace(seed=0), other_seeds=())
+
+    return run
+
+
+@pytest.mark.parametrize("weak", [0, 1, 2])
+def test_one_weak_layer_wherever_it_stands_is_enough_against_the_claim(opened, weak):
+    """The table and the sentence; the weak layer is not named among those where the claim held."""
+    lows = [0.2, 0.3, 0.4]
+    lows[weak] = -0.1
+    layers = ["7", "14", "22"]
+    run = opened(values=[value("layer", name, own=name == "22", low=low, less=(-0.1, 0.1))
+                         for name, low in zip(layers, lows, strict=True)]
+                 + [value("layer", name, "sts_icl", own=name == "22", less=(-0.1, 0.1)) for name in layers])
+    act, icl = tables_sweeps.claims_table(run).to_dict("records")
+    held = [name for name in layers if name != layers[weak]]
+    assert (act["verdict"], act["compared"]) == ("not shown", f"held at 2 of 3: {', '.join(held)}")
+    assert (icl["verdict"], icl["compared"]) == ("held", "held at 3 of 3: 7, 14, 22")
+    assert "STS_act **not shown**, STS_ICL **held**" in pages_sweeps.claims_sentence(run, "bits")
+
+
+def test_values_that_give_the_same_score_are_counted_apart_and_named(opened):
+    run = opened(values=[
+        value("demonstrations", "1", less=(0, 0)), value("demonstrations", "3", less=(0, 0)),
+        value("demonstrations", "5", own=True), value("layer", "7", less=(-0.5, -0.1), p_holm=0.04),
+        value("layer", "14", less=(-0.1, 0.1)), value("layer", "22", own=True),
+        value("demonstrations", "1", "sts_icl", less=(0.1, 0.3))])
+    said = pages_sweeps.difference_sentence(run, "bits")
+    assert ("STS_act: 0 of 2 other values better, 1 worse, 1 not told apart (2 more values left out, the same by "
+            "definition or in fact: *demonstrations, domain (m)* 1, 3); STS_ICL: 1 of 1 other values better") in said
+    assert "Of 3 comparisons of scores that differ" in said
+    assert ("Settings that matter by the rule: *layer*, *demonstrations, domain (m)*; left after Holm's correction, at "
+            "the 5% level: layer 7 (STS_act, -0.30).") in said
+
+
+def test_each_missing_axis_is_named_with_its_own_setting(opened):
+    run = opened(values=[value("width", "64", less=(-0.1, 0.1)), value("width", "128", own=True),
+                         value("masks", "none", less=(-0.1, 0.1)), value("score_tokens", "9", own=True)])
+    said = pages_sweeps.missing_sentence(run)
+    named = {name for name in ("sweep_widths", "sweep_layers", "sweep_k", "sweep_masks", "sweep_tokens",
+                               "sweep_shift_tokens", "sweep_demonstrations", "sweep_shift_demonstrations")
+             if f"`{name}`" in said}
+    # Tokens a domain has its own value alone, which is no sweep.
+    assert named == {"sweep_layers", "sweep_k", "sweep_tokens", "sweep_shift_tokens", "sweep_demonstrations",
+                     "sweep_shift_demonstrations"}
+
+
+def best(axis, name, less_own):
+    return {"measure": "bits", "score": "sts_icl", "axis": axis, "value": name, "pearson": 0.91, "scores": 3,
+            "chance_mean": 0.3, "chance_high": 0.66, "single_high": 0.46, "p": 0.001, "less_own": less_own}
+
+
+def test_the_best_is_set_beside_the_runs_own_and_a_swept_sae_beside_the_middle_one(opened):
+    values = [value("k", "8", "sts_icl", less=(0.02, 0.12)), value("layer", "7", "sts_icl", less=(-0.2, 0.1))]
+    said = pages_sweeps.best_sentence(opened(values=values, best=[best("k", "8", less(0.1, 0.52))]), "bits")
+    assert "r = 0.91, +0.31 (0.10 to 0.52) beside the run's own and +0.07 (0.02 to 0.12) beside the sweep's" in said
+    assert "**more than chance**" in said and "picked is too high" in said
+    other = pages_sweeps.best_sentence(opened(values=[value("bands", "1-9", "sts_icl", own=True)],
+                                              best=[best("bands", "1-9", None)]), "bits")
+    assert "r = 0.91; with shuffled domains" in other
+    table = tables_sweeps.best_table(opened(values=values, best=[best("k", "8", less(0.1, 0.52))]))
+    assert table["less the run's own"].tolist() == ["+0.31 (0.10 to 0.52)"]
+
+
+def test_the_two_saes_are_compared_beside_the_ablations(opened):
+    """Two of the three other values change r by more than the SAE does; the size of the change counts, not its sign."""
+    values = [value("k", "8", less=(0.1, 0.3)), value("layer", "7", less=(-0.7, -0.5)),
+              value("top_n", "9", less=(0.4, 0.6)), value("top_n", "99", "sts_icl", less=(0.8, 0.9))]
+    run = opened(values=values, saes=[{"measure": "bits", "score": "sts_act", "own": 0.6, "middle": 0.84,
+                                       **less(0.02, 0.46), "p": 0.01}])
+    said = pages_sweeps.sae_difference(run, "bits")
+    assert ("STS_act: r = 0.60 with the run's own SAE, 0.84 with the sweep's middle one, a difference of +0.24 (0.02 "
+            "to 0.46; p = 0.010), **better**; 2 of 3 ablations change r by more.") in said
+    assert pages_sweeps.sae_difference(opened(values=values), "bits") == ""
+    assert pages_sweeps.sae_sentence(run, "bits") == ""  # no sweep of SAEs
+
+
+def test_a_measure_that_was_not_evaluated_is_said_so(opened):
+    said = pages_sweeps.told_of(opened(values=[value("layer", "7", own=True)]), "bits_answer")
+    assert said == "Bits per answer was not evaluated in this run; see the setting `eval_kinds`."
 
 
 # --- figures ------------------------------------------------------------------------------------------------------

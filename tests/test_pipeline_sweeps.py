@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,10 +11,11 @@ from scipy.stats import pearsonr
 from statsmodels.stats.multitest import multipletests
 
 import sts
-from sts import pages_sweeps, pipeline_sweeps, sweeps
+from sts import pages_sweeps, pipeline_sweeps, rules_sweeps, sweep_comparison, sweeps, tables_sweeps
 from sts.errors import StsError
 from sts.pipeline import domain_groups, shift_groups
 from sts.saes import load_sae
+from sts.stats_domains import hierarchical_resamples
 
 NONE = {"sweep_demonstrations": [], "sweep_tokens": [], "sweep_masks": [], "sweep_widths": [], "sweep_layers": [],
         "sweep_k": []}
@@ -247,6 +249,64 @@ def test_holm_corrects_for_all_differences_of_a_measure(run):
         multipletests([one["p"] for one in less], method="holm")[1])
 
 
+def test_holms_correction_by_hand():
+    """Sorted p times 4, 3, 2, 1, each at least the one before it, none above one."""
+    rows = [{"p": p} for p in (0.03, 0.01, 0.9, 0.02)]
+    sweep_comparison.correct(rows)
+    assert [row["p_holm"] for row in rows] == pytest.approx([0.06, 0.04, 0.9, 0.06])
+    one = [{"p": 0.04}]
+    sweep_comparison.correct(one)
+    assert one[0]["p_holm"] == pytest.approx(0.04)
+
+
+def test_the_runs_own_sae_and_the_middle_one_of_the_sweep_are_compared(run):
+    found = run.get("sweep_correlations")
+    assert {(row["measure"], row["score"]) for row in found["saes"]} == {
+        (measure, score) for measure in ("bits", "bits_answer", "p_right") for score in sweeps.SCORES}
+    for row in found["saes"]:
+        same = {name: row[name] for name in ("measure", "score")}
+        both = {axis: row_of(found["values"], **same, axis=axis, own=True)["pearson"] for axis in ("top_n", "k")}
+        assert (row["own"], row["middle"]) == pytest.approx((both["top_n"], both["k"]))
+        assert row["mean"] == pytest.approx(both["k"] - both["top_n"]) and 0 < row["p"] <= 1
+    said = pages_sweeps.sae_sentence(run, "bits")
+    assert "alike in layer, width and k" in said and "trained on 4,0" in said and "8,192 samples" in said
+    assert said in pages_sweeps.summary(run)
+    assert len(tables_sweeps.own_sae_table(run)) == 6
+
+
+def synthetic(scores, own="own"):
+    """One seed of seven domains: a table of named values of one axis, and a change of three questions a domain."""
+    domains, generator = [f"domain {place}" for place in range(7)], np.random.default_rng(0)
+    frame = pandas.DataFrame([{"axis": axis, "value": value, "own": value == own, "domain": domain, "sts_act": x,
+                               "sts_icl": x} for (axis, value), own_N in scores.items()
+                              for domain, x in zip(domains, own_N, strict=True)])
+    differences = {domain: 1.0 + place + 0.1 * generator.normal(size=(3, 1)) for place, domain in enumerate(domains)}
+    return frame, differences
+
+
+def test_a_best_has_the_resamples_of_the_runs_own_and_none_if_it_is_that(run):
+    generator = np.random.default_rng(1)
+    good, poor, middle = np.arange(7.0), *generator.normal(size=(2, 7))
+    frame, differences = synthetic({("top_n", "own"): poor, ("top_n", "9"): good, ("k", "own"): middle})
+    settings = run.settings
+    found = sweep_comparison.compared("bits", [frame], differences, settings)
+    resamples = hierarchical_resamples(list(differences.values()), resamples=settings.bootstrap, seed=settings.seed)
+
+    def interval(one, other):
+        values = resamples.correlations(one[None]) - resamples.correlations(other[None])
+        return np.nanquantile(values, [0.025, 0.975])
+
+    best = row_of(found["best"], score="sts_act")
+    change = [np.abs(differences[f"domain {place}"].mean()) for place in range(7)]
+    assert best["value"] == "9" and best["less_own"]["mean"] == pytest.approx(
+        pearsonr(good, change)[0] - pearsonr(poor, change)[0])
+    for row, (one, other) in ((best["less_own"], (good, poor)), (found["saes"][0], (middle, poor))):
+        assert (row["interval"]["low"], row["interval"]["high"]) == pytest.approx(interval(one, other))
+    frame, differences = synthetic({("bands", "own"): good, ("top_n", "own"): good, ("top_n", "9"): poor})
+    found = sweep_comparison.compared("bits", [frame], differences, settings)
+    assert row_of(found["best"], score="sts_act")["less_own"] is None and found["saes"] == []
+
+
 def test_claims_compare_the_ends_and_the_best_is_the_largest(run):
     found = run.get("sweep_correlations")
     values = {(row["axis"], row["value"]): row.get("pearson") for row in found["values"]
@@ -257,13 +317,14 @@ def test_claims_compare_the_ends_and_the_best_is_the_largest(run):
     best = row_of(found["best"], measure="bits", score="sts_icl")
     assert best["pearson"] == pytest.approx(max(values.values())) == pytest.approx(values[best["axis"], best["value"]])
     assert best["scores"] == 15 and best["chance_mean"] > 0  # 13 other values, the run's own, the sweep's middle
+    assert best["less_own"]["mean"] == pytest.approx(best["pearson"] - values["top_n", "16"])
 
 
 def test_a_change_that_is_the_same_everywhere_is_undefined_everywhere(run):
     found = run.get("sweep_correlations")
     rows = [row for row in found["values"] if row["measure"] == "accuracy"]
     assert rows and all("constant" in row["undefined"] for row in rows)
-    assert not [row for name in ("claims", "best") for row in found[name] if row["measure"] == "accuracy"]
+    assert not [row for name in ("claims", "best", "saes") for row in found[name] if row["measure"] == "accuracy"]
 
 
 def test_two_domains_are_too_few_and_the_page_says_so(run):
@@ -271,8 +332,8 @@ def test_two_domains_are_too_few_and_the_page_says_so(run):
     assert all("undefined" in row for row in few.get("sweep_correlations")["values"])
     page = pages_sweeps.summary(few)
     assert "no comparison is defined" in page.lower() and "nan" not in page.lower().split()
-    assert (pages_sweeps.values_table(few, "bits")["STS_act: r (95% interval)"] == "undefined").all()
-    assert pages_sweeps.best_table(few).empty
+    assert (tables_sweeps.values_table(few, "bits")["STS_act: r (95% interval)"] == "undefined").all()
+    assert tables_sweeps.best_table(few).empty
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -294,11 +355,15 @@ def test_keys_follow_what_the_stages_read(run):
 def test_a_run_without_lists_trains_and_reads_nothing(cheap):
     assert cheap.get("sweep_settings").empty and cheap.get("sweep_saes").empty
     assert json.loads((cheap.get("sweep_sae_training") / "plan.json").read_text()) == []
-    assert pages_sweeps.axes_of(cheap) == ["bands", "top_n", "variant"]
+    assert tables_sweeps.axes_of(cheap) == ["bands", "top_n", "variant"]
+    values, best = cheap.get("sweep_correlations")["values"], cheap.get("sweep_correlations")["best"][0]
+    assert f", {best['scores']} different values in all, the run's own among them" in pages_sweeps.summary(cheap)
+    assert pages_sweeps.sae_sentence(cheap, "bits") == "" and tables_sweeps.own_sae_table(cheap) is None
+    assert {row["axis"] for row in values} == {"bands", "top_n", "variant"}
     said = pages_sweeps.missing_sentence(cheap)
     assert all(f"`{name}`" in said for name in NONE)
-    assert pages_sweeps.sae_table(cheap) is None and pages_sweeps.sparsity_table(cheap) is None
-    assert set(pages_sweeps.claims_table(cheap)["the paper's claim"]) == {"Lower-ranked latents predict worse"}
+    assert tables_sweeps.sae_table(cheap) is None and tables_sweeps.sparsity_table(cheap) is None
+    assert set(tables_sweeps.claims_table(cheap)["the paper's claim"]) == {"Lower-ranked latents predict worse"}
 
 
 @pytest.mark.parametrize(("key", "value", "words"), [
@@ -319,15 +384,20 @@ def test_saes_need_a_text_to_train_on():
 
 def test_the_page_quotes_the_stages(run):
     page, found = pages_sweeps.summary(run), run.get("sweep_correlations")
-    for rule in (pages_sweeps.SETTING_RULE, pages_sweeps.CLAIM_RULE, pages_sweeps.BEST_RULE):
+    for rule in (rules_sweeps.SETTING_RULE, rules_sweeps.CLAIM_RULE, rules_sweeps.BEST_RULE):
         assert page.index(rule) < page.index("The answer of this run")
     best = row_of(found["best"], measure="bits", score="sts_act")
+    assert f"{best['scores']} different values in all" in page  # each of them is another score here
+    assert pages_sweeps.matter_sentence(run, "bits_answer") in page
+    assert pages_sweeps.claims_sentence(run, "bits_answer") in page
     assert f"r = {best['pearson']:.2f}" in page and "n = 14 domains, 2 seeds" in page
-    table = pages_sweeps.values_table(run, "bits").set_index(["setting", "value"])
+    table = tables_sweeps.values_table(run, "bits").set_index(["setting", "value"])
     row = row_of(found["values"], measure="bits", score="sts_act", axis="k", value="4")
     shown = table.loc[("active latents a token, k", "4")]
     assert shown["STS_act: r (95% interval)"].startswith(f"{row['pearson']:.2f} (")
     assert shown["STS_act: less own"].startswith(f"{row['less']['mean']:+.2f} (")
-    assert len(table) == 24 and pages_sweeps.missing_sentence(run) == ""
-    assert pages_sweeps.sparsity_table(run)["STS"].tolist()[:5] == ["0.78", "0.77", "0.72", "0.75", "0.65"]
-    assert pages_sweeps.measures(run) == ["bits", "bits_answer", "accuracy", "p_right"]
+    assert len(table) == 24
+    missing = pages_sweeps.missing_sentence(run)  # smoke sweeps no settings of the training set's forecast
+    assert missing.count("`") == 4 and "`sweep_shift_demonstrations`" in missing and "`sweep_shift_tokens`" in missing
+    assert tables_sweeps.sparsity_table(run)["STS"].tolist()[:5] == ["0.78", "0.77", "0.72", "0.75", "0.65"]
+    assert tables_sweeps.measures(run) == ["bits", "bits_answer", "accuracy", "p_right"]
