@@ -1,4 +1,4 @@
-"""What the chapter on ablations says: sentences with verdicts by `rules_sweeps`."""
+"""What the chapter on ablations says: sentences with verdicts by `verdicts_sweeps`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sts.pages import CORRELATION_RULE, p_phrase
 from sts.pages_baselines import SCORE_NAMES, _range, _two
 from sts.pages_measures import NAMES
 from sts.pipeline_sweeps import repeated
-from sts.rules_sweeps import BEST_RULE, CLAIM_RULE, FIXED_RULE, SETTING_RULE, best_verdict, value_verdict
 from sts.stages import OpenRun
 from sts.sweeps import AXES, SAE_AXES, SCORES
 from sts.tables_sweeps import axes_of, claims_table, measures, rows_of, signed, varied
 from sts.verdicts import counted
+from sts.verdicts_sweeps import BEST_RULE, CLAIM_RULE, FIXED_RULE, SETTING_RULE, best_verdict, value_verdict
 
 #: Axes that take more than stored sums -> the setting that asks for them.
 FURTHER = {"demonstrations": "sweep_demonstrations", "shift_demonstrations": "sweep_shift_demonstrations",

@@ -8,9 +8,9 @@ from sts import learned, paper
 from sts.pages import p_value
 from sts.pages_baselines import SCORE_NAMES, _range, _two, _verdict
 from sts.pages_measures import NAMES, in_order
-from sts.rules_sweeps import best_verdict, ends_verdict, layers_verdict, value_verdict
 from sts.stages import OpenRun
 from sts.sweeps import AXES
+from sts.verdicts_sweeps import best_verdict, ends_verdict, layers_verdict, value_verdict
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pandas
 import pytest
 
-from sts import pages_sweeps, plots_sweeps, rules_sweeps, tables_sweeps
+from sts import pages_sweeps, plots_sweeps, tables_sweeps, verdicts_sweeps
 
 
 def less(low, high):
@@ -20,13 +20,14 @@ def less(low, high):
     (0.0002, 0.0008, "the same", "not shown"), (0.0002, 0.0012, "better", "reversed"),
     (-0.0012, -0.0002, "worse", "held")])
 def test_a_value_differs_only_with_its_whole_interval(low, high, verdict, claim):
-    assert rules_sweeps.value_verdict(less(low, high)) == verdict
+    assert verdicts_sweeps.value_verdict(less(low, high)) == verdict
     # The paper's claims say that the last value predicts worse than the first.
-    assert rules_sweeps.ends_verdict(less(low, high)) == claim
+    assert verdicts_sweeps.ends_verdict(less(low, high)) == claim
 
 
 def test_no_interval_is_no_verdict():
-    assert rules_sweeps.value_verdict(None) == rules_sweeps.ends_verdict({"mean": 0.1, "interval": None}) == "undefined"
+    assert verdicts_sweeps.value_verdict(None) == "undefined"
+    assert verdicts_sweeps.ends_verdict({"mean": 0.1, "interval": None}) == "undefined"
 
 
 def correlation(low, p):
@@ -35,15 +36,15 @@ def correlation(low, p):
 
 def test_all_layers_predict_only_if_every_layer_does():
     good = correlation(0.1, 0.01)
-    assert rules_sweeps.layers_verdict([good, good]) == "held"
-    assert rules_sweeps.layers_verdict([good, correlation(-0.1, 0.01)]) == "not shown"
-    assert rules_sweeps.layers_verdict([good, correlation(0.1, 0.2)]) == "not shown"
-    assert rules_sweeps.layers_verdict([good, {"undefined": "constant"}]) == "undefined"
+    assert verdicts_sweeps.layers_verdict([good, good]) == "held"
+    assert verdicts_sweeps.layers_verdict([good, correlation(-0.1, 0.01)]) == "not shown"
+    assert verdicts_sweeps.layers_verdict([good, correlation(0.1, 0.2)]) == "not shown"
+    assert verdicts_sweeps.layers_verdict([good, {"undefined": "constant"}]) == "undefined"
 
 
 @pytest.mark.parametrize(("p", "verdict"), [(0.05, "more than chance"), (0.051, "no more than chance")])
 def test_the_best_is_judged_by_shuffled_domains(p, verdict):
-    assert rules_sweeps.best_verdict({"p": p}) == verdict
+    assert verdicts_sweeps.best_verdict({"p": p}) == verdict
 
 
 # --- sentences and tables -----------------------------------------------------------------------------------------

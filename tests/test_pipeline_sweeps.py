@@ -11,7 +11,7 @@ from scipy.stats import pearsonr
 from statsmodels.stats.multitest import multipletests
 
 import sts
-from sts import pages_sweeps, pipeline_sweeps, rules_sweeps, sweep_comparison, sweeps, tables_sweeps
+from sts import pages_sweeps, pipeline_sweeps, sweep_comparison, sweeps, tables_sweeps, verdicts_sweeps
 from sts.errors import StsError
 from sts.pipeline import domain_groups, shift_groups
 from sts.saes import load_sae
@@ -384,7 +384,7 @@ def test_saes_need_a_text_to_train_on():
 
 def test_the_page_quotes_the_stages(run):
     page, found = pages_sweeps.summary(run), run.get("sweep_correlations")
-    for rule in (rules_sweeps.SETTING_RULE, rules_sweeps.CLAIM_RULE, rules_sweeps.BEST_RULE):
+    for rule in (verdicts_sweeps.SETTING_RULE, verdicts_sweeps.CLAIM_RULE, verdicts_sweeps.BEST_RULE):
         assert page.index(rule) < page.index("The answer of this run")
     best = row_of(found["best"], measure="bits", score="sts_act")
     assert f"{best['scores']} different values in all" in page  # each of them is another score here
