@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pandas
+
 from sts import learned
 from sts.data_sources import MATHEMATICS
 from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase
@@ -100,6 +102,20 @@ def parts_sentence(run: OpenRun) -> str:
                      "answers in another way, and says little of what it knows. ")
     return (f"{sentence}Against the absolute change of these three parts in turn, r is: {'; '.join(told)} (95% "
             "intervals over questions, domains and seeds).")
+
+
+def parts_table(run: OpenRun) -> pandas.DataFrame:
+    """Stage `answer_parts`, one line a part of the answers and the whole; empty where no opening words were scored."""
+    lines = []
+    for row in run.get("answer_parts"):
+        line = {"part of the answer": PARTS.get(row["part"], "the whole answer"), "bits before": f"{row['before']:.2f}",
+                "mean change": f"{row['change']:+.2f}", "domains in which it rose": f"{row['rose']} of {row['n']}"}
+        for score, label in SCORE_NAMES.items():
+            found = row["scores"][score]
+            line[f"r of {label} with the absolute change"] = "undefined" if "undefined" in found else (
+                f"{found['pearson']:.2f} ({_range(found['pearson_interval'])}), p {p_phrase(found['p'])}")
+        lines.append(line)
+    return pandas.DataFrame(lines)
 
 
 def forecast_line(run: OpenRun, measure: str) -> str:

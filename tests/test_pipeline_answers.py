@@ -80,6 +80,11 @@ def test_the_page_says_which_part_changed_and_what_follows(run, monkeypatch):
     rows = run.get("answer_parts")
     assert f"changed by {rows[3]['change']:+.2f} (mean over 14 domains and 2 seeds)" in said
     assert said in pages_forecast.forecast_summary(run)
+    table = pages_forecast.parts_table(run).set_index("part of the answer")
+    assert list(table["mean change"]) == [f"{row['change']:+.2f}" for row in rows]
+    assert table.loc["the right letter, given the opening", "domains in which it rose"] == f"{rows[1]['rose']} of 14"
+    r = rows[0]["scores"]["sts_icl"]["pearson"]
+    assert table.loc["the opening words", "r of STS_ICL with the absolute change"].startswith(f"{r:.2f} (")
     assert f"more likely in {14 - rows[1]['rose']} of 14 domains" in said
     for opening, told in ((0.9, True), (0.2, False), (-0.9, True)):
         faked = [dict(row) for row in rows]
@@ -91,7 +96,7 @@ def test_the_page_says_which_part_changed_and_what_follows(run, monkeypatch):
 def test_items_with_a_worked_solution_have_no_opening_words(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "load_examples", data.load_examples)
     worked = sts.open_run("smoke", results=tmp_path, seeds=[])
-    assert worked.get("answer_parts") == [] and pages_forecast.parts_sentence(worked) == ""
+    assert worked.get("answer_parts") == [] and pages_forecast.parts_table(worked).empty and pages_forecast.parts_sentence(worked) == ""
     examples = [example for group in worked.domain_examples().values() for example in group]
     empty = openings(worked.lm, examples)
     assert empty.empty and isinstance(empty, pandas.DataFrame) and "loglikelihood" in empty

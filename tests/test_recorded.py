@@ -243,6 +243,9 @@ def test_the_readme_quotes_the_recorded_run():
             f"{parts['opening']['change']:+.2f}, the right letter {parts['letter']['change']:+.2f} (it became more "
             f"likely in {parts['letter']['n'] - parts['letter']['rose']} of 14 domains), the option's text "
             f"{parts['text']['change']:+.2f}.") in plain
+    r = {part: f"{row['scores']['sts_act']['pearson']:.2f}" for part, row in parts.items()}
+    assert (f"opening words (r = {r['opening']}), not that of the letter ({r['letter']}) or of the text "
+            f"({r['text']}).") in plain
     row = next(row for row in full.get("baseline_confounds")
                if (row["measure"], row["score"], len(row["controls"])) == ("bits", "sts_act", 3))
     assert f"(p = {row['p']:.2f})" in plain and row["pearson_interval"]["low"] < 0
