@@ -96,7 +96,8 @@ def test_the_page_says_which_part_changed_and_what_follows(run, monkeypatch):
 def test_items_with_a_worked_solution_have_no_opening_words(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "load_examples", data.load_examples)
     worked = sts.open_run("smoke", results=tmp_path, seeds=[])
-    assert worked.get("answer_parts") == [] and pages_forecast.parts_table(worked).empty and pages_forecast.parts_sentence(worked) == ""
+    assert worked.get("answer_parts") == [] and pages_forecast.parts_table(worked).empty
+    assert pages_forecast.parts_sentence(worked) == ""
     examples = [example for group in worked.domain_examples().values() for example in group]
     empty = openings(worked.lm, examples)
     assert empty.empty and isinstance(empty, pandas.DataFrame) and "loglikelihood" in empty
