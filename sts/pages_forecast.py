@@ -99,8 +99,8 @@ def parts_sentence(run: OpenRun) -> str:
                 f"likely in {letter['n'] - letter['rose']} of {letter['n']} domains. ")
     if abs(rows["opening"]["change"]) > abs(whole["change"]) / 2:
         finds = "less" if rows["opening"]["change"] > 0 else "more"
-        sentence += (f"So most of the change in bits, per character and per answer, is that the tuned model finds these "
-                     f"words {finds} likely, and says little of what it knows of a domain. ")
+        sentence += ("So most of the change in bits, per character and per answer, is that the tuned model finds "
+                     f"these words {finds} likely, and says little of what it knows of a domain. ")
     return (f"{sentence}Against the absolute change of these three parts in turn, r is: {'; '.join(told)} (95% "
             "intervals over questions, domains and seeds).")
 

@@ -80,6 +80,7 @@ def record(run: OpenRun, target: Path) -> list[str]:
     """Copy the run's stored results to `target`, those of its further seeds as well; sums of tensors as 32-bit floats.
 
     Of the further training sets, provenance alone is recorded; stage `training_matrix` holds what is made of them.
+    Results in `target` that the run no longer asks for are removed.
 
     Returns:
         The names with keys of what was recorded, sorted.
@@ -90,8 +91,8 @@ def record(run: OpenRun, target: Path) -> list[str]:
     from sts.stages import registered
 
     own = Store(run.store.folder)
-    found = {}
-    for one in (run, *(run.with_seed(seed) for seed in run.other_seeds), *_training_runs(run)):
+    found, runs = {}, (run, *(run.with_seed(seed) for seed in run.other_seeds), *_training_runs(run))
+    for one in runs:
         for name, spec in registered().items():
             if own.find(name, one.key(name), spec.kind):
                 found.setdefault(f"{name}-{one.key(name)}", (name, one.key(name), spec.kind, one))
@@ -121,11 +122,26 @@ def record(run: OpenRun, target: Path) -> list[str]:
         value = as_recorded(name, kind, read(own.path(name, key, kind), kind), copy.scratch(name, key))
         copy.write(name, key, kind, value, provenance)
     shutil.rmtree(target / "unfinished", ignore_errors=True)
+    _drop_stale(target, runs)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     if size > LIMIT:
         raise StsError(f"{target} takes up {size / 1e6:.1f} MB; at most {LIMIT / 1e6:.0f} MB are recorded. Leave "
                        "stages out in sts.recorded.CHANGED.")
     return sorted(found)
+
+
+def _drop_stale(target: Path, runs: tuple[OpenRun, ...]) -> None:
+    """Remove results that these runs no longer ask for: of stages that were raised, or of settings that changed."""
+    from sts.stages import registered
+
+    for name in registered():
+        try:
+            asked = {f"{name}-{one.key(name)}" for one in runs}
+        except StsError:  # what cannot be known here is left alone
+            continue
+        for path in target.glob(f"{name}-*"):
+            if path.name.partition(".")[0] not in asked:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def as_recorded(name: str, kind: str, value: Any, scratch: Path) -> Any:

@@ -199,6 +199,17 @@ def test_weights_are_computed_again_where_they_are_needed(run, folder):
         load_tuned(opened.lm, opened.get("sft"))
 
 
+def test_recording_removes_what_the_run_no_longer_asks_for(run, tmp_path):
+    first = sts.open_run("smoke", results=run.results, seeds=[])
+    record(first, tmp_path / "recorded")
+    second = sts.open_run("smoke", results=run.results, seeds=[], top_n=3)
+    second.get("scores")
+    record(second, tmp_path / "recorded")
+    kept = {path.name.partition(".")[0] for path in (tmp_path / "recorded").iterdir()}
+    assert f"scores-{second.key('scores')}" in kept and f"scores-{first.key('scores')}" not in kept
+    assert {f"shift-{first.key('shift')}", f"sft-{first.key('sft')}"} <= kept  # they do not depend on N
+
+
 def test_recording_nothing_or_too_much_is_an_error(run, tmp_path, monkeypatch):
     with pytest.raises(StsError, match="no results"):
         record(sts.open_run("smoke", results=tmp_path, seeds=[]), tmp_path / "none")
