@@ -228,7 +228,7 @@ def whole_answer(run: OpenRun) -> str:
 
 
 def summary(run: OpenRun) -> str:
-    """First paragraph of the chapter: the rules, then which settings matter in this run."""
+    """First paragraph of the chapter: which settings matter in this run, then the rules that say so."""
     first, second, settings = measures(run)[0], whole_answer(run), run.settings
     rows = rows_of(run, first)
     told = [_capital(learned.learned_sentence(run)),
@@ -243,10 +243,10 @@ def summary(run: OpenRun) -> str:
     told.append(f"Could the best be chance? {_capital(best_sentence(run, first))}")
     rules = "\n".join(f"- {rule}" for rule in (learned.RULE, CORRELATION_RULE, SETTING_RULE, CLAIM_RULE, BEST_RULE))
     listed = "\n".join(f"- {one}" for one in told)
-    return (f"**The rules.** {FIXED_RULE}\n\n{rules}\n\n"
-            f"**The answer of this run**, for the change in {NAMES[first]} on `{settings.model}`, fine-tuned on "
+    return (f"**The answer of this run**, for the change in {NAMES[first]} on `{settings.model}`, fine-tuned on "
             f"`{settings.sft_data}` and tested on `{settings.domain_data}`: n = {rows[0]['n']} domains, "
-            f"{_seeds(run)}, {counted(len(varied(run)), 'setting')} varied, {_count(run, rows)}.\n\n{listed}")
+            f"{_seeds(run)}, {counted(len(varied(run)), 'setting')} varied, {_count(run, rows)}.\n\n{listed}\n\n"
+            f"**The rules.** {FIXED_RULE}\n\n{rules}")
 
 
 def _count(run: OpenRun, rows: list[dict]) -> str:
