@@ -117,7 +117,7 @@ def sets_table(run: OpenRun) -> pandas.DataFrame:
              if row["estimated"] == row["trained"]}
     for row in sets_of(run).itertuples():
         line = {"training set": row.training_set, "seed": row.seed, "its domain": row.trained_domain,
-                "held-out loss": f"{-row.loss_fall:+.0%}",
+                "held-out loss": f"{-row.loss_fall:+.1%}",
                 f"latents foreseen, of {row.overlap_n}": f"{row.overlap} (p " + (
                     "undefined)" if pandas.isna(row.overlap_p) else f"{p_phrase(row.overlap_p)})"),
                 "by firing rate": rates[row.training_set, row.seed]}
@@ -189,7 +189,7 @@ def learned_sentence(run: OpenRun) -> str:
     cells = run.get("training_matrix").query("measure == @first")
     clear, idle = ((cells["low"] > 0) | (cells["high"] < 0)).groupby(cells["training_set"]).mean(), idle_seeds(run)
     for name, own in sets_of(run).groupby("training_set", sort=False):
-        falls = ", ".join(f"{-fall:+.0%}" for fall in own["loss_fall"])
+        falls = ", ".join(f"{-fall:+.1%}" for fall in own["loss_fall"])
         verdict = "not learned" if name in idle else "learned"
         parts.append(f"`{name}` {falls}, **{verdict}**, {clear[name]:.0%} of the domains moved")
     return (f"Loss on held-out problems of the training set, and share of domains whose change in {NAMES[first]} has "

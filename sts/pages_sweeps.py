@@ -125,9 +125,12 @@ def resolution_sentence(run: OpenRun, measure: str) -> str:
 
 def own_sentence(run: OpenRun) -> str:
     """Which values count as the run's own, and that its SAE is not that of the sweep."""
-    settings = run.settings
+    settings, tokens = run.settings, int(run.get("shift")["tokens"].item())
     said = (f"The run's own: N = {settings.top_n}, {counted(settings.shift_demonstrations, 'demonstration')} before a "
             f"training question and {settings.demonstrations} before a domain's, the paper's formulas.")
+    if tokens < settings.shift_tokens:
+        said += (f" The training questions hold {tokens:,} tokens that count, fewer than the {settings.shift_tokens:,} "
+                 "asked for.")
     if run.get("sweep_saes").empty:
         return said
     return (f"{said} Every SAE of the sweep is trained alike, on {settings.sweep_text_tokens:,} tokens and "

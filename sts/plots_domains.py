@@ -43,7 +43,7 @@ def matrices(cells: pandas.DataFrame, score: str, measure: str) -> Figure:
     panels = ((SCORE_LABELS[score], _means(own, score)),
               (f"absolute change in\n{MEASURES[measure]}", _means(own, "shift", absolute=True)))
     for axis, (title, values) in zip(axes, panels, strict=True):
-        seaborn.heatmap(values, ax=axis, cmap="cividis", annot=True, fmt=".2g", annot_kws={"size": 9}, linewidths=0.5,
+        seaborn.heatmap(values, ax=axis, cmap="cividis", annot=True, fmt=".3g", annot_kws={"size": 9}, linewidths=0.5,
                         cbar_kws={"location": "bottom", "shrink": 0.8, "pad": 0.02})
         for column, name in enumerate(values.columns):
             if trained[name] in values.index:

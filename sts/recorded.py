@@ -131,9 +131,16 @@ def record(run: OpenRun, target: Path) -> list[str]:
 
 
 def _drop_stale(target: Path, runs: tuple[OpenRun, ...]) -> None:
-    """Remove results that these runs no longer ask for: of stages that were raised, or of settings that changed."""
+    """Remove results that these runs no longer ask for: of stages that were raised, or of settings that changed.
+
+    Nothing is removed where a further training set cannot be read: what it asks for is not known then.
+    """
+    from sts.pipeline_domains import training_runs
     from sts.stages import registered
 
+    asked_for = {one.settings.sft_data for one in training_runs(runs[0]).values()}
+    if asked_for > {one.settings.sft_data for one in runs}:
+        return
     for name in registered():
         try:
             asked = {f"{name}-{one.key(name)}" for one in runs}

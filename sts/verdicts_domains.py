@@ -67,7 +67,7 @@ def idle_seeds(run: OpenRun) -> dict[str, list[int]]:
 
 def judged_set(run: OpenRun, name: str, seed: int, verdict: str) -> str:
     """The verdict on one training set at one seed, or that none is given, as it was not learned."""
-    return "not judged, as training taught nothing" if seed in idle_seeds(run).get(name, []) else verdict
+    return "not judged, as it was not learned" if seed in idle_seeds(run).get(name, []) else verdict
 
 
 def judged_all(run: OpenRun, verdict: str) -> str:
@@ -77,4 +77,4 @@ def judged_all(run: OpenRun, verdict: str) -> str:
         return verdict
     several = run.get("training_matrix")["seed"].nunique() > 1
     names = (f"`{name}`" + (f" (seed {', '.join(map(str, seeds))})" if several else "") for name, seeds in idle.items())
-    return f"not judged, as training taught nothing on {', '.join(names)}"
+    return f"not judged, as {', '.join(names)} {'was' if len(idle) == 1 else 'were'} not learned"

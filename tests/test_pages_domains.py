@@ -88,7 +88,7 @@ def given(sets=SETS, seeds=(0,), falls=None):
 
 def test_a_set_is_learned_only_if_it_was_with_every_seed():
     sentence = pages_domains.learned_sentence(given(seeds=(0, 1), falls={("health", 1): 0.02, ("law", 0): 0.1}))
-    assert "`health` -30%, -2%, **not learned**" in sentence and "`law` -10%, -30%, **learned**" in sentence
+    assert "`health` -30.0%, -2.0%, **not learned**" in sentence and "`law` -10.0%, -30.0%, **learned**" in sentence
     assert sentence.count("**learned**") == 3
 
 
@@ -101,20 +101,20 @@ def test_a_set_that_was_not_learned_is_not_judged_and_neither_is_its_comparison(
     run = given(falls={("health", 0): 0.05})
     sentence = pages_domains.correlation_sentence(run, "bits")
     own = {part.split("`")[1]: part for part in sentence.split("r over domains. ")[1].split(". ")[:4]}
-    assert own["health"].count("not judged, as training taught nothing") == 2 and ": held" not in own["health"]
+    assert own["health"].count("not judged, as it was not learned") == 2 and ": held" not in own["health"]
     assert all(own[name].count(": held") == 2 and "judged" not in own[name] for name in SETS if name != "health")
     for sentence in (pages_domains.specific_sentence(run, "bits"), pages_domains.also_sentence(run, "p_right"),
                      pages_domains.own_list_sentence(run), pages_domains.rival_sentence(run, "bits")):
-        assert "**not judged, as training taught nothing on `health`**" in sentence and "held" not in sentence
+        assert "**not judged, as `health` was not learned**" in sentence and "held" not in sentence
     assert set(pages_domains.specificity_table(run)["verdict"]) == {
-        "not judged, as training taught nothing on `health`"}
+        "not judged, as `health` was not learned"}
     assert "**held**" in pages_domains.specific_sentence(given(), "bits")
 
 
 def test_one_seed_that_taught_nothing_leaves_the_others_correlations_judged():
     run = given(seeds=(0, 1), falls={("health", 1): 0.05})
     assert "judged" not in pages_domains.correlation_sentence(run, "bits")  # of the run's own seed
-    assert "as training taught nothing on `health` (seed 1)**" in pages_domains.specific_sentence(run, "bits")
+    assert "as `health` (seed 1) was not learned**" in pages_domains.specific_sentence(run, "bits")
 
 
 def test_the_page_says_how_many_tests_stand_side_by_side():

@@ -210,6 +210,16 @@ def test_recording_removes_what_the_run_no_longer_asks_for(run, tmp_path):
     assert {f"shift-{first.key('shift')}", f"sft-{first.key('sft')}"} <= kept  # they do not depend on N
 
 
+def test_recording_removes_nothing_while_a_training_set_cannot_be_read(run, tmp_path, monkeypatch):
+    first = sts.open_run("smoke", results=run.results, seeds=[])
+    record(first, tmp_path / "recorded")
+    before = {path.name for path in (tmp_path / "recorded").iterdir()}
+    second = sts.open_run("smoke", results=run.results, seeds=[], top_n=3, training_sets=["mmlu_exemplars"])
+    monkeypatch.setattr("sts.recorded._training_runs", lambda run: [])  # as if mmlu_exemplars could not be read
+    record(second, tmp_path / "recorded")
+    assert before <= {path.name for path in (tmp_path / "recorded").iterdir()}
+
+
 def test_recording_nothing_or_too_much_is_an_error(run, tmp_path, monkeypatch):
     with pytest.raises(StsError, match="no results"):
         record(sts.open_run("smoke", results=tmp_path, seeds=[]), tmp_path / "none")
@@ -254,9 +264,15 @@ def test_the_readme_quotes_the_recorded_run():
             f"{parts['opening']['change']:+.2f}, the right letter {parts['letter']['change']:+.2f} (it became more "
             f"likely in {parts['letter']['n'] - parts['letter']['rose']} of 14 domains), the option's text "
             f"{parts['text']['change']:+.2f}.") in plain
-    r = {part: f"{row['scores']['sts_act']['pearson']:.2f}" for part, row in parts.items()}
-    assert (f"opening words (r = {r['opening']}), not that of the letter ({r['letter']}) or of the text "
-            f"({r['text']}).") in plain
+    def said(row):
+        return f"{row['pearson']:.2f} ({row['pearson_interval']['low']:.2f} to {row['pearson_interval']['high']:.2f})"
+
+    opening, letter, text = (said(parts[part]["scores"]["sts_act"]) for part in ("opening", "letter", "text"))
+    assert (f"opening words, r = {opening}; with that of the letter it has {letter}, with that of the text {text}. "
+            f"({parts['whole']['questions']} questions a domain, three seeds.)") in plain
+    code, health = (said(row) for name in ("mbpp", "pubmedqa") for row in full.get("training_correlations") if (
+        row["training_set"], row["measure"], row["variant"], row["score"]) == (name, "bits", "paper", "sts_act"))
+    assert f"STS_act has {code} and {health} in bits per character" in plain
     row = next(row for row in full.get("baseline_confounds")
                if (row["measure"], row["score"], len(row["controls"])) == ("bits", "sts_act", 3))
-    assert f"(p = {row['p']:.2f})" in plain and row["pearson_interval"]["low"] < 0
+    assert f"(STS_act: p = {row['p']:.2f})" in plain and row["pearson_interval"]["low"] < 0
