@@ -53,12 +53,13 @@ def activation_mean(activations: Path) -> torch.Tensor:
 
 
 def spliced_loss(lm: LanguageModel, sae, layer: int, pieces: list[list[int]], *, mean_D: torch.Tensor, tokens: int,
-                 tokens_per_batch: int = 4096, report: Callable[[float], None] = lambda fraction: None) -> dict:
+                 tokens_per_batch: int = 1024, report: Callable[[float], None] = lambda fraction: None) -> dict:
     """The model's next-token loss with the residual stream as it is, reconstructed by the SAE, and set to its mean.
 
     Args:
         mean_D: the mean activation (see `activation_mean`).
         tokens: about how many tokens to measure on.
+        tokens_per_batch: tokens at once; the logits of 1,024 and their copies take 3 GB with a vocabulary of 262,144.
 
     Only content positions are replaced (see `content_mask`); attention sinks stay as they are.
 
