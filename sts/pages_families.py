@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import html
 from collections.abc import Callable
 
-from sts import learned, pages_baselines, verdicts
+from matplotlib.figure import Figure
+
+from sts import learned, pages, pages_baselines, plots, verdicts
 from sts.config import ROOT
 from sts.errors import StsError
 from sts.pages_forecast import forecast_line
+from sts.pages_headline import headline_table
 from sts.pages_measures import NAMES, measures_shown
 from sts.stages import OpenRun, open_run
 
@@ -84,6 +88,43 @@ def forecast(run: OpenRun) -> str:
         return " ".join(lines)
 
     return beside(run, told, "domain_shift", "correlations")
+
+
+#: The stages that a row of `forecast_figure` needs.
+DRAWN = ("scores", "domain_shift", "correlations")
+
+
+def drawn_beside(run: OpenRun) -> list[OpenRun]:
+    """This run, and each other recorded run with its finest measure: those that `forecast_figure` draws."""
+    finest = measures_shown(run.get("domain_shift"))[0]
+    others = (other for other in other_runs(run) if has(other, *DRAWN))
+    return [run, *(other for other in others if finest in set(other.get("domain_shift")["measure"]))]
+
+
+def forecast_figure(run: OpenRun) -> Figure:
+    """Figure 3 for this run and the book's other recorded runs, a row of panels each; all domains."""
+    return plots.score_scatters(
+        [(f"{one.settings.name}: {one.settings.model}", *map(one.get, DRAWN)) for one in drawn_beside(run)],
+        measures_shown(run.get("domain_shift"))[0])
+
+
+def forecast_note(run: OpenRun) -> str:
+    """The line under `forecast_figure`: what it shows, and run, seed and results of each row; Markdown."""
+    rows = "; ".join(
+        f"`{one.settings.name}`, seed {one.settings.seed}, from " + ", ".join(
+            f"`{name}-{one.key(name)}`" for name in DRAWN)
+        for one in drawn_beside(run))
+    return ("*Figure 3 side by side: a row a run, with scales of its own. n: above each panel; one seed each; bars: "
+            f"95% over questions, hollow points: they include zero; r, p: over domains.* Runs: {rows}.")
+
+
+def headlines(run: OpenRun) -> str:
+    """`pages_headline.headline_table` of each other recorded run that has its baselines; HTML, "" without one."""
+    needed = ("baseline_correlations", "baseline_nulls", "baseline_confounds")
+    return "".join(
+        f"<p>Model <code>{html.escape(other.settings.model)}</code> (recorded run "
+        f"<code>{html.escape(other.settings.name)}</code>):</p>{pages.show_table(headline_table(other))}"
+        for other in other_runs(run) if has(other, *needed, every_seed=True))
 
 
 def compared(run: OpenRun) -> str:

@@ -138,31 +138,47 @@ def score_scatter(scores: pandas.DataFrame, shifts: pandas.DataFrame, correlatio
     Args:
         measure: a key of `MEASURES`; "" draws `not_evaluated`.
     """
-    if not measure:
-        return not_evaluated()
+    return score_scatters([("", scores, shifts, correlations)], measure, variant) if measure else not_evaluated()
+
+
+def score_scatters(runs: list[tuple[str, pandas.DataFrame, pandas.DataFrame, list[dict]]], measure: str,
+                   variant: str = "paper") -> Figure:
+    """`score_scatter` of several runs, one row of panels each; scales are each run's own.
+
+    Args:
+        runs: of each, what is written beside its row, and the results of stages scores, domain_shift and correlations.
+        measure: a key of `MEASURES` that every run evaluated.
+    """
     _theme()
-    own = scores[scores["variant"] == variant].set_index("domain")
-    actual = shifts[shifts["measure"] == measure].set_index("domain")
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.8), sharey=True, layout="constrained")
-    for axis, score in zip(axes, SCORE_LABELS, strict=True):
-        result = next(row for row in correlations if (row["measure"], row["variant"], row["score"])
-                      == (measure, variant, score))
-        for domain, row in actual.iterrows():
-            x, y = own.loc[domain, score], abs(row["shift"])
-            clear = row["low"] > 0 or row["high"] < 0
-            reach = sorted((abs(row["low"]), abs(row["high"])))
-            axis.plot([x, x], [reach[0] if clear else 0, reach[1]], color=GREY, linewidth=0.8, alpha=0.6)
-            axis.plot(x, y, "o", color=BLUE, markerfacecolor=BLUE if clear else "white")
-        if "undefined" in result:
-            axis.set_title("correlation undefined")
-        else:
-            ends = numpy.array([own[score].min(), own[score].max()])
-            axis.plot(ends, result["line"]["intercept"] + result["line"]["slope"] * ends, color=ORANGE)
-            p = "p < 0.001" if result["p"] < 0.001 else f"p = {result['p']:.3f}"
-            axis.set_title(f"r = {result['pearson']:.2f}, {p}, n = {result['n']}")
-        axis.set(xlabel=f"{SCORE_LABELS[score]} ({VARIANT_LABELS[variant]})")
-        axis.margins(x=0.12)
-    for axis, score in zip(axes, SCORE_LABELS, strict=True):
-        _name_points(axis, own.loc[actual.index, score], actual["shift"].abs())
-    axes[0].set(ylabel=f"absolute change in\n{MEASURES[measure]}")
+    figure, axes = plt.subplots(len(runs), 2, figsize=(7, 0.3 + 3.5 * len(runs)), sharey="row", squeeze=False,
+                                layout="constrained")
+    for row, (name, scores, shifts, correlations) in zip(axes, runs, strict=True):
+        own = scores[scores["variant"] == variant].set_index("domain")
+        actual = shifts[shifts["measure"] == measure].set_index("domain")
+        for axis, score in zip(row, SCORE_LABELS, strict=True):
+            result = next(found for found in correlations if (found["measure"], found["variant"], found["score"])
+                          == (measure, variant, score))
+            _scatter(axis, own[score], actual, result)
+            axis.set(xlabel=f"{SCORE_LABELS[score]} ({VARIANT_LABELS[variant]})")
+        for axis, score in zip(row, SCORE_LABELS, strict=True):
+            _name_points(axis, own.loc[actual.index, score], actual["shift"].abs())
+        row[0].set(ylabel=f"{name}\nabsolute change in\n{MEASURES[measure]}".lstrip())
     return _finished(figure)
+
+
+def _scatter(axis, score: pandas.Series, actual: pandas.DataFrame, result: dict) -> None:
+    """One panel of `score_scatters`: absolute change of each domain with its interval, and the correlation."""
+    for domain, row in actual.iterrows():
+        x, y = score[domain], abs(row["shift"])
+        clear = row["low"] > 0 or row["high"] < 0
+        reach = sorted((abs(row["low"]), abs(row["high"])))
+        axis.plot([x, x], [reach[0] if clear else 0, reach[1]], color=GREY, linewidth=0.8, alpha=0.6)
+        axis.plot(x, y, "o", color=BLUE, markerfacecolor=BLUE if clear else "white")
+    if "undefined" in result:
+        axis.set_title("correlation undefined")
+    else:
+        ends = numpy.array([score.min(), score.max()])
+        axis.plot(ends, result["line"]["intercept"] + result["line"]["slope"] * ends, color=ORANGE)
+        p = "p < 0.001" if result["p"] < 0.001 else f"p = {result['p']:.3f}"
+        axis.set_title(f"r = {result['pearson']:.2f}, {p}, n = {result['n']}")
+    axis.margins(x=0.12)

@@ -3,15 +3,15 @@
 import pytest
 
 import sts
-from sts import pages_baselines, pages_families, pages_forecast, verdicts
+from sts import pages_baselines, pages_families, pages_forecast, pages_headline, verdicts
 from sts.errors import StsError
 from sts.recorded import record
 from sts.stages import OpenRun
 from sts.store import Store
 
 PAGES = (pages_families.few, pages_families.foreseen, pages_families.forecast, pages_families.compared)
-NEEDED = ("sft_shift", "shift", "shift_by_draw", "shift_by_other_domain", "domain_shift", "correlations",
-          "baseline_correlations", "baseline_nulls")
+NEEDED = ("scores", "sft_shift", "shift", "shift_by_draw", "shift_by_other_domain", "domain_shift", "correlations",
+          "baseline_correlations", "baseline_nulls", "baseline_confounds")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,26 @@ def test_every_page_tells_what_the_other_run_found(run, other, monkeypatch):
     seeds = ", ".join(map(str, (run.settings.seed, *run.other_seeds)))
     assert f"seeds {seeds}" in said[pages_families.compared]
     assert f"seed {run.settings.seed})" in said[pages_families.few]
+
+
+def test_the_runs_stand_side_by_side_with_their_own_numbers(run, other, monkeypatch):
+    assert len(pages_families.forecast_figure(run).axes) == 2 * len(pages_families.drawn_beside(run))
+    monkeypatch.setattr(pages_families, "other_runs", lambda run: [other])
+    axes = pages_families.forecast_figure(run).axes
+    correlations = {row["score"]: row for row in run.get("correlations")
+                    if (row["measure"], row["variant"]) == ("bits", "paper")}
+    scores = run.get("scores").query("variant == 'paper'").set_index("domain")
+    changes = run.get("domain_shift").query("measure == 'bits'").set_index("domain")["shift"].abs()
+    assert len(axes) == 4
+    for axis, score in zip(axes, ["sts_act", "sts_icl"] * 2, strict=True):
+        assert f"r = {correlations[score]['pearson']:.2f}" in axis.get_title()
+        points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_marker() == "o"}
+        assert points == {(scores.loc[name, f"{score}"], change) for name, change in changes.items()}
+    note = pages_families.forecast_note(run)
+    assert note.count(f"`scores-{run.key('scores')}`") == 2 and "a row a run" in note
+    table = pages_families.headlines(run)
+    said = pages_headline.headline_table(run)
+    assert f"<code>{other.settings.name}</code>" in table and all(value in table for value in said.iloc[:, 1])
 
 
 def test_a_run_that_lacks_one_seeds_training_is_left_out(run, other, monkeypatch):
