@@ -175,7 +175,8 @@ def random_set_scores(kind: str, shift: Stats, domains: Mapping[str, Stats], cou
         draws: number of sets, none of which holds a latent of D_N.
 
     Returns:
-        act_RD and icl_RD (scores), matched_R (mean rate or energy of each set), chosen (that of D_N, one value).
+        act_RD and icl_RD (scores), matched_R (mean rate or energy of each set), chosen (that of D_N, one value), shared
+        (`shared_share` of the sets, one value).
 
     Raises:
         StsError: an unknown kind, or fewer latents left than chosen.
@@ -196,7 +197,20 @@ def random_set_scores(kind: str, shift: Stats, domains: Mapping[str, Stats], cou
             "icl": torch.stack([stats["squared_difference_L"] / stats["tokens"] for stats in domains.values()])}
     return {f"{name}_RD": torch.stack([values_L[sets_RK].sum(-1) for values_L in values_DL], dim=1)
             for name, values_DL in sums.items()} | {
-        "matched_R": like_L[sets_RK].mean(-1), "chosen": like_L[chosen].mean()[None]}
+        "matched_R": like_L[sets_RK].mean(-1), "chosen": like_L[chosen].mean()[None],
+        "shared": torch.tensor([shared_share(sets_RK, width)])}
+
+
+def shared_share(sets_RK: torch.Tensor, width: int) -> float:
+    """Share of their latents that two of R sets have in common, mean over all pairs; 1 if there is but one set.
+
+    Sets that share most of their latents are one comparison, and not R.
+    """
+    draws, count = sets_RK.shape
+    if draws < 2:
+        return 1.0
+    times_L = torch.bincount(sets_RK.flatten(), minlength=width).double()  # in how many sets each latent is
+    return (times_L * (times_L - 1)).sum().item() / (draws * (draws - 1) * count)
 
 
 # --- probes -------------------------------------------------------------------------------------------------------

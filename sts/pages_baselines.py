@@ -10,8 +10,10 @@ from sts import learned, paper
 from sts.baselines import PREDICTORS, RANDOM
 from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase, p_value
 from sts.pages_measures import NAMES, ORDER, in_order
-from sts.pipeline_comparison import SCORES, controls_of
+from sts.pipeline_comparison import SCORES, controls_of, first_controls_of
 from sts.stages import OpenRun
+from sts.stats import smallest_detectable_correlation
+from sts.stats_domains import needed_correlation
 from sts.verdicts import counted
 
 SCORE_NAMES = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
@@ -23,17 +25,21 @@ BASELINE_RULE = ("The score counts as **better** than a baseline if the 95% inte
                  "otherwise as **not told apart** from it.")
 #: Matched sets are a control if they come this near to the chosen latents' firing rate or energy.
 MATCH = 0.1
+#: Sets that share more of their latents than this are too few different ones for a p.
+SHARED = 0.5
 CHOICE_RULE = ("*The choice of latents matters* counts as **held** for a score if at most 5% of random sets of like "
                "firing rates, and at most 5% of sets of like energy, reach its correlation, which is above zero, and "
                f"these sets come within {MATCH:.0%} of the chosen latents' firing rate and energy; where they do not "
-               "come that near, activity is not ruled out and the claim counts as **not shown** too; otherwise as "
-               "**not shown**.")
+               "come that near, activity is not ruled out and the claim counts as **not shown** too, and where two of "
+               f"them share more than {SHARED:.0%} of their latents as well, as they are then nearly one and the same "
+               "set; otherwise as **not shown**.")
 PROBE_RULE = ("*A probe forecasts the change* counts as **held** if at most 5% of shuffled targets give it a "
               "correlation as high; otherwise as **not shown**.")
 CONFOUND_RULE = ("*The score says more than hardness and length* counts as **held** if the 95% interval of its partial "
                  "correlation, given the bits before, the length of the questions and that of the answers, lies above "
                  "zero and p is below 0.05; otherwise as **not shown**. The length of the answers was added to this "
-                 "rule after it was seen to go along with the change in bits.")
+                 "rule after the first results were seen, as it goes along with the change in bits; the verdict by the "
+                 "rule without it stands beside each.")
 
 
 # --- the rules ----------------------------------------------------------------------------------------------------
@@ -58,6 +64,8 @@ def choice_verdict(nulls: list[dict]) -> str:
         return "not shown"
     if any(abs(row["matched"] - row["chosen"]) > MATCH * row["chosen"] for row in both):
         return "not shown, as sets of one kind do not match"
+    if any(row["shared"] > SHARED for row in both):
+        return "not shown, as the sets of one kind are nearly the same"
     return "held"
 
 
@@ -95,8 +103,9 @@ def _nulls(run: OpenRun, measure: str, predictor: str) -> list[dict]:
 def rows_of(run: OpenRun, measure: str) -> list[dict]:
     """Every line of the table and of the forest plot: label, group, kind, r, low, high, p, row, null.
 
-    Of random latents r, low and high are mean and central 95% of the sets, p the share that reaches the score's r; of
-    probes low and high are the central 95% for shuffled targets, p the share that reaches the probe's r.
+    Of random latents r, low and high are mean and central 95% of the sets, p the share that reaches the score's r, None
+    where the sets are nearly the same (`SHARED`). Of probes low and high are the central 95% for shuffled targets, p
+    the share that reaches the probe's r.
     """
     rows, found = [], correlations_of(run, measure)
     for name, predictor in PREDICTORS.items():
@@ -116,7 +125,8 @@ def rows_of(run: OpenRun, measure: str) -> list[dict]:
                 null = next(row for row in _nulls(run, measure, score) if row["null"] == kind)
                 rows.append({"label": f"{score_name}, {label}", "group": predictor.group, "kind": "random",
                              "predictor": f"{kind}_{score}", "row": {}, "null": null, "r": null.get("mean"),
-                             "low": null.get("low"), "high": null.get("high"), "p": null.get("p")})
+                             "low": null.get("low"), "high": null.get("high"),
+                             "p": null.get("p") if null.get("shared", 1) <= SHARED else None})
     return rows
 
 
@@ -287,9 +297,12 @@ def match_sentence(run: OpenRun) -> str:
     parts = [f"the matched sets' mean {what} is {rows[kind]['matched'] / rows[kind]['chosen']:.0%} of that of the "
              f"chosen latents" for kind, what in (("rate", "firing rate"), ("energy", "energy"))
              if rows[kind]["chosen"] > 0]
+    shared = " and ".join(f"{row['shared']:.0%} ({kind})" for kind, row in rows.items())
     return (f"{run.settings.baseline_draws} sets of {run.settings.top_n} latents of each kind. "
             + "; ".join(parts).capitalize() + ". Where that is far below 100%, too few other latents are as active, "
-            "and activity is not ruled out as the reason.")
+            f"and activity is not ruled out as the reason. Two sets share {shared} of their latents on average: where "
+            f"that is more than {SHARED:.0%}, the sets are nearly one comparison however many there are, their spread "
+            "says little, and no p is given.")
 
 
 def probe_sentence(run: OpenRun, measure: str) -> str:
@@ -309,16 +322,20 @@ def probe_sentence(run: OpenRun, measure: str) -> str:
 
 def confound_sentence(run: OpenRun, measure: str) -> str:
     """What is left of the score once hardness and lengths are taken out."""
-    own = {row["score"]: row for row in run.get("baseline_confounds")
-           if (row["measure"], row["controls"]) == (measure, list(controls_of(measure)))}
+    own, first = ({row["score"]: row for row in run.get("baseline_confounds")
+                   if (row["measure"], row["controls"]) == (measure, list(controls(measure)))}
+                  for controls in (controls_of, first_controls_of))
     parts = []
     for score, label in SCORE_NAMES.items():
-        row = own[score]
-        said = "undefined" if "undefined" in row else (
-            f"partial r = {_two(row['pearson'])} (95% interval {_range(row['pearson_interval'])}, p "
-            f"{p_phrase(row['p'])}): **{_judged(run, confound_verdict(row))}**")
-        parts.append(f"{label} {said}")
-    return "; ".join(parts) + "."
+        said, before = _partial(run, own[score]), _partial(run, first[score])
+        parts.append(f"{label} {said}; without the length of the answers {before}")
+    return ". ".join(parts) + "."
+
+
+def _partial(run: OpenRun, row: dict) -> str:
+    return "undefined" if "undefined" in row else (
+        f"partial r = {_two(row['pearson'])} (95% interval {_range(row['pearson_interval'])}, p "
+        f"{p_phrase(row['p'])}): **{_judged(run, confound_verdict(row))}**")
 
 
 def power_sentence(run: OpenRun, measure: str) -> str:
@@ -336,7 +353,19 @@ def power_sentence(run: OpenRun, measure: str) -> str:
     if ceiling <= row["detectable"]:
         return sentence + "So here even a perfect forecast of the true changes might well be missed."
     return sentence + (f"So a forecast must correlate with the true changes at about "
-                       f"{row['detectable'] / ceiling:.2f} to be found.")
+                       f"{row['detectable'] / ceiling:.2f} to be found.{_partial_power(row, measure)}")
+
+
+def _partial_power(row: dict, measure: str) -> str:
+    """What a partial correlation must be to be found: each control costs one domain; "" with too few of them."""
+    controls = len(controls_of(measure))
+    left = row["n"] - controls
+    if left < 5:
+        return ""
+    return (f" A partial correlation given {controls} controls is as uncertain as a correlation over {left} domains: "
+            f"it needs {needed_correlation(left):.2f}, and a true one of "
+            f"{smallest_detectable_correlation(left, power=row['power']):.2f} is found in {row['power']:.0%} of "
+            "experiments (Fisher's z). A smaller one may well be there where it says *not shown*.")
 
 
 def by_measure(run: OpenRun, sentence: Callable[[OpenRun, str], str]) -> str:

@@ -7,11 +7,11 @@ import pandas
 from sts import learned
 from sts.data_sources import MATHEMATICS
 from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase
-from sts.pages_baselines import BASELINE_RULE, SCORE_NAMES, _range, comparison_verdict
+from sts.pages_baselines import BASELINE_RULE, CONTROL_NAMES, SCORE_NAMES, _range, comparison_verdict
 from sts.pages_limits import clear_domains, limits_sentence, power_sentence
 from sts.pages_measures import ACCURACIES, NAMES, measures_shown, p_value
 from sts.paper import published_correlations
-from sts.pipeline_answers import PARTS
+from sts.pipeline_answers import PARTS, RIVALS
 from sts.prompts import OPENING
 from sts.stages import OpenRun
 from sts.verdicts import counted
@@ -86,23 +86,32 @@ def parts_sentence(run: OpenRun) -> str:
     if not rows:
         return ""
     whole, changes = rows["whole"], [f"{PARTS[part]} {rows[part]['change']:+.2f}" for part in PARTS]
-    told = []
-    for score, label in SCORE_NAMES.items():
-        found = [rows[part]["scores"][score] for part in PARTS]
-        told.append(f"{label} " + ", ".join(
-            "undefined" if "undefined" in one else f"{one['pearson']:.2f} ({_range(one['pearson_interval'])})"
-            for one in found))
-    letter, seeds = rows["letter"], counted(whole["seeds"], "seed")
+    letter, opening, seeds = rows["letter"], rows["opening"], counted(whole["seeds"], "seed")
+    wrong = letter["wrong"]
     sentence = (f"**Which part of the answer changed?** Every scored sentence opens with *{OPENING}*. On "
                 f"{whole['questions']} questions a domain, the bits of an answer changed by {whole['change']:+.2f} "
                 f"(mean over {whole['n']} domains and {seeds}): {', '.join(changes)}. The right letter became more "
-                f"likely in {letter['n'] - letter['rose']} of {letter['n']} domains. ")
-    if abs(rows["opening"]["change"]) > abs(whole["change"]) / 2:
-        finds = "less" if rows["opening"]["change"] > 0 else "more"
+                f"likely in {letter['n'] - letter['rose']} of {letter['n']} domains; the wrong letters changed by "
+                f"{wrong['change']:+.2f} bits and became more likely in {letter['n'] - wrong['rose']}. ")
+    if abs(opening["change"]) > abs(whole["change"]) / 2:
+        finds = "less" if opening["change"] > 0 else "more"
         sentence += ("So most of the change in bits, per character and per answer, is that the tuned model finds "
                      f"these words {finds} likely, and says little of what it knows of a domain. ")
+    told = [f"{label} " + ", ".join(_r(rows[part]["scores"][score]) for part in PARTS)
+            for score, label in SCORE_NAMES.items()]
+    rivals = [f"{CONTROL_NAMES[name]} {_r(opening['rivals'][name])}" for name in RIVALS]
+    left = [f"{label} {_r(opening['left'][score], p=True)}" for score, label in SCORE_NAMES.items()]
     return (f"{sentence}Against the absolute change of these three parts in turn, r is: {'; '.join(told)} (95% "
-            "intervals over questions, domains and seeds).")
+            f"intervals over questions, domains and seeds). Against that of the opening words, which are as long in "
+            f"every domain: {'; '.join(rivals)}; and given these and the length of the questions, the partial r is "
+            f"{'; '.join(left)}.")
+
+
+def _r(row: dict, *, p: bool = False) -> str:
+    """A correlation with its interval, and with its p if asked for."""
+    if row.get("pearson") is None:
+        return "undefined"
+    return f"{row['pearson']:.2f} ({_range(row['pearson_interval'])}" + (f", p {p_phrase(row['p'])})" if p else ")")
 
 
 def parts_table(run: OpenRun) -> pandas.DataFrame:
@@ -111,10 +120,11 @@ def parts_table(run: OpenRun) -> pandas.DataFrame:
     for row in run.get("answer_parts"):
         line = {"part of the answer": PARTS.get(row["part"], "the whole answer"), "bits before": f"{row['before']:.2f}",
                 "mean change": f"{row['change']:+.2f}", "domains in which it rose": f"{row['rose']} of {row['n']}"}
-        for score, label in SCORE_NAMES.items():
-            found = row["scores"][score]
-            line[f"r of {label} with the absolute change"] = "undefined" if "undefined" in found else (
-                f"{found['pearson']:.2f} ({_range(found['pearson_interval'])}), p {p_phrase(found['p'])}")
+        line |= {f"r of {label} with the absolute change": _r(row["scores"][score], p=True)
+                 for score, label in SCORE_NAMES.items()}
+        line |= {f"r of {CONTROL_NAMES[name]}": _r(row["rivals"][name], p=True) for name in RIVALS}
+        line |= {f"{label}, given these and the length of the questions": _r(row["left"][score], p=True)
+                 for score, label in SCORE_NAMES.items()}
         lines.append(line)
     return pandas.DataFrame(lines)
 

@@ -12,18 +12,21 @@ import math
 import numpy as np
 import pandas
 
+from sts.config import Run
 from sts.errors import StsError
 from sts.evaluate import openings
 from sts.finetune import load_tuned
-from sts.pipeline_baselines import SCORES
-from sts.pipeline_comparison import _interval
+from sts.pipeline_baselines import SCORES, answer_shortness
+from sts.pipeline_comparison import _interval, controls_of, partial_rows
 from sts.stages import OpenRun, stage
 from sts.stats import pearson
-from sts.stats_domains import hierarchical_resamples, permutation_p_over_seeds
+from sts.stats_domains import Resamples, hierarchical_resamples, permutation_p_over_seeds
 
 #: Part of an answer -> how pages call it.
 PARTS = {"opening": "the opening words", "letter": "the right letter, given the opening",
          "text": "the option's text, given the letter"}
+#: What the scores stand beside: bits per character before training, and one over the length of the answers.
+RIVALS = ("base_bits", "answer_shortness")
 OPENINGS = ("model", "model_revision", "dtype", "eval_limit", "eval_batch", "opening_questions")
 
 
@@ -47,54 +50,84 @@ def openings_after(run: OpenRun, report) -> pandas.DataFrame:
 
 
 def _bits(run: OpenRun, when: str) -> pandas.DataFrame:
-    """Bits of each part and of the whole, by item; the items whose opening was scored."""
+    """Bits of each part, of the whole and of the wrong letters (mean over them); the items whose opening was scored."""
     opening = run.get(f"openings_{when}").set_index("example_id")
     rows = run.get(f"evaluation_{when}")
     right = rows[rows["is_right"]]
     letter, whole = (right[right["kind"] == kind].set_index("example_id")["loglikelihood"].reindex(opening.index)
                      for kind in ("letter", "solution"))
+    letters = rows[~rows["is_right"] & (rows["kind"] == "letter")]
+    wrong = letters.groupby("example_id")["loglikelihood"].mean().reindex(opening.index)
     frame = pandas.DataFrame({"opening": opening["loglikelihood"], "letter": letter,
-                              "text": whole - letter - opening["loglikelihood"], "whole": whole}) / -math.log(2)
+                              "text": whole - letter - opening["loglikelihood"], "whole": whole,
+                              "wrong_letters": wrong}) / -math.log(2)
     return frame.assign(domain=opening["domain"]).dropna()
 
 
-@stage("json", uses=("seeds", "seed", "bootstrap", "permutations"), inputs=("seeds",),
-       needs=("scores", "openings_before", "openings_after", "evaluation_before", "evaluation_after"))
+@stage("json", version=2, uses=("seeds", "seed", "bootstrap", "permutations"), inputs=("seeds",),
+       needs=("scores", "domain_shift", "text_baselines", "openings_before", "openings_after", "evaluation_before",
+              "evaluation_after"))
 def answer_parts(run: OpenRun, report) -> list[dict]:
-    """Change in bits of each part of the answer, and its correlation with the scores over domains; mean over seeds.
+    """Change in bits of each part of the answer, and what correlates with it over domains; mean over seeds.
 
     One row a part (`PARTS`, and whole), empty where no opening was scored: part, n (domains), questions (most of a
     domain), seeds, before and change (mean over domains and seeds, bits an answer), rose (domains in which the mean
-    over seeds rose), scores: score -> pearson with the absolute change, pearson_interval (hierarchical bootstrap), p
-    (permutation); or `undefined`.
+    over seeds rose), wrong (letter alone: change and rose of the wrong letters, mean over an item's), scores and rivals
+    (`RIVALS`): name -> pearson with the absolute change, pearson_interval (hierarchical bootstrap), p (permutation);
+    left: score -> `partial_rows` given the controls of bits per character (`controls_of`); or `undefined`.
     """
     runs = [run.with_seed(seed) for seed in (run.settings.seed, *run.other_seeds)]
     before, after = ([_bits(own, when) for own in runs] for when in ("before", "after"))
     if before[0].empty:
         return []
-    scored = [own.get("scores").query("variant == 'paper'").set_index("domain") for own in runs]
     domains, rows = sorted(before[0]["domain"].unique()), []
+    known_SNP = np.stack([_predictors(own, domains).to_numpy(float) for own in runs])
+    names = list(_predictors(run, domains))
+    controls_SNK = known_SNP[..., [names.index(name) for name in controls_of("bits")]]
+
+    def changes(part: str) -> list[np.ndarray]:
+        return [np.stack([(late.loc[items, part] - early.loc[items, part]).to_numpy()
+                          for early, late in zip(before, after, strict=True)], axis=1)
+                for _, items in sorted(before[0].groupby("domain").groups.items())]
+
     for part in (*PARTS, "whole"):
-        own = {domain: np.stack([(late.loc[items, part] - early.loc[items, part]).to_numpy()
-                                 for early, late in zip(before, after, strict=True)], axis=1)
-               for domain, items in before[0].groupby("domain").groups.items()}
-        change_SN = np.stack([own[domain].mean(0) for domain in domains], axis=1)
-        row = {"part": part, "n": len(domains), "questions": max(map(len, own.values())), "seeds": len(runs),
+        own = changes(part)
+        change_SN = np.stack([values.mean(0) for values in own], axis=1)
+        row = {"part": part, "n": len(domains), "questions": max(map(len, own)), "seeds": len(runs),
                "before": float(np.mean([frame.groupby("domain")[part].mean().mean() for frame in before])),
-               "change": float(change_SN.mean()), "rose": int((change_SN.mean(0) > 0).sum()), "scores": {}}
-        for score in SCORES:
-            x_SN = np.stack([frame.loc[domains, score].to_numpy(float) for frame in scored])
-            try:
-                found = [pearson(x_N, y_N) for x_N, y_N in zip(x_SN, np.abs(change_SN), strict=True)]
-                resamples = hierarchical_resamples([own[domain] for domain in domains], seed=run.settings.seed,
-                                                   resamples=run.settings.bootstrap)
-            except StsError as error:
-                row["scores"][score] = {"undefined": str(error)}
-                continue
-            test, = permutation_p_over_seeds(x_SN[None], np.abs(change_SN), resamples=run.settings.permutations,
-                                             seed=run.settings.seed)
-            row["scores"][score] = {"pearson": float(np.mean(found)), "p": test.p,
-                                    "pearson_interval": _interval(resamples.correlations(x_SN))}
-        rows.append(row)
+               "change": float(change_SN.mean()), "rose": int((change_SN.mean(0) > 0).sum())}
+        if part == "letter":
+            wrong_SN = np.stack([values.mean(0) for values in changes("wrong_letters")], axis=1)
+            row["wrong"] = {"change": float(wrong_SN.mean()), "rose": int((wrong_SN.mean(0) > 0).sum())}
+        try:
+            resamples = hierarchical_resamples(own, seed=run.settings.seed, resamples=run.settings.bootstrap)
+        except StsError as error:  # too few domains or questions
+            resamples, reason = None, str(error)
+        found = {name: _correlation(known_SNP[..., place], np.abs(change_SN), resamples, run.settings)
+                 if resamples else {"undefined": reason} for place, name in enumerate(names)}
+        left = partial_rows(np.stack([known_SNP[..., names.index(score)] for score in SCORES]), np.abs(change_SN),
+                            controls_SNK, resamples, run.settings)
+        rows.append(row | {"scores": {name: found[name] for name in SCORES},
+                           "rivals": {name: found[name] for name in RIVALS},
+                           "left": dict(zip(SCORES, left, strict=True))})
         report(len(rows) / (1 + len(PARTS)))
     return rows
+
+
+def _predictors(run: OpenRun, domains: list[str]) -> pandas.DataFrame:
+    """The scores (paper's formulas), and what they are compared with and corrected for; one row a domain."""
+    before = run.get("domain_shift").query("measure == 'bits'").set_index("domain")["before"]
+    scores = run.get("scores").query("variant == 'paper'").set_index("domain")
+    return pandas.DataFrame({
+        **{score: scores[score] for score in SCORES}, "base_bits": before,
+        "question_tokens": run.get("text_baselines").set_index("domain")["question_tokens"],
+        "answer_shortness": answer_shortness(run.get("evaluation_before"))}).loc[domains]
+
+
+def _correlation(x_SN: np.ndarray, change_SN: np.ndarray, resamples: Resamples, settings: Run) -> dict:
+    try:
+        found = [pearson(x_N, y_N) for x_N, y_N in zip(x_SN, change_SN, strict=True)]
+    except StsError as error:
+        return {"undefined": str(error)}
+    test, = permutation_p_over_seeds(x_SN[None], change_SN, resamples=settings.permutations, seed=settings.seed)
+    return {"pearson": float(np.mean(found)), "p": test.p, "pearson_interval": _interval(resamples.correlations(x_SN))}

@@ -116,9 +116,9 @@ def baseline_values(run: OpenRun, report) -> pandas.DataFrame:
     return frame.rename_axis("domain").reset_index()
 
 
-@stage("tensors", uses=("top_n", "baseline_draws", "seed"), needs=("shift", "domain_stats"))
+@stage("tensors", version=2, uses=("top_n", "baseline_draws", "seed"), needs=("shift", "domain_stats"))
 def random_latent_scores(run: OpenRun, report) -> dict[str, torch.Tensor]:
-    """Scores with `baseline_draws` random sets of latents of each kind: kind/act_RD, icl_RD, matched_R, chosen."""
+    """`baselines.random_set_scores` with `baseline_draws` sets of latents of each kind, named kind/act_RD and so on."""
     settings, flat = run.settings, {}
     for done, kind in enumerate(baselines.RANDOM, 1):
         own = baselines.random_set_scores(kind, run.get("shift"), split_domains(run.get("domain_stats")),

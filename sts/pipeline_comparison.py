@@ -154,8 +154,8 @@ def baseline_nulls(run: OpenRun, report) -> list[dict]:
 
     One row a measure and null: null (kind of random latents, or `shuffled`), predictor (that it is to be compared
     with), draws, mean, low, high (central 95% of r, mean over seeds), observed, p (share of draws with at least the
-    observed r, one-sided); of random sets also matched and chosen (mean firing rate or energy of the sets and of D_N),
-    of probes r_squared (out of sample, mean over seeds).
+    observed r, one-sided); of random sets also matched and chosen (mean firing rate or energy of the sets and of D_N)
+    and shared (share of latents that two sets have in common), of probes r_squared (out of sample, mean over seeds).
     """
     rows = []
     observed = {(row["measure"], row["predictor"]): row.get("pearson") for row in run.get("baseline_correlations")}
@@ -169,7 +169,8 @@ def baseline_nulls(run: OpenRun, report) -> list[dict]:
                             for own, y_N in zip(sets, one.change_SN, strict=True)]
                 rows.append(_null(one.measure, kind, name, np.mean(found_SR, axis=0), observed) | {
                     "matched": float(np.mean([own[f"{kind}/matched_R"].mean() for own in sets])),
-                    "chosen": float(np.mean([own[f"{kind}/chosen"].mean() for own in sets]))})
+                    "chosen": float(np.mean([own[f"{kind}/chosen"].mean() for own in sets])),
+                    "shared": float(np.mean([own[f"{kind}/shared"].mean() for own in sets]))})
         for features in ("raw", "sae"):
             own = [probe_row(seed, one.measure, features) for seed in one.runs]
             if all("shuffled" in row for row in own):
@@ -201,6 +202,11 @@ def controls_of(measure: str) -> tuple[str, ...]:
     return hardness_of(measure), *LENGTHS
 
 
+def first_controls_of(measure: str) -> tuple[str, ...]:
+    """What the score was to be corrected for before the length of the answers was seen to matter."""
+    return hardness_of(measure), "question_tokens"
+
+
 def partial_rows(x_PSN: np.ndarray, change_SN: np.ndarray, controls_SNK: np.ndarray,
                  resamples: Resamples | None, settings: Run) -> list[dict]:
     """Partial correlations with the absolute change given controls, mean over seeds; one row a predictor.
@@ -226,17 +232,17 @@ def partial_rows(x_PSN: np.ndarray, change_SN: np.ndarray, controls_SNK: np.ndar
     return rows
 
 
-@stage("json", version=2, uses=("seeds", "seed", "bootstrap", "permutations"), needs=EVERY_SEED, inputs=("seeds",))
+@stage("json", version=3, uses=("seeds", "seed", "bootstrap", "permutations"), needs=EVERY_SEED, inputs=("seeds",))
 def baseline_confounds(run: OpenRun, report) -> list[dict]:
-    """The score's partial correlation with the absolute change given hardness, each length, and all of them.
+    """The score's partial correlation with the absolute change given hardness, each length, and several of them.
 
-    One row a measure, score and list of controls (`controls_of`): measure, score, controls, n, seeds and the fields of
-    `partial_rows`.
+    One row a measure, score and list of controls (each of `controls_of`, `first_controls_of`, all): measure, score,
+    controls, n, seeds and the fields of `partial_rows`.
     """
     rows = []
     for one in _experiments(run):
         every, resamples = controls_of(one.measure), one.resamples if len(one.domains) >= 3 else None
-        for controls in (*((name,) for name in every), every):
+        for controls in (*((name,) for name in every), first_controls_of(one.measure), every):
             controls_SNK = np.stack([one.predictor(name) for name in controls], axis=-1)
             x_PSN = np.stack([one.predictor(score) for score in SCORES])
             found = partial_rows(x_PSN, one.change_SN, controls_SNK, resamples, run.settings)

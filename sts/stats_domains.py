@@ -276,6 +276,12 @@ class Power:
     false_alarms: float
 
 
+def needed_correlation(n: int, alpha: float = 0.05) -> float:
+    """The r that `n` points need for a two-sided p of `alpha`, by Student's t; n - K for one given K controls."""
+    t = scipy_stats.t.ppf(1 - alpha / 2, n - 2)
+    return float(t / math.sqrt(n - 2 + t**2))
+
+
 def power_of_design(n: int, *, alpha: float = 0.05, power: float = 0.8, trials: int = 2000, seed: int = 0) -> Power:
     """What a test over `n` points can find: Fisher's z, checked by simulation.
 
@@ -283,7 +289,6 @@ def power_of_design(n: int, *, alpha: float = 0.05, power: float = 0.8, trials: 
         StsError: as `stats.smallest_detectable_correlation`.
     """
     detectable = smallest_detectable_correlation(n, alpha, power)
-    t = scipy_stats.t.ppf(1 - alpha / 2, n - 2)
-    return Power(n, alpha, power, float(t / math.sqrt(n - 2 + t**2)), detectable,
+    return Power(n, alpha, power, needed_correlation(n, alpha), detectable,
                  simulated_power(n, detectable, alpha=alpha, trials=trials, seed=seed),
                  simulated_power(n, 0.0, alpha=alpha, trials=trials, seed=seed))

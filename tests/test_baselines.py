@@ -1,5 +1,6 @@
 """Baselines: each value against its definition worked out another way."""
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -110,6 +111,19 @@ def test_random_sets_imitate_the_chosen_latents_and_hold_none_of_them(kind):
     np.testing.assert_allclose(found["icl_RD"], changed)
     np.testing.assert_allclose(found["matched_R"], [like_L[one].mean() for one in sets])
     assert found["chosen"].item() == pytest.approx(like_L[chosen].mean().item())
+    pairs = [len(set(one.tolist()) & set(other.tolist())) / 6 for one, other in itertools.combinations(sets, 2)]
+    assert found["shared"].item() == pytest.approx(np.mean(pairs), rel=1e-6) and 0 < np.mean(pairs) < 1
+
+
+def test_sets_that_imitate_the_few_most_active_latents_are_known_to_share_latents():
+    # As in a real SAE: the four chosen latents and five others fire often, the rest hardly ever.
+    rare = SHIFT | {"base_fired_L": torch.where(torch.arange(40) < 9, 40.0, 0.0).double(),
+                    "squared_difference_L": torch.where(torch.arange(40) < 4, 9.0, 0.0).double()}
+    imitated, even = (baselines.random_set_scores(kind, rare, DOMAINS, 4, 20, seed=0)["shared"].item()
+                      for kind in ("rate", "uniform"))
+    assert even < 0.2 and imitated > 2 * even
+    assert baselines.shared_share(torch.tensor([[1, 2]] * 3), 4) == 1 == baselines.shared_share(torch.tensor([[1]]), 4)
+    assert baselines.shared_share(torch.tensor([[1, 2], [0, 3]]), 4) == 0
 
 
 def test_uniform_sets_cover_all_other_latents_and_differ_between_seeds():

@@ -18,7 +18,7 @@ def test_no_interval_is_no_verdict():
 @pytest.mark.parametrize(("rate", "energy", "verdict"), [(0.05, 0.01, "held"), (0.06, 0.01, "not shown"),
                                                          (0.01, 0.3, "not shown")])
 def test_the_choice_of_latents_must_beat_both_kinds_of_matched_sets(rate, energy, verdict):
-    known = {"observed": 0.5, "matched": 0.95, "chosen": 1.0}
+    known = {"observed": 0.5, "matched": 0.95, "chosen": 1.0, "shared": 0.5}
     rows = [{"null": "uniform", "p": 0.9}, {"null": "rate", "p": rate, **known},
             {"null": "energy", "p": energy, **known}]
     assert pages_baselines.choice_verdict(rows) == verdict
@@ -28,6 +28,9 @@ def test_the_choice_of_latents_must_beat_both_kinds_of_matched_sets(rate, energy
         apart = [row | ({"matched": 0.6} if place == kind else {}) for place, row in enumerate(rows)]
         reason = ", as sets of one kind do not match" if verdict == "held" else ""  # else the sets themselves decide
         assert pages_baselines.choice_verdict(apart) == f"not shown{reason}"
+        alike = [row | ({"shared": 0.51} if place == kind else {}) for place, row in enumerate(rows)]
+        reason = ", as the sets of one kind are nearly the same" if verdict == "held" else ""
+        assert pages_baselines.choice_verdict(alike) == f"not shown{reason}"
     rows[1] = {"null": "rate", "undefined": "no correlation is defined"}
     assert pages_baselines.choice_verdict(rows) == "undefined"
 

@@ -14,6 +14,7 @@ from sts import data, inputs, pages_forecast
 from sts.evaluate import openings
 from sts.finetune import load_tuned
 from sts.prompts import OPENING, question_text, render, solution_text
+from sts.stats_domains import partial_correlation
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,38 @@ def test_parts_are_correlated_as_absolute_changes_of_domains(run):
     assert row["scores"]["sts_icl"]["pearson"] == pytest.approx(np.mean(found))
     interval = row["scores"]["sts_icl"]["pearson_interval"]
     assert interval["low"] < np.mean(found) < interval["high"]
+
+
+def test_rivals_and_what_is_left_are_correlations_of_the_same_changes(run):
+    row, rivals, left = run.get("answer_parts")[0], {"base_bits": [], "answer_shortness": []}, []
+    for own in (run, run.with_seed(1)):
+        before, after = (own.get(f"openings_{when}").set_index("example_id") for when in ("before", "after"))
+        change = (after["loglikelihood"] - before["loglikelihood"]).groupby(before["domain"]).mean().abs()
+        known = own.get("baseline_values").set_index("domain").loc[change.index]
+        for name, found in rivals.items():
+            found.append(pearsonr(known[name], change)[0])
+        left.append(partial_correlation(known["sts_act"], change, [
+            known[name] for name in ("base_bits", "question_tokens", "answer_shortness")]))
+    for name, found in rivals.items():
+        assert row["rivals"][name]["pearson"] == pytest.approx(np.mean(found))
+        assert 0 < row["rivals"][name]["p"] <= 1 and row["rivals"][name]["pearson_interval"]["low"] < np.mean(found)
+    assert row["left"]["sts_act"]["by_seed"] == pytest.approx(left)
+
+
+def test_wrong_letters_stand_beside_the_right_one(run):
+    wrong, changes = run.get("answer_parts")[1]["wrong"], []
+    for own in (run, run.with_seed(1)):
+        bits = []
+        for when in ("before", "after"):
+            rows = own.get(f"evaluation_{when}")
+            asked = rows["example_id"].isin(own.get("openings_before")["example_id"])
+            kept = rows[asked & (rows["kind"] == "letter") & ~rows["is_right"]]
+            bits.append(-kept.groupby(["domain", "example_id"])["loglikelihood"].mean() / np.log(2))
+        changes.append((bits[1] - bits[0]).groupby("domain").mean())
+    mean = sum(changes) / 2
+    assert wrong == {"change": pytest.approx(mean.mean()), "rose": (mean > 0).sum()}
+    said = pages_forecast.parts_sentence(run)
+    assert f"wrong letters changed by {mean.mean():+.2f} bits and became more likely in {(mean < 0).sum()}." in said
 
 
 def test_the_page_says_which_part_changed_and_what_follows(run, monkeypatch):
