@@ -180,7 +180,10 @@ def doctor() -> None:
     for name in CORPORA:
         row(True if local_file("corpus", name) else None, f"corpus {name}", "for training an SAE")
     print("Folders")
-    row(None, "STS_DATA_DIR", os.environ.get("STS_DATA_DIR") or "not set: local data sets are not looked for")
+    folder = os.environ.get("STS_DATA_DIR", "")
+    there = bool(folder) and Path(folder).expanduser().is_dir()
+    row(there or (False if folder else None), "STS_DATA_DIR", (folder if there else f"{folder} is no folder") if folder
+        else "not set: local data sets are not looked for")
     row(None, "results", str(results_folder()))
     row(None, "free disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB")
     row(None, "runs", ", ".join(available_runs()))

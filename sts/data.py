@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sts.data_sources import CORPORA, GENERATED, LETTERS, MMLU_PRO_CATEGORY, SOURCES, Example, Source, without_preamble
-from sts.errors import StsError, one_of
+from sts.errors import MissingData, StsError, one_of
 
 #: Whether data sets that are not here may be asked from the hub.
 _HUB: ContextVar[bool] = ContextVar("hub", default=True)
@@ -102,7 +102,10 @@ def _example(source: Source, row: dict, row_id: str) -> Example:
     try:
         return source.read(row, row_id)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise StsError(f"Row {row_id!r} does not have the columns of the public release: {error!r}.") from error
+        wrong = f"column {error.args[0]!r} is missing" if isinstance(error, KeyError) else repr(error)
+        has = ", ".join(row) if isinstance(row, dict) else repr(row)[:80]
+        raise StsError(f"Row {row_id!r} does not have the columns of the public release of {source.folder}: {wrong}; "
+                       f"the row has {has}. The README shows a row of mmlu_pro and of gsm8k.") from error
 
 
 @contextmanager
@@ -122,16 +125,27 @@ def local_file(folder: str, split: str) -> Path | None:
     return path if root and path.is_file() else None
 
 
+def _named() -> str:
+    """What STS_DATA_DIR names at present, for an error: most often it is not set, or misspelled."""
+    root = os.environ.get("STS_DATA_DIR", "")
+    if not root:
+        return " (not set now)"
+    return f" (now {root}, " + ("without that file)" if Path(root).expanduser().is_dir() else "which is no folder)")
+
+
 def _rows(name: str, source: Source, split: str) -> Iterator[dict]:
     path = local_file(source.folder, split)
     if path is not None:
-        yield from _json_lines(path)
+        rows = list(_json_lines(path))
+        if not rows:
+            raise StsError(f"{path} holds no rows; write one JSON object a line, or remove the file.")
+        yield from rows
         return
-    local_hint = f"put {source.folder}/{split}.jsonl in a folder and name that folder in STS_DATA_DIR"
+    local_hint = f"put {source.folder}/{split}.jsonl in a folder and name that folder in STS_DATA_DIR{_named()}"
     if not source.hub:
-        raise StsError(f"Data set {name!r} is read from a local folder only: {local_hint}.")
+        raise MissingData(f"Data set {name!r} is read from a local folder only: {local_hint}.")
     if not _HUB.get():
-        raise StsError(f"Data set {name!r} is in no local folder: {local_hint}.")
+        raise MissingData(f"Data set {name!r} is in no local folder: {local_hint}.")
     import datasets
 
     try:
@@ -139,7 +153,7 @@ def _rows(name: str, source: Source, split: str) -> Iterator[dict]:
             yield from datasets.load_dataset(source.hub, config, split=split, revision=source.revision or None)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise StsError(
+        raise MissingData(
             f"Data set {name!r} was asked from the hub ({source.hub}), which could not be reached or does not have "
             f"it ({reason}). What works without a network: {local_hint}, or the data sets {', '.join(GENERATED)}."
         ) from error

@@ -13,3 +13,7 @@ def one_of(what: str, asked: object, valid: object) -> StsError:
     """The error for a name that is not in a list: `what` was asked for, these are the valid ones."""
     listed = ", ".join(sorted(str(name) for name in valid))
     return StsError(f"{what} {asked!r} is not known. Valid: {listed}.")
+
+
+class MissingData(StsError):
+    """A data set that was asked for is neither in a local folder nor on the hub."""

@@ -10,6 +10,7 @@ import pandas
 from sts import learned
 from sts.pages_measures import p_value
 from sts.progress import duration
+from sts.recorded import texts_withheld
 from sts.stages import OpenRun
 
 
@@ -20,6 +21,17 @@ def show_table(frame: pandas.DataFrame, *, digits: int = 3) -> str:
 
     table = frame.to_html(index=False, border=0, escape=True, float_format=number, classes="dataframe")
     return f'<div class="sts-scroll">{table}</div>'
+
+
+def texts_note(run: OpenRun, stage: str, chapter: str) -> str:
+    """HTML: that the texts of a recorded result are not recorded, and how to read them; "" where they are there."""
+    if not texts_withheld(run.get(stage)):
+        return ""
+    name = html.escape(run.settings.name)
+    return ("<p><strong>The texts are not here.</strong> This run is shown from recorded results, which hold no texts "
+            "of data sets. To read them, with the model and the data (<code>sts doctor</code>): "
+            f"<code>sts stage {stage} --run {name} --again</code>, then <code>sts run {chapter} --run {name}</code>. "
+            "Runs that are computed where they are read, such as <code>laptop</code>, show theirs.</p>")
 
 
 def banner(run: OpenRun) -> str:

@@ -39,6 +39,14 @@ def _without_answers(written: dict) -> dict:
                       "answers": [one | {"answer": NO_TEXT} for one in written["answers"]]}
 
 
+def texts_withheld(value: list[dict] | dict) -> bool:
+    """Whether the result of stage `latent_examples` or `ablated_answers` was recorded, without its texts."""
+    if isinstance(value, dict):
+        return value["question"] == NO_TEXT
+    tokens = {token for card in value for context in card["contexts"] for token in context["tokens"]}
+    return tokens == {BLANK}
+
+
 def _sums(*kept: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """Of sums by domain ("law/tokens"), those named `kept` and the numbers of tokens."""
     return lambda sums: {field: value for field, value in sums.items()

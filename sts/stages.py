@@ -20,7 +20,7 @@ from typing import Any
 from sts import processes
 from sts.config import ROOT, Run, load_run
 from sts.data import digest, without_hub
-from sts.errors import StsError, one_of
+from sts.errors import MissingData, StsError, one_of
 from sts.inputs import Inputs
 from sts.progress import Reporter
 from sts.provenance import environment, peak_memory_mb
@@ -131,7 +131,10 @@ class OpenRun(Inputs):
                 recorded = recorded_key(self, spec, uses, needs)
             if recorded is not None:
                 return recorded
-            inputs = {what: self.identity(what) for what in spec.inputs}
+            try:
+                inputs = {what: self.identity(what) for what in spec.inputs}
+            except MissingData as error:
+                raise self._beyond_recorded(spec, error) from error
         content = {"stage": spec.name, "version": spec.version, "kind": spec.kind, "uses": uses, "needs": needs,
                    "inputs": inputs}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
@@ -145,7 +148,10 @@ class OpenRun(Inputs):
             self._used.append(name)
         if f"{name}-{key}" in self._memory:
             return self._memory[f"{name}-{key}"]
-        path = self.store.find(name, key, spec.kind) or self.compute(name)
+        try:
+            path = self.store.find(name, key, spec.kind) or self.compute(name)
+        except MissingData as error:
+            raise self._beyond_recorded(spec, error) from error
         self._memory[f"{name}-{key}"] = result = read(path, spec.kind)
         return result
 
@@ -202,6 +208,14 @@ class OpenRun(Inputs):
         for name in self._used:
             visit(name)
         return tuple(ordered)
+
+    def _beyond_recorded(self, spec: Stage, error: MissingData) -> StsError:
+        """The error, with the reason that data are asked for at all where the run is shown from recorded results."""
+        if not any(folder.is_dir() for folder in self.store.recorded):
+            return error
+        changed = f" with {', '.join(f'{name} = {value}' for name, value in self.changed.items())}" * bool(self.changed)
+        return StsError(f"Of run {self.settings.name!r}, the result of stage {spec.name!r}{changed} is not recorded, "
+                        f"or not whole; computing it needs the model and the data. {error}")
 
     def _spec(self, name: str) -> Stage:
         known = registered()

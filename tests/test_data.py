@@ -320,3 +320,23 @@ def test_the_digest_changes_with_any_field_and_with_the_order():
     assert len({data.digest([row]), *others}) == 5
     assert data.digest([row]) == data.digest([Example(**row.__dict__)])
     assert data.digest(["a", "b"]) != data.digest(["b", "a"])
+
+
+def test_an_empty_file_and_a_folder_that_is_none_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("STS_DATA_DIR", str(tmp_path))
+    (tmp_path / "mbpp").mkdir()
+    (tmp_path / "mbpp" / "all.jsonl").write_text("\n")
+    with pytest.raises(StsError, match="mbpp/all.jsonl holds no rows"):
+        load_examples("mbpp")
+    (tmp_path / "mbpp" / "all.jsonl").write_text('{"question": "2 + 2?"}\n')
+    with pytest.raises(StsError, match="public release of mbpp: column '.*' is missing; the row has question"):
+        load_examples("mbpp")
+    (tmp_path / "mbpp" / "all.jsonl").unlink()
+    with pytest.raises(StsError, match=f"now {tmp_path}, without that file"):
+        load_examples("mbpp")
+    monkeypatch.setenv("STS_DATA_DIR", str(tmp_path / "nowhere"))
+    with pytest.raises(StsError, match="nowhere, which is no folder"):
+        load_examples("mbpp")
+    monkeypatch.delenv("STS_DATA_DIR")
+    with pytest.raises(StsError, match="not set now"):
+        load_examples("mbpp")

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 import sts
-from sts import inputs
+from sts import inputs, pages
 from sts.config import ROOT
-from sts.errors import StsError
+from sts.errors import MissingData, StsError
+from sts.pages import correlation_verdict
+from sts.pages_baselines import comparison_verdict, confound_verdict, correlations_of
 from sts.pages_headline import headline_markdown
 from sts.recorded import BLANK, NO_TEXT, drawn, record
 from sts.stages import STAGES, registered
@@ -220,6 +222,26 @@ def test_recording_removes_nothing_while_a_training_set_cannot_be_read(run, tmp_
     assert before <= {path.name for path in (tmp_path / "recorded").iterdir()}
 
 
+def test_texts_that_are_not_recorded_are_announced_with_the_way_to_read_them(run, folder, elsewhere):
+    assert pages.texts_note(run, "ablated_answers", "fine_tuning_moves_few_latents") == ""
+    assert pages.texts_note(run, "latent_examples", "what_an_sae_sees") == ""
+    for stage in ("ablated_answers", "latent_examples"):
+        assert f"sts stage {stage} --run smoke --again" in pages.texts_note(elsewhere, stage, "x")
+
+
+def test_a_changed_setting_of_a_recorded_run_says_why_data_are_needed(elsewhere, monkeypatch):
+    other = sts.open_run("smoke", results=elsewhere.results, seeds=[], domain_data="mmlu_pro")
+    other.store = elsewhere.store
+
+    def missing(*args, **kwargs):
+        raise MissingData("no data")
+
+    for name in ("resolve_model", "load_examples"):
+        monkeypatch.setattr(inputs, name, missing)
+    with pytest.raises(StsError, match="'evaluation_before' with .*domain_data = mmlu_pro is not recorded.*no data"):
+        other.get("evaluation_before")
+
+
 def test_recording_nothing_or_too_much_is_an_error(run, tmp_path, monkeypatch):
     with pytest.raises(StsError, match="no results"):
         record(sts.open_run("smoke", results=tmp_path, seeds=[]), tmp_path / "none")
@@ -250,8 +272,29 @@ def test_every_result_in_the_repository_is_one_that_its_run_asks_for(folder):
     assert found and found - asked == set()
 
 
-def test_the_readme_quotes_the_recorded_run():
-    readme, full = (ROOT / "README.md").read_text(encoding="utf-8"), sts.open_run("full").recorded_alone()
+@pytest.fixture(scope="module")
+def full():
+    return sts.open_run("full").recorded_alone()
+
+
+@pytest.fixture(scope="module")
+def readme():
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def said(row):
+    """A correlation with its interval, as the README has it."""
+    low, high = (f"{row['pearson_interval'][end] + 0.005:.2f}" if abs(row['pearson_interval'][end]) < 0.005 else
+                 f"{row['pearson_interval'][end]:.2f}" for end in ("low", "high"))
+    return f"{row['pearson']:.2f} ({low} to {high})"
+
+
+def row_of(rows, **wanted):
+    found, = (row for row in rows if all(row[name] == value for name, value in wanted.items()))
+    return found
+
+
+def test_the_readme_quotes_the_recorded_run(full, readme):
     plain = " ".join(readme.split())
     assert headline_markdown(full) in readme
     seeds, shifts = 1 + len(full.other_seeds), full.get("domain_shift").query("measure == 'bits'")
@@ -259,20 +302,54 @@ def test_the_readme_quotes_the_recorded_run():
     assert len(shifts) == 14 and (shifts["shift"] > 0).all() and "became less likely in all 14 domains" in plain
     answers = next(row["answers"] for row in full.get("hardness") if row["measure"] == "bits")
     assert f"{answers['characters_low']:.0f} to {answers['characters_high']:.0f} characters, median" in plain
-    parts = {row["part"]: row for row in full.get("answer_parts")}
-    assert (f"mean change of {parts['whole']['change']:+.2f} bits an answer, the opening words *The answer is (* make "
-            f"{parts['opening']['change']:+.2f}, the right letter {parts['letter']['change']:+.2f} (it became more "
-            f"likely in {parts['letter']['n'] - parts['letter']['rose']} of 14 domains), the option's text "
-            f"{parts['text']['change']:+.2f}.") in plain
-    def said(row):
-        return f"{row['pearson']:.2f} ({row['pearson_interval']['low']:.2f} to {row['pearson_interval']['high']:.2f})"
 
-    opening, letter, text = (said(parts[part]["scores"]["sts_act"]) for part in ("opening", "letter", "text"))
-    assert (f"opening words, r = {opening}; with that of the letter it has {letter}, with that of the text {text}. "
-            f"({parts['whole']['questions']} questions a domain, three seeds.)") in plain
-    code, health = (said(row) for name in ("mbpp", "pubmedqa") for row in full.get("training_correlations") if (
-        row["training_set"], row["measure"], row["variant"], row["score"]) == (name, "bits", "paper", "sts_act"))
-    assert f"STS_act has {code} and {health} in bits per character" in plain
-    row = next(row for row in full.get("baseline_confounds")
-               if (row["measure"], row["score"], len(row["controls"])) == ("bits", "sts_act", 3))
-    assert f"(STS_act: p = {row['p']:.2f})" in plain and row["pearson_interval"]["low"] < 0
+
+def test_the_readme_quotes_the_parts_of_answers(full, readme):
+    plain, parts = " ".join(readme.split()), {row["part"]: row for row in full.get("answer_parts")}
+    letter, opening = parts["letter"], parts["opening"]
+    assert (f"mean change of {parts['whole']['change']:+.2f} bits an answer, the opening words *The answer is (* make "
+            f"{opening['change']:+.2f}, the right letter {letter['change']:+.2f} (it became more likely in "
+            f"{14 - letter['rose']} of 14 domains, and the wrong letters in {14 - letter['wrong']['rose']}: "
+            f"{letter['wrong']['change']:+.2f}), the option's text {parts['text']['change']:+.2f}.") in plain
+    found = {part: said(parts[part]["scores"]["sts_act"]) for part in parts}
+    assert (f"opening words, r = {found['opening']}, more than bits per character before, "
+            f"{said(opening['rivals']['base_bits'])}; with that of the letter it has {found['letter']}, with that of "
+            f"the text {found['text']}. ({parts['whole']['questions']} questions a domain, three seeds.)") in plain
+    assert correlation_verdict(opening["scores"]["sts_act"]) == "held"
+    assert opening["scores"]["sts_act"]["pearson"] > opening["rivals"]["base_bits"]["pearson"]
+
+
+def test_the_readme_says_what_other_training_does(full, readme):
+    plain, rows = " ".join(readme.split()), full.get("training_correlations")
+    code, health = ([row_of(rows, training_set=name, measure=measure, variant="paper", score="sts_act")
+                     for measure in ("bits", "bits_answer")] for name in ("mbpp", "pubmedqa"))
+    assert f"STS_act has {said(code[0])} in bits per character and {said(code[1])} per answer" in plain
+    assert f"with PubMedQA {said(health[0])} and {said(health[1])}." in plain
+    assert [correlation_verdict(row) for row in code] == ["not shown"] * 2  # "does not hold, or not in both measures"
+    assert [correlation_verdict(row) for row in health] == ["reversed", "held"]
+
+
+def test_the_readme_names_rivals_and_what_is_left(full, readme):
+    plain, found = " ".join(readme.split()), correlations_of(full, "bits")
+    for name in ("base_bits", "answer_shortness"):  # "are not told apart from STS_act"
+        assert comparison_verdict(found[name]["less"]["sts_act"]) == "not told apart"
+    act, icl = (row_of(full.get("baseline_nulls"), measure="bits", null="energy", predictor=name)
+                for name in ("sts_act", "sts_icl"))
+    assert (f"({act['p'] * (act['draws'] + 1) - 1:.0f} of {act['draws']} sets reach it; two sets share "
+            f"{act['shared']:.0%} of their latents), and {icl['p']:.0%} of them reach STS_ICL") in plain
+
+    def left(measure, *controls):
+        return row_of(full.get("baseline_confounds"), measure=measure, score="sts_act", controls=list(controls))
+
+    every = left("bits", "base_bits", "question_tokens", "answer_shortness")
+    assert f"(STS_act: p = {every['p']:.2f})" in plain and confound_verdict(every) == "not shown"
+    assert f"Given the bits before alone, STS_act has {said(left('bits', 'base_bits'))}." in plain
+    first, answer = left("bits", "base_bits", "question_tokens"), left("bits_answer", "base_bits_answer",
+                                                                      "question_tokens")
+    assert f"without it STS_act has {said(first)[:-1]}, p = {first['p']:.3f}), and per answer {said(answer)}." in plain
+    rows = full.get("sweep_correlations")["values"]
+    own, other = ({score: row_of(source, measure="bits", score=score, **wanted)["pearson"]
+                   for score in ("sts_act", "sts_icl")} for source, wanted in (
+                       (full.get("correlations"), {"variant": "paper"}), (rows, {"axis": "k", "own": True})))
+    assert (f"STS_ICL has {own['sts_icl']:.2f} with our SAE, and {other['sts_icl']:.2f} with another one of the same "
+            f"shape, trained on less text; STS_act {own['sts_act']:.2f} and {other['sts_act']:.2f}.") in plain
