@@ -335,7 +335,7 @@ def test_the_readme_names_rivals_and_what_is_left(full, readme):
         assert comparison_verdict(found[name]["less"]["sts_act"]) == "not told apart"
     act, icl = (row_of(full.get("baseline_nulls"), measure="bits", null="energy", predictor=name)
                 for name in ("sts_act", "sts_icl"))
-    assert (f"({act['p'] * (act['draws'] + 1) - 1:.0f} of {act['draws']} sets reach it; two sets share "
+    assert (f"({round(act['p'] * (act['draws'] + 1)) - 1} of {act['draws']} sets reach it; two sets share "
             f"{act['shared']:.0%} of their latents), and {icl['p']:.0%} of them reach STS_ICL") in plain
 
     def left(measure, *controls):
