@@ -39,6 +39,9 @@ def test_every_chapter_is_executed_to_its_end_without_errors_or_chatter(book):
         # Anything on stderr is a library's warning or a progress bar: neither belongs on a page.
         assert not [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
         assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+        # An empty Markdown or HTML object would stand on the page by its Python name.
+        assert not [output.data for output in outputs if list(output.get("data", {})) == ["text/plain"]
+                    and "IPython.core.display" in output.data["text/plain"]]
 
 
 def test_numbers_on_the_page_are_the_stages_numbers(book):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sts import data, data_sources
+from sts.config import ROOT
 from sts.data import by_domain, gsm_symbolic, load_examples, load_texts, split_options
 from sts.data_sources import Example, last_boxed
 from sts.errors import StsError
@@ -320,6 +321,18 @@ def test_the_digest_changes_with_any_field_and_with_the_order():
     assert len({data.digest([row]), *others}) == 5
     assert data.digest([row]) == data.digest([Example(**row.__dict__)])
     assert data.digest(["a", "b"]) != data.digest(["b", "a"])
+
+
+def test_the_rows_that_the_readme_shows_are_read(tmp_path, monkeypatch):
+    rows = re.search(r"```json\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
+    monkeypatch.setenv("STS_DATA_DIR", str(tmp_path))
+    for place, line in zip(("mmlu_pro/test", "gsm8k/train"), rows.splitlines(), strict=True):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / f"{place}.jsonl").write_text(line)
+    question, problem = load_examples("mmlu_pro", split="test")[0], load_examples("gsm8k")[0]
+    assert (question.domain, question.answer, question.options[question.answer_index]) == ("biology",
+                                                                                         *["Carbon dioxide"] * 2)
+    assert (problem.domain, problem.answer) == ("math", "5") and "2 + 3 = 5" in problem.solution
 
 
 def test_an_empty_file_and_a_folder_that_is_none_are_named(tmp_path, monkeypatch):
