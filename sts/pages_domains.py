@@ -1,15 +1,29 @@
-"""What the chapter on training domains says: its tables, and sentences with verdicts by rules fixed beforehand."""
+"""What the chapter on training domains says: sentences with verdicts by rules fixed beforehand."""
 
 from __future__ import annotations
 
-import pandas
+import math
 
-from sts import paper
 from sts.errors import StsError
 from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase, p_value
-from sts.pages_measures import NAMES, decimals, in_order
-from sts.pipeline_domains import beyond_rate, training_seeds
+from sts.pages_measures import NAMES
+from sts.pipeline_domains import beyond_rate, training_runs, training_seeds
+from sts.recorded import provenances
+from sts.rivals_domains import RIVALS, likeness, moved_most, rival_row, same_ranks
 from sts.stages import OpenRun
+from sts.tables_domains import (
+    SCORE_NAMES,
+    correlation_row,
+    least,
+    measures,
+    said_of,
+    span,
+    specific_row,
+    told_measures,
+    training_sets,
+    two,
+    without_text,
+)
 from sts.verdicts import counted
 from sts.verdicts_domains import (
     LEARNED_RULE,
@@ -17,19 +31,14 @@ from sts.verdicts_domains import (
     SPECIFIC_RULE,
     idle_seeds,
     judged_all,
-    judged_set,
     own_list_verdict,
     sets_of,
     specific_verdict,
 )
 
-SCORE_NAMES = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
-FORECAST_NAMES = SCORE_NAMES | {"tfidf": "TF-IDF similarity of questions"}
-#: Domain of a training set here -> what the paper's Table 1 calls the closest (its health set is on mental health).
-PAPER_DOMAINS = {"computer science": "code", "health": "health", "psychology": "health"}
-#: Measures that the summary judges besides the first -> what is said of them. Bits per character divide by the answer's
-#: length, bits per answer do not; both count words that many answers share, and the letter's probability does not.
-ALSO = {"bits_answer": "", "p_right": ", where no wording of the answer counts"}
+#: Measures that the summary judges besides the first -> what is said of them. Both kinds of bits count words that many
+#: answers share, the letter's probability does not.
+ALSO = {"p_right": ", where no wording of the answer counts"}
 
 
 # --- what is there ------------------------------------------------------------------------------------------------
@@ -50,11 +59,6 @@ def present(run: OpenRun) -> tuple[OpenRun, dict[str, str]]:
     if not missing:
         return run, missing
     return run.with_training_sets([name for name in run.settings.training_sets if name not in missing]), missing
-
-
-def training_sets(run: OpenRun) -> list[str]:
-    """Names of the training sets that are compared, the run's own first."""
-    return list(dict.fromkeys((run.settings.sft_data, *run.settings.training_sets)))
 
 
 def missing_note(run: OpenRun, missing: dict[str, str]) -> str:
@@ -79,108 +83,6 @@ def _code(names: list[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------
-
-def measures(run: OpenRun) -> list[str]:
-    """Measures that were evaluated, the finest first (`pages_measures.ORDER`)."""
-    return in_order(run.get("training_matrix")["measure"])
-
-
-def _specific(run: OpenRun, measure: str, forecast: str) -> dict:
-    return next(row for row in run.get("training_specificity")
-                if (row["measure"], row["forecast"]) == (measure, forecast))
-
-
-def _correlation(run: OpenRun, name: str, seed: int, measure: str, score: str) -> dict:
-    key = (name, seed, measure, "paper", score)
-    return next((row for row in run.get("training_correlations")
-                 if tuple(row[field] for field in ("training_set", "seed", "measure", "variant", "score")) == key),
-                {"undefined": "not evaluated"})
-
-
-# --- tables -------------------------------------------------------------------------------------------------------
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "no interval" if low is None or high is None else f"{_two(low)} to {_two(high)}"
-
-
-def _two(value: float | None) -> str:
-    """Two decimals, and never "-0.00"."""
-    return "undefined" if value is None else f"{round(value, 2) + 0.0:.2f}"
-
-
-def sets_table(run: OpenRun) -> pandas.DataFrame:
-    """One line a training set and seed: what was learned, latents foreseen, correlation over domains (Table 1)."""
-    published = paper.published_table(1)
-    lines, first = [], measures(run)[0]
-    rates = {(row["trained"], row["seed"]): row["by_rate"] for row in run.get("training_overlap")["rows"]
-             if row["estimated"] == row["trained"]}
-    for row in sets_of(run).itertuples():
-        line = {"training set": row.training_set, "seed": row.seed, "its domain": row.trained_domain,
-                "held-out loss": f"{-row.loss_fall:+.1%}",
-                f"latents foreseen, of {row.overlap_n}": f"{row.overlap} (p " + (
-                    "undefined)" if pandas.isna(row.overlap_p) else f"{p_phrase(row.overlap_p)})"),
-                "by firing rate": rates[row.training_set, row.seed]}
-        for score, name in SCORE_NAMES.items():
-            line[f"r of {name}, {NAMES[first]}"] = _said(run, row.training_set, row.seed, first, score)
-        own = published[published["quantity"].str.endswith(f"domain {PAPER_DOMAINS.get(row.trained_domain)}")]
-        line["paper: r of STS_ICL, latents of 100"] = ", ".join(
-            f"{value:.2f}" if value_of.startswith("pearson") else f"{100 * value:.0f}"
-            for value_of, value in zip(own["quantity"], own["value"], strict=True))
-        lines.append(line)
-    return pandas.DataFrame(lines)
-
-
-def _said(run: OpenRun, name: str, seed: int, measure: str, score: str) -> str:
-    row = _correlation(run, name, seed, measure, score)
-    if "undefined" in row:
-        return "undefined"
-    interval, verdict = row["pearson_interval"], judged_set(run, name, seed, correlation_verdict(row))
-    return f"{_two(row['pearson'])} ({_interval(interval['low'], interval['high'])}), p {p_phrase(row['p'])}: {verdict}"
-
-
-def cells_table(run: OpenRun, measure: str) -> pandas.DataFrame:
-    """One line an evaluation domain: for every training set both scores, and the change with its interval."""
-    cells = run.get("training_matrix")
-    own = cells[(cells["measure"] == measure) & (cells["seed"] == run.settings.seed)]
-    frame = pandas.DataFrame({"domain": sorted(own["domain"].unique())}).set_index("domain")
-    for name in training_sets(run):
-        part = own[own["training_set"] == name].set_index("domain").loc[frame.index]
-        for score, label in SCORE_NAMES.items():
-            frame[f"{name}: {label}"] = [f"{value:.3g}" for value in part[score]]
-        frame[f"{name}: change"] = ["{:+.{d}f} ({:+.{d}f} to {:+.{d}f})".format(*values, d=decimals(measure))
-                                    for values in part[["shift", "low", "high"]].itertuples(index=False)]
-    return frame.reset_index()
-
-
-def specificity_table(run: OpenRun) -> pandas.DataFrame:
-    """Which training set moves a domain: every measure and forecast, with the tests in turn."""
-    lines = []
-    for measure in measures(run):
-        for forecast, name in FORECAST_NAMES.items():
-            row = _specific(run, measure, forecast)
-            line = {"change in": NAMES[measure], "forecast": name}
-            if "undefined" in row:
-                lines.append(line | {"rank correlation within domains": "undefined"})
-                continue
-            lines.append(line | {
-                "rank correlation within domains": _two(row["within"]),
-                "95% interval": _interval(row["low"], row["high"]), "domains": row["defined"],
-                "p, shuffled in each domain": p_value(row["p_within"]),
-                "p, whole sets shuffled": f"{p_value(row['p_sets'])} (other side {p_value(row['p_opposite'])}; "
-                                           f"{row['orders']} orders)",
-                "right set named": "" if row["hits"] is None else f"{row['hits']:.0%}",
-                "interaction (no test)": _two(row["interaction"]),
-                "verdict": judged_all(run, specific_verdict(row))})
-    return pandas.DataFrame(lines).fillna("")
-
-
-def questions(run: OpenRun) -> str:
-    """Number of questions a domain that the change is measured on: one number or a range."""
-    counts = run.get("training_matrix")["n"]
-    return f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
-
-
 # --- sentences ----------------------------------------------------------------------------------------------------
 
 def learned_sentence(run: OpenRun) -> str:
@@ -196,14 +98,81 @@ def learned_sentence(run: OpenRun) -> str:
             f"a 95% interval without zero: {'; '.join(parts)}.")
 
 
-def correlation_sentence(run: OpenRun, measure: str) -> str:
-    """Score against absolute change over domains, for each training set by itself (Table 1)."""
-    parts, seed = [], run.settings.seed
-    for name in training_sets(run):
-        said = [f"{label} {_said(run, name, seed, measure, score)}" for score, label in SCORE_NAMES.items()]
-        parts.append(f"`{name}`: {'; '.join(said)}")
-    return (f"Which domains does one training set move? In {NAMES[measure]}, r over domains. {'. '.join(parts)}. "
-            f"{counted(len(parts) * len(SCORE_NAMES), 'test')} stand here; no p is corrected for their number.")
+def correlation_sentence(run: OpenRun) -> str:
+    """Score against absolute change over domains, for each training set by itself, in both kinds of bits (Table 1)."""
+    told, seed, names = told_measures(run), run.settings.seed, training_sets(run)
+    lines = []
+    for name in names:
+        said = (f"in {NAMES[measure]} " + ", ".join(f"{label} {said_of(run, name, seed, measure, score)}"
+                                                    for score, label in SCORE_NAMES.items()) for measure in told)
+        lines.append(f"\n  - `{name}`: {'; '.join(said)}.")
+    domains = run.get("training_matrix")["domain"].nunique()
+    return (f"Which domains does one training set move? r over n = {domains} domains, seed {seed}. "
+            f"{counted(len(names) * len(told) * len(SCORE_NAMES), 'test')} stand here; no p is corrected for their "
+            f"number.{''.join(lines)}")
+
+
+def measure_sentence(run: OpenRun) -> str:
+    """For which training sets the verdict on a score is another in bits per answer; "" with a single measure."""
+    told, seed, parts = told_measures(run), run.settings.seed, []
+    if len(told) < 2:
+        return ""
+    for name in _judged_sets(run):
+        for score, label in SCORE_NAMES.items():
+            verdicts = [correlation_verdict(correlation_row(run, name, seed, measure, score)) for measure in told]
+            if verdicts[0] != verdicts[1] and "undefined" not in verdicts:
+                parts.append(f"for `{name}` the verdict on {label} depends on the measure: **{verdicts[0]}** in "
+                             f"{NAMES[told[0]]}, **{verdicts[1]}** in {NAMES[told[1]]}{_length(run, name, verdicts)}")
+    if not parts:
+        return f"{_both(told)} agree on the verdict for every training set that is judged."
+    return f"{_both(told)} disagree: {'; '.join(parts)}. Rely on what holds in both."
+
+
+def _both(told: list[str]) -> str:
+    return " and ".join(NAMES[measure] for measure in told).capitalize()
+
+
+def _judged_sets(run: OpenRun) -> list[str]:
+    """Training sets that were learned with the run's own seed."""
+    return [name for name in training_sets(run) if run.settings.seed not in idle_seeds(run).get(name, [])]
+
+
+def _length(run: OpenRun, name: str, verdicts: list[str]) -> str:
+    """What the length of the answers alone has to do with a change whose verdict depends on the measure."""
+    told = told_measures(run)
+    rows = [rival_row(run, name, run.settings.seed, measure, "answer_shortness") for measure in told]
+    if any("undefined" in row for row in rows):
+        return ""
+    values = [row["pearson"] for row in rows]
+    turned = set(verdicts) == {"held", "reversed"} and values[0] * values[1] < 0
+    return (f" ({RIVALS['answer_shortness']} alone has r {two(values[0])} with the one change and {two(values[1])} "
+            f"with the other{', so the sign may well come from dividing by the length' if turned else ''})")
+
+
+def hardness_sentence(run: OpenRun) -> str:
+    """What forecasts as much without score or training set, and how alike the training sets' changes are."""
+    names, seed, parts = _judged_sets(run), run.settings.seed, []
+    if not names:
+        return "Does anything simpler forecast as much? Not judged, as no training set was learned."
+    for measure in told_measures(run):
+        found = {forecast: [correlation_row(run, name, seed, measure, forecast).get("pearson") for name in names]
+                 for forecast in SCORE_NAMES | RIVALS}
+        said = "; ".join(f"{label} {', '.join(map(two, found[forecast]))}"
+                         for forecast, label in (SCORE_NAMES | RIVALS).items())
+        pairs = [pair for pair in zip(found["sts_act"], found["hardness"], strict=True) if None not in pair]
+        above = sum(score > rival for score, rival in pairs)
+        parts.append(f"In {NAMES[measure]}: {said}. STS_act lies above {RIVALS['hardness']} for {above} of "
+                     f"{len(pairs)} (no test){_alike(run, names, measure)}.")
+    return (f"Does anything simpler forecast as much? r over domains for {_code(names)}, in turn; intervals and p "
+            f"stand in the table. {RIVALS['hardness'].capitalize()} and {RIVALS['answer_shortness']} know nothing of "
+            f"the training set. {' '.join(parts)} Where the changes of all sets are much alike, a forecast of which "
+            "domains move need not know the training set.")
+
+
+def _alike(run: OpenRun, names: list[str], measure: str) -> str:
+    found = likeness(run, names, run.settings.seed, measure)
+    said = ", ".join(f"{two(value)} (`{one}`, `{other}`)" for (one, other), value in found.items())
+    return f"; the changes of two sets correlate at {said}" if said else ""
 
 
 def own_list_sentence(run: OpenRun) -> str:
@@ -213,47 +182,64 @@ def own_list_sentence(run: OpenRun) -> str:
     if "undefined" in lead:
         return "Do demonstrations name their own training set's latents? Undefined with one training set."
     verdict = judged_all(run, own_list_verdict(lead, beyond))
+    lowest = least(lead["p"], math.factorial(len(training_sets(run))))
     return (f"Do demonstrations name their own training set's latents? Of {found['n']}, a list shares "
             f"{lead['own']:.1f} with its own set's fine-tuning and {lead['other']:.1f} with the others' (lead "
-            f"{lead['lead']:+.1f}, p {p_phrase(lead['p'])}). The latents that fire most on the questions share "
+            f"{lead['lead']:+.1f}, p {p_phrase(lead['p'])}{lowest}). The latents that fire most on the questions share "
             f"{rate['own']:.1f} and {rate['other']:.1f}; the first lead exceeds theirs by "
             f"{beyond['lead']:+.1f} (p {p_phrase(beyond['p'])}): **{verdict}**.")
 
 
 def specific_sentence(run: OpenRun, measure: str) -> str:
-    """Whether the score tells which training set moves a domain."""
-    parts = []
+    """Whether the score tells which training set moves a domain, and what is left of it without each set."""
+    parts, most = [], ""
     for score, name in SCORE_NAMES.items():
-        row = _specific(run, measure, score)
+        row = specific_row(run, measure, score)
         if specific_verdict(row) == "undefined":
             parts.append(f"{name} undefined")
             continue
-        parts.append(f"{name} has a mean rank correlation within domains of {_two(row['within'])} (95% interval "
-                     f"{_interval(row['low'], row['high'])}, n = {row['defined']} domains of {row['training_sets']} "
+        without, (leader, count, domains) = without_text(run, measure, score), moved_most(run, measure)
+        most = f" `{leader}` moves {count} of {domains} domains most."
+        parts.append(f"{name} has a mean rank correlation within domains of {two(row['within'])} (95% interval "
+                     f"{span(row['low'], row['high'])}, n = {row['defined']} domains of {row['training_sets']} "
                      f"training sets; shuffled in each domain p {p_phrase(row['p_within'])}, whole sets shuffled p "
-                     f"{p_phrase(row['p_sets'])}): **{judged_all(run, specific_verdict(row))}**")
-    return f"Which training set moves a domain? In {NAMES[measure]}: {'; '.join(parts)}."
+                     f"{p_phrase(row['p_sets'])}{least(row['p_sets'], row['orders'])}"
+                     + (f"; without one training set at a time {without}" if without else "")
+                     + f"): **{judged_all(run, specific_verdict(row))}**")
+    return f"Which training set moves a domain? In {NAMES[measure]}: {'; '.join(parts)}.{most}"
+
+
+def same_ranks_sentence(run: OpenRun) -> str:
+    """That bits per answer are no second test of which training set moves a domain; "" with a single measure."""
+    told = told_measures(run)
+    if len(told) < 2 or len(training_sets(run)) < 2:
+        return ""
+    alike, domains = same_ranks(run, *told)
+    return (f"{NAMES[told[1]].capitalize()} are no second test of this: within a domain all training sets are measured "
+            "on the same answers, so that each answer's length is the same for all, and dividing by it changes no more "
+            "than how much each question counts. By the two measures the training sets rank alike in "
+            f"{alike} of {domains} domains.")
 
 
 def also_sentence(run: OpenRun, measure: str) -> str:
     """`specific_sentence` in few words, for the measures that stand behind the first."""
     parts, what = [], NAMES[measure] + ALSO[measure]
     for score, name in SCORE_NAMES.items():
-        row = _specific(run, measure, score)
+        row = specific_row(run, measure, score)
         verdict = specific_verdict(row)
         parts.append(f"{name} undefined" if verdict == "undefined" else
-                     f"{name} {_two(row['within'])} ({_interval(row['low'], row['high'])}), whole sets p "
+                     f"{name} {two(row['within'])} ({span(row['low'], row['high'])}), whole sets p "
                      f"{p_phrase(row['p_sets'])}: **{judged_all(run, verdict)}**")
     return f"The same in {what}: {'; '.join(parts)}."
 
 
 def rival_sentence(run: OpenRun, measure: str) -> str:
     """The same for the likeness of texts, which needs no model."""
-    row = _specific(run, measure, "tfidf")
+    row = specific_row(run, measure, "tfidf")
     if specific_verdict(row) == "undefined":
         return f"The likeness of the questions' words (TF-IDF), in {NAMES[measure]}: undefined."
     return (f"For comparison, the likeness of the questions' words (TF-IDF), which needs no model, in "
-            f"{NAMES[measure]}: {_two(row['within'])} ({_interval(row['low'], row['high'])}): "
+            f"{NAMES[measure]}: {two(row['within'])} ({span(row['low'], row['high'])}): "
             f"**{judged_all(run, specific_verdict(row))}**.")
 
 
@@ -273,12 +259,32 @@ def power_sentence(run: OpenRun) -> str:
 def summary(run: OpenRun) -> str:
     """First paragraph of the chapter."""
     first, settings = measures(run)[0], run.settings
-    told = [learned_sentence(run), correlation_sentence(run, first), own_list_sentence(run),
-            specific_sentence(run, first),
+    told = [learned_sentence(run), correlation_sentence(run), measure_sentence(run), hardness_sentence(run),
+            own_list_sentence(run), specific_sentence(run, first), same_ranks_sentence(run),
             *(also_sentence(run, measure) for measure in measures(run)[1:] if measure in ALSO),
             rival_sentence(run, first)]
-    listed = "\n".join(f"- {sentence}" for sentence in told)
+    listed = "\n".join(f"- {sentence}" for sentence in told if sentence)
     return (f"**The answer of this run.** `{settings.model}`, fine-tuned on {_code(training_sets(run))}, each tested "
             f"on `{settings.domain_data}`:\n\n{listed}\n\n{LEARNED_RULE} {CORRELATION_RULE} {OWN_LIST_RULE} "
             f"{SPECIFIC_RULE} Seed{'s' if len(training_seeds(run)) > 1 else ''} "
             f"{', '.join(map(str, training_seeds(run)))}.")
+
+
+def recorded_note(run: OpenRun) -> str:
+    """Which training sets' answers to single questions are not among the recorded results; "" if none is missing."""
+    names = list(dict.fromkeys(name for (name, _), own in training_runs(run).items()
+                               if _withheld(own, "evaluation_after")))
+    if not names:
+        return ""
+    return (f"*Not recorded.* Of {_code(names)} what the tuned model makes of each question (stage "
+            "`evaluation_after`) is recorded by its provenance alone, for its size. Stage `training_matrix` holds the "
+            "change of every domain with its interval; what needs single questions takes the training again.")
+
+
+def _withheld(run: OpenRun, name: str) -> bool:
+    """Whether a stage's result is recorded without its data."""
+    try:
+        key = run.key(name)
+    except StsError:  # what it is computed from is not here
+        return False
+    return any("withheld" in record and record["key"] == key for record in provenances(run.store.recorded, name))

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import numpy as np
 
 from sts import learned
-from sts.errors import StsError
 from sts.pages import CORRELATION_RULE, p_phrase
 from sts.pages_baselines import SCORE_NAMES, _range, _two
 from sts.pages_measures import NAMES
 from sts.pipeline_sweeps import repeated
 from sts.stages import OpenRun
 from sts.sweeps import AXES, SAE_AXES, SCORES
-from sts.tables_sweeps import axes_of, claims_table, measures, rows_of, signed, varied
+from sts.tables_sweeps import (
+    ALIKE,
+    axes_of,
+    claims_table,
+    measures,
+    own_training,
+    rows_of,
+    same_shape,
+    signed,
+    varied,
+)
 from sts.verdicts import counted
-from sts.verdicts_sweeps import BEST_RULE, CLAIM_RULE, FIXED_RULE, SETTING_RULE, best_verdict, value_verdict
+from sts.verdicts_sweeps import (
+    BEST_RULE,
+    CLAIM_RULE,
+    FIXED_RULE,
+    ONE_A_VALUE,
+    SETTING_RULE,
+    best_verdict,
+    value_verdict,
+)
 
 #: Axes that take more than stored sums -> the setting that asks for them.
 FURTHER = {"demonstrations": "sweep_demonstrations", "shift_demonstrations": "sweep_shift_demonstrations",
@@ -47,8 +63,10 @@ def difference_sentence(run: OpenRun, measure: str) -> str:
                          f" ({counted(len(same), 'more value')} left out, the same by definition or in fact: "
                          f"{_places(same)})" if same else ""))
     tested = sum(verdict != "the same" for _, verdict in others)
-    return (f"{'; '.join(parts)}. Of {counted(tested, 'comparison')} of scores that differ, about {0.05 * tested:.0f} "
-            f"would leave zero out by chance if none mattered. {_capital(matter_sentence(run, measure))}")
+    return (f"{'; '.join(parts)}. Of {counted(tested, 'comparison')} of scores that differ, nominally about "
+            f"{0.05 * tested:.0f} would leave zero out by chance if none mattered; but bootstrap intervals at "
+            f"n = {others[0][0]['n']} need not cover at their level, and all comparisons share the same changes. "
+            f"{_capital(matter_sentence(run, measure))}")
 
 
 def _places(rows: list[dict]) -> str:
@@ -78,9 +96,19 @@ def claims_sentence(run: OpenRun, measure: str) -> str:
     own = table[table["change in"] == NAMES[measure]]
     parts = []
     for claim, rows in own.groupby("the paper's claim", sort=False):
-        said = ", ".join(f"{row['score']} **{row['verdict']}**" for row in rows.to_dict("records"))
+        said = ", ".join(f"{row['score']} **{row['verdict']}**{_beside(row)}" for row in rows.to_dict("records"))
         parts.append(f"*{claim}* ({rows['in'].iloc[0]}): {said}")
     return "; ".join(parts) + "."
+
+
+def _beside(row: dict) -> str:
+    """What a verdict on SAEs, one a value, has to be read with: r in turn, and how far two SAEs of one shape differ."""
+    if ONE_A_VALUE not in row["verdict"]:
+        return ""
+    told = [f"{row['r, difference']}, p {row['p']}"] if row.get("r, difference") else []
+    told += [f"r in turn {row['r of the values in turn']}"] if row.get("r of the values in turn") else []
+    told += [f"two SAEs of one shape, trained apart, differ by {row[ALIKE]}"] if row.get(ALIKE) else []
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def best_sentence(run: OpenRun, measure: str) -> str:
@@ -139,27 +167,9 @@ def own_sentence(run: OpenRun) -> str:
             "other sweeps use, is none of these.")
 
 
-def _own_training(run: OpenRun) -> dict:
-    """What is recorded of the training of the run's own SAE: latents, k, tokens, samples, explained; or nothing."""
-    settings = run.settings
-    try:
-        folder = run.sae_folder if settings.sae != "train" or run.stored("sae") else None
-    except StsError:  # the weights are not at hand, as where recorded results are rendered
-        folder = None
-    record = folder / "training.json" if folder else None
-    if record is None or not record.is_file():
-        return {}
-    training = json.loads(record.read_text(encoding="utf-8"))
-    size = ({"d_sae": settings.sae_latents, "k": settings.sae_k, "layer": settings.layer,
-             "samples": settings.sae_samples} if settings.sae == "train" else training.get("settings", {}))
-    return {"latents": size.get("d_sae"), "k": size.get("k"), "layer": size.get("layer"),
-            "samples": size.get("samples"), "tokens": training.get("tokens"),
-            "explained": training.get("held_out", {}).get("fraction_of_variance_explained")}
-
-
 def _training_sentence(run: OpenRun) -> str:
     """How much text the run's own SAE and the sweep's were trained on, and how well each of the two does."""
-    own, settings = _own_training(run), run.settings
+    own, settings = own_training(run), run.settings
     if None in (own.get("tokens"), own.get("samples"), own.get("explained")):
         return ("How the run's own SAE was trained is not recorded with it; that of the sweep had "
                 f"{settings.sweep_text_tokens:,} tokens. ")
@@ -190,10 +200,8 @@ def sae_sentence(run: OpenRun, measure: str) -> str:
     found = sae_difference(run, measure)
     if not found:
         return "The run's own SAE and the sweep's cannot be compared, as no correlation is defined."
-    own, settings = _own_training(run), run.settings
-    same = (own.get("latents"), own.get("k"), own.get("layer")) == (
-        settings.sae_latents, settings.sae_k, settings.layer)
-    like = "alike in layer, width and k" if same else (
+    settings = run.settings
+    like = "alike in layer, width and k" if same_shape(run) else (
         f"which has {settings.sae_latents:,} latents and k = {settings.sae_k} at layer {settings.layer}")
     return (f"The run's own SAE beside the one in the middle of the sweep, {like}. {found} {_training_sentence(run)}"
             "How an SAE is trained, its text and its seed, is a source of variation of its own. With one SAE a value, "

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas
 
 from sts import learned, paper
+from sts.errors import StsError
 from sts.pages import p_value
 from sts.pages_baselines import SCORE_NAMES, _range, _two, _verdict
 from sts.pages_measures import NAMES, in_order
 from sts.stages import OpenRun
-from sts.sweeps import AXES
+from sts.sweeps import AXES, SAE_AXES
 from sts.verdicts_sweeps import best_verdict, ends_verdict, layers_verdict, value_verdict
+
+#: Column of `claims_table`: what the training of an SAE alone changes.
+ALIKE = "r, two SAEs of one shape, difference"
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
@@ -71,6 +77,40 @@ def values_of(run: OpenRun, axis: str) -> list[str]:
     return list(dict.fromkeys(row["value"] for row in run.get("sweep_correlations")["values"] if row["axis"] == axis))
 
 
+# --- the run's own SAE and the sweep's -----------------------------------------------------------------------------
+
+def own_training(run: OpenRun) -> dict:
+    """What is recorded of the training of the run's own SAE: latents, k, tokens, samples, explained; or nothing."""
+    settings = run.settings
+    try:
+        folder = run.sae_folder if settings.sae != "train" or run.stored("sae") else None
+    except StsError:  # the weights are not at hand, as where recorded results are rendered
+        folder = None
+    record = folder / "training.json" if folder else None
+    if record is None or not record.is_file():
+        return {}
+    training = json.loads(record.read_text(encoding="utf-8"))
+    size = ({"d_sae": settings.sae_latents, "k": settings.sae_k, "layer": settings.layer,
+             "samples": settings.sae_samples} if settings.sae == "train" else training.get("settings", {}))
+    return {"latents": size.get("d_sae"), "k": size.get("k"), "layer": size.get("layer"),
+            "samples": size.get("samples"), "tokens": training.get("tokens"),
+            "explained": training.get("held_out", {}).get("fraction_of_variance_explained")}
+
+
+def same_shape(run: OpenRun) -> bool:
+    """Whether the run's own SAE and the one in the middle of the sweep are alike in layer, width and k."""
+    own, settings = own_training(run), run.settings
+    return (own.get("latents"), own.get("k"), own.get("layer")) == (
+        settings.sae_latents, settings.sae_k, settings.layer)
+
+
+def _alike(run: OpenRun, measure: str, score: str) -> str:
+    """How far r differs between two SAEs of one shape; "" without two such."""
+    found = [row["mean"] for row in run.get("sweep_correlations")["saes"]
+             if (row["measure"], row["score"]) == (measure, score)]
+    return signed(found[0]) if found and not run.get("sweep_saes").empty and same_shape(run) else ""
+
+
 # --- tables -------------------------------------------------------------------------------------------------------
 
 def values_table(run: OpenRun, measure: str) -> pandas.DataFrame:
@@ -117,7 +157,8 @@ def claims_table(run: OpenRun) -> pandas.DataFrame:
                     claim = own[0]
                     line |= {"compared": f"{claim['last']} less {claim['first']}",
                              "r, difference": signed(claim['mean']), "95% interval": _range(claim["interval"]),
-                             "p": p_value(claim["p"]), "verdict": learned.judged(run, ends_verdict(claim))}
+                             "p": p_value(claim["p"]), "r of the values in turn": _in_turn(run, measure, axis, score),
+                             "verdict": learned.judged(run, ends_verdict(claim))}
                 elif AXES[axis].ends:
                     line |= {"compared": "ends", "r, difference": "undefined", "verdict": "undefined"}
                 else:
@@ -125,8 +166,16 @@ def claims_table(run: OpenRun) -> pandas.DataFrame:
                     held = [row["value"] for row in rows if _verdict(row) == "held"]
                     line |= {"compared": f"held at {len(held)} of {len(rows)}" + (
                         f": {', '.join(held)}" if held else ""), "verdict": learned.judged(run, layers_verdict(rows))}
+                if axis in SAE_AXES:
+                    line[ALIKE] = _alike(run, measure, score)
                 lines.append(line)
-    return pandas.DataFrame(lines).fillna("")
+    frame = pandas.DataFrame(lines).fillna("")
+    return frame[sorted(frame, key=lambda column: column == "verdict")]  # the verdict last
+
+
+def _in_turn(run: OpenRun, measure: str, axis: str, score: str) -> str:
+    rows = rows_of(run, measure, axis=axis, score=score)
+    return ", ".join("undefined" if row.get("pearson") is None else _two(row["pearson"]) for row in rows)
 
 
 def best_table(run: OpenRun) -> pandas.DataFrame:

@@ -103,6 +103,9 @@ def test_a_model_without_a_chat_template_is_asked_in_plain_text(tiny_models):
     lm = load_model(str(tiny_models["llama"]))
     lm.tokenizer.chat_template = None
     rows = evaluate(lm, EXAMPLES[2:3], kinds=KINDS).set_index(["kind", "option"])
+    # Bits per character divide what a target takes by its own length: the blank is scored, so it is counted.
+    assert rows.loc[("solution", -1), "characters"] == len(" " + solution_text(EXAMPLES[2]))
+    assert rows.loc[("option", 1), "characters"] == len("11")  # as the harness's acc_norm, without the blank
     prompt = f"Question: {EXAMPLES[2].question}\n(A) 10\n(B) 11\nAnswer:"
     for key, context, target in ((("letter", 0), " The answer is (", "A"), (("option", 1), " The answer is", " 11"),
                                  (("solution", -1), "", f" {solution_text(EXAMPLES[2])}")):

@@ -9,8 +9,8 @@ import pytest
 from sts import pages_sweeps, plots_sweeps, tables_sweeps, verdicts_sweeps
 
 
-def less(low, high):
-    return {"mean": (low + high) / 2, "interval": {"low": low, "high": high}, "p": 0.5}
+def less(low, high, p=0.01, axis="bands"):
+    return {"mean": (low + high) / 2, "interval": {"low": low, "high": high}, "p": p, "axis": axis}
 
 
 @pytest.mark.parametrize(("low", "high", "verdict", "claim"), [
@@ -25,9 +25,22 @@ def test_a_value_differs_only_with_its_whole_interval(low, high, verdict, claim)
     assert verdicts_sweeps.ends_verdict(less(low, high)) == claim
 
 
+@pytest.mark.parametrize(("low", "high", "verdict"), [(-0.9, -0.1, "held"), (0.1, 0.9, "reversed")])
+def test_a_claim_takes_a_small_p_beside_the_interval(low, high, verdict):
+    assert verdicts_sweeps.ends_verdict(less(low, high, p=0.049)) == verdict
+    assert verdicts_sweeps.ends_verdict(less(low, high, p=0.05)) == "not shown"
+    assert verdicts_sweeps.ends_verdict(less(low, high, p=0.9, axis="k")) == "not shown"
+
+
+@pytest.mark.parametrize("axis", ["width", "k"])
+def test_of_saes_a_claim_is_judged_for_those_alone_that_were_trained(axis):
+    said = [verdicts_sweeps.ends_verdict(less(*ends, axis=axis)) for ends in ((-0.9, -0.1), (0.1, 0.9), (-0.1, 0.1))]
+    assert said == ["held for these SAEs, one a value", "reversed for these SAEs, one a value", "not shown"]
+
+
 def test_no_interval_is_no_verdict():
     assert verdicts_sweeps.value_verdict(None) == "undefined"
-    assert verdicts_sweeps.ends_verdict({"mean": 0.1, "interval": None}) == "undefined"
+    assert verdicts_sweeps.ends_verdict({"mean": 0.1, "interval": None, "p": 0.01, "axis": "k"}) == "undefined"
 
 
 def correlation(low, p):
@@ -36,7 +49,7 @@ def correlation(low, p):
 
 def test_all_layers_predict_only_if_every_layer_does():
     good = correlation(0.1, 0.01)
-    assert verdicts_sweeps.layers_verdict([good, good]) == "held"
+    assert verdicts_sweeps.layers_verdict([good, good]) == "held for these SAEs, one a value"
     assert verdicts_sweeps.layers_verdict([good, correlation(-0.1, 0.01)]) == "not shown"
     assert verdicts_sweeps.layers_verdict([good, correlation(0.1, 0.2)]) == "not shown"
     assert verdicts_sweeps.layers_verdict([good, {"undefined": "constant"}]) == "undefined"
@@ -67,7 +80,9 @@ def opened(tmp_path):
     def run(**rows):
         found = {"values": [], "claims": [], "best": [], "saes": []} | rows
         stages = {"sweep_correlations": found, "sft": tmp_path, "sweep_saes": pandas.DataFrame()}
-        return SimpleNamespace(get=stages.__getitem__, settings=SimpleNamespace(seed=0), other_seeds=())
+        stages["sweep_saes"] = found.pop("sweep_saes", stages["sweep_saes"])
+        settings = SimpleNamespace(seed=0, sae="mine", sae_latents=64, sae_k=8, layer=3)
+        return SimpleNamespace(get=stages.__getitem__, settings=settings, other_seeds=(), sae_folder=tmp_path / "sae")
 
     return run
 
@@ -84,8 +99,30 @@ def test_one_weak_layer_wherever_it_stands_is_enough_against_the_claim(opened, w
     act, icl = tables_sweeps.claims_table(run).to_dict("records")
     held = [name for name in layers if name != layers[weak]]
     assert (act["verdict"], act["compared"]) == ("not shown", f"held at 2 of 3: {', '.join(held)}")
-    assert (icl["verdict"], icl["compared"]) == ("held", "held at 3 of 3: 7, 14, 22")
-    assert "STS_act **not shown**, STS_ICL **held**" in pages_sweeps.claims_sentence(run, "bits")
+    assert (icl["verdict"], icl["compared"]) == ("held for these SAEs, one a value", "held at 3 of 3: 7, 14, 22")
+    said = pages_sweeps.claims_sentence(run, "bits")
+    assert "STS_act **not shown**, STS_ICL **held for these SAEs, one a value**." in said
+
+
+@pytest.mark.parametrize(("k", "alike"), [(8, "; two SAEs of one shape, trained apart, differ by +0.23"), (16, "")])
+def test_a_claim_on_saes_stands_beside_what_another_training_of_one_shape_changes(opened, tmp_path, k, alike):
+    """The run's own SAE has k = 8 as the sweep's middle one has, or has not; r does not fall all the way."""
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae" / "training.json").write_text(json.dumps({"settings": {"d_sae": 64, "k": k, "layer": 3}}))
+    rs = {"4": 0.91, "8": 0.79, "32": 0.84}
+    values = [value("k", name, score, own=name == "8", less=(-0.1, 0.1)) | {"pearson": r}
+              for name, r in rs.items() for score in ("sts_act", "sts_icl")]
+    claims = [{"measure": "bits", "score": score, "first": "4", "last": "32", **less(-0.17, -0.01, p, "k")}
+              for score, p in (("sts_act", 0.06), ("sts_icl", 0.017))]
+    saes = [{"measure": "bits", "score": score, "own": 0.6, "middle": 0.83, **less(mean, mean)}
+            for score, mean in (("sts_act", -0.4), ("sts_icl", 0.23))]
+    run = opened(values=values, claims=claims, saes=saes, sweep_saes=pandas.DataFrame({"axis": ["k"]}))
+    assert pages_sweeps.claims_sentence(run, "bits") == (
+        "*A less sparse SAE predicts worse* (Figure 4c, Table 12): STS_act **not shown**, STS_ICL **held for these "
+        f"SAEs, one a value** (-0.09, p 0.017; r in turn 0.91, 0.79, 0.84{alike}).")
+    table = tables_sweeps.claims_table(run)
+    assert list(table[tables_sweeps.ALIKE]) == (["-0.40", "+0.23"] if alike else ["", ""])
+    assert table.columns[-1] == "verdict"
 
 
 def test_values_that_give_the_same_score_are_counted_apart_and_named(opened):
@@ -97,7 +134,8 @@ def test_values_that_give_the_same_score_are_counted_apart_and_named(opened):
     said = pages_sweeps.difference_sentence(run, "bits")
     assert ("STS_act: 0 of 2 other values better, 1 worse, 1 not told apart (2 more values left out, the same by "
             "definition or in fact: *demonstrations, domain (m)* 1, 3); STS_ICL: 1 of 1 other values better") in said
-    assert "Of 3 comparisons of scores that differ" in said
+    assert ("Of 3 comparisons of scores that differ, nominally about 0 would leave zero out by chance if none "
+            "mattered; but bootstrap intervals at n = 14 need not cover at their level, and all") in said
     assert ("Settings that matter by the rule: *layer*, *demonstrations, domain (m)*; left after Holm's correction, at "
             "the 5% level: layer 7 (STS_act, -0.30).") in said
 

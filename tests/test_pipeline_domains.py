@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import sts
-from sts import inputs, pages_domains, verify
+from sts import inputs, pages_domains, tables_domains, verify
 from sts.book import run_chapter
 from sts.errors import StsError
 from sts.pipeline_domains import EVERY_SET, beyond_rate, cube, training_runs
@@ -178,7 +178,7 @@ def test_the_matrix_can_be_verified(run):
 def test_a_training_set_without_its_file_is_left_out_and_the_page_says_so():
     asked = sts.open_run("smoke", training_sets=["mbpp", "mmlu_exemplars"])
     shown, missing = pages_domains.present(asked)
-    assert pages_domains.training_sets(shown) == ["gsm_symbolic", "mmlu_exemplars"] and list(missing) == ["mbpp"]
+    assert tables_domains.training_sets(shown) == ["gsm_symbolic", "mmlu_exemplars"] and list(missing) == ["mbpp"]
     note = pages_domains.missing_note(shown, missing)
     assert "`mbpp` is left out" in note and "mbpp/all.jsonl" in note and "STS_DATA_DIR" in note
     assert "one training set" not in note
@@ -197,7 +197,7 @@ def test_a_training_set_from_a_local_folder_is_used(monkeypatch, tmp_path):
     assert shown is run and not missing
     cells = run.get("training_matrix")
     assert set(cells[cells["training_set"] == "mbpp"]["trained_domain"]) == {"computer science"}
-    table = pages_domains.sets_table(run).set_index("training set")
+    table = tables_domains.sets_table(run).set_index("training set")
     assert table.loc["mbpp", "paper: r of STS_ICL, latents of 100"] == "0.77, 62"  # Table 1, code
     assert table.loc["gsm_symbolic", "paper: r of STS_ICL, latents of 100"] == ""
 
@@ -208,9 +208,9 @@ def test_one_training_set_alone_says_what_more_would_tell():
     note = pages_domains.missing_note(shown, missing)
     assert "one training set, `gsm_symbolic`" in note and "code (MBPP)" in note
     page = "\n".join([pages_domains.summary(run), pages_domains.power_sentence(run),
-                      *(pages_domains.specific_sentence(run, measure) for measure in pages_domains.measures(run))])
+                      *(pages_domains.specific_sentence(run, measure) for measure in tables_domains.measures(run))])
     assert "undefined" in page and "nan" not in page.lower().split()
-    assert (pages_domains.specificity_table(run)["rank correlation within domains"] == "undefined").all()
+    assert (tables_domains.specificity_table(run)["rank correlation within domains"] == "undefined").all()
     json.dumps([run.get(name) for name in NAMES[1:]], allow_nan=False)
 
 
@@ -233,9 +233,13 @@ def test_recorded_results_need_neither_the_model_nor_any_training_sets_data(run,
         name: run.with_training(name).key("sft") for name in SETS}
     shown, missing = pages_domains.present(elsewhere)
     assert shown is elsewhere and not missing
+    note = pages_domains.recorded_note(shown)
+    assert all(f"`{name}`" in note for name in SETS[1:]) and f"`{SETS[0]}`" not in note  # the run's own is there
+    assert "`evaluation_after`" in note and pages_domains.recorded_note(run) == ""
     assert pages_domains.summary(shown) == pages_domains.summary(run)
-    assert pages_domains.sets_table(shown).equals(pages_domains.sets_table(run))
-    assert pages_domains.specificity_table(shown).equals(pages_domains.specificity_table(run))
+    assert tables_domains.correlations_table(shown).equals(tables_domains.correlations_table(run))
+    assert tables_domains.sets_table(shown).equals(tables_domains.sets_table(run))
+    assert tables_domains.specificity_table(shown).equals(tables_domains.specificity_table(run))
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
