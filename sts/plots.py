@@ -11,6 +11,8 @@ import numpy
 import pandas
 import seaborn
 import torch
+from adjustText import adjust_text
+from matplotlib import patheffects
 from matplotlib.figure import Figure
 
 from sts.evaluate import MEASURES
@@ -114,19 +116,17 @@ def domain_shifts(shifts: pandas.DataFrame, measure: str) -> Figure:
 
 
 def _name_points(axis, x: pandas.Series, y: pandas.Series) -> None:
-    """Write each point's name beside it: towards the middle of the panel, and one above the other where crowded."""
-    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    line_height, placed = (top - bottom) * 0.04, []
-    for name in y.sort_values().index:
-        to_left = x[name] > left + 0.6 * (right - left)
-        start, stop = sorted((x[name], x[name] + (-1 if to_left else 1) * len(name) * 0.021 * (right - left)))
-        height = y[name]
-        for begin, end, taken in placed:
-            if start < end and begin < stop and abs(height - taken) < line_height:
-                height = taken + line_height
-        placed.append((start, stop, height))
-        axis.annotate(name, (x[name], height), textcoords="offset points", xytext=(-5 if to_left else 5, 1), fontsize=8,
-                      ha="right" if to_left else "left", va="center")
+    """Write each point's name beside it, moved off other names and points (adjustText), with a line to the point."""
+    names = y.sort_values().index
+    texts = [axis.text(x[name], y[name], name, fontsize=8,
+                       path_effects=[patheffects.withStroke(linewidth=2, foreground="white")]) for name in names]
+    before = numpy.random.get_state()
+    numpy.random.seed(0)  # adjustText draws from numpy's own generator; a page must come out alike each time
+    try:
+        adjust_text(texts, x=x[names].to_numpy(float), y=y[names].to_numpy(float), ax=axis, expand=(1.2, 1.9),
+                    iter_lim=500, arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6})
+    finally:
+        numpy.random.set_state(before)
 
 
 def score_scatter(scores: pandas.DataFrame, shifts: pandas.DataFrame, correlations: list[dict], measure: str,
