@@ -13,7 +13,7 @@ import typer
 import yaml
 
 import sts
-from sts.errors import StsError
+from sts.errors import StsError, did_you_mean
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Forecast which domains of a language model move when it is fine-tuned.")
@@ -112,7 +112,8 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
 
     for name in values:
         if name not in Run.model_fields or name == "name":
-            raise StsError(f"Setting {name!r} is not known. Valid: {', '.join(sorted(Run.model_fields))}.")
+            raise StsError(f"Setting {name!r} is not known. Valid: {', '.join(sorted(Run.model_fields))}."
+                           f"{did_you_mean(name, Run.model_fields)}")
     return values
 
 

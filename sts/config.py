@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sts.data_sources import CORPORA, GENERATED, SOURCES
-from sts.errors import StsError
+from sts.errors import StsError, did_you_mean
 
 #: The repository's root: runs/, data/ and notebooks/ lie beside the package.
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,7 +283,8 @@ def load_run(run: str | Run = "laptop", overrides: Mapping[str, Any] | None = No
 def _explain(problem: dict) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] in ("extra_forbidden", "invalid_key"):  # YAML reads `on:` as the key True
-        return f"Setting {key!r} is not known. Valid: {', '.join(sorted(Run.model_fields))}."
+        return (f"Setting {key!r} is not known. Valid: {', '.join(sorted(Run.model_fields))}."
+                f"{did_you_mean(key, Run.model_fields)}")
     if problem["type"] == "missing":
         return f"Setting {key!r} is missing: {Run.model_fields[key].description}."
     message = problem["msg"].removeprefix("Value error, ")

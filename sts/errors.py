@@ -4,6 +4,11 @@ Its text says what was asked, what is wrong with it and what would work. The com
 line without a traceback; anything else that escapes is a bug.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class StsError(Exception):
     """A request that cannot be met, with the way to mend it."""
@@ -11,8 +16,14 @@ class StsError(Exception):
 
 def one_of(what: str, asked: object, valid: object) -> StsError:
     """The error for a name that is not in a list: `what` was asked for, these are the valid ones."""
-    listed = ", ".join(sorted(str(name) for name in valid))
-    return StsError(f"{what} {asked!r} is not known. Valid: {listed}.")
+    names = sorted(str(name) for name in valid)
+    return StsError(f"{what} {asked!r} is not known. Valid: {', '.join(names)}.{did_you_mean(asked, names)}")
+
+
+def did_you_mean(asked: object, names: Iterable[str]) -> str:
+    """" Did you mean 'scores'?", if a name is near to what was asked for; else ""."""
+    near = difflib.get_close_matches(str(asked), list(names), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class MissingData(StsError):

@@ -8,7 +8,8 @@ import json
 import pandas
 
 from sts import learned
-from sts.pages_measures import p_value
+from sts.pages_measures import NAMES, p_value
+from sts.plots import SCORE_LABELS
 from sts.progress import duration
 from sts.recorded import texts_withheld
 from sts.stages import OpenRun
@@ -112,7 +113,8 @@ def correlation_table(correlations: list[dict]) -> pandas.DataFrame:
                          strict=True)) if defined else {}
     rows = []
     for index, result in enumerate(correlations):
-        row = {"shift measured in": result["measure"], "variant": result["variant"], "score": result["score"]}
+        row = {"change in": NAMES[result["measure"]], "variant": result["variant"].replace("_", " "),
+               "score": SCORE_LABELS[result["score"]]}
         if "undefined" in result:
             rows.append(row | {"verdict": f"undefined: {result['undefined']}"})
             continue

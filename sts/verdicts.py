@@ -7,7 +7,7 @@ chapters say so.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas
 
@@ -96,6 +96,12 @@ def more_verdict(gain: MeanInterval) -> str:
     if gain.low > 0:
         return "held"
     return "reversed" if gain.high < 0 else "not shown"
+
+
+def span(numbers: Iterable[int]) -> str:
+    """The least and the largest of some numbers, "4 to 7", or the one that they all are."""
+    least, most = min(numbers), max(numbers)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def figure_note(run: OpenRun, n: str, interval: str, *stages: str, seeds: Sequence[int] = ()) -> str:

@@ -332,7 +332,7 @@ def test_provenance_says_how_a_result_was_made(tmp_path, calls):
 
 
 def test_an_unknown_stage_lists_the_valid_ones(tmp_path):
-    with pytest.raises(StsError, match="Stage 'score' is not known. Valid: .*scores.*shift"):
+    with pytest.raises(StsError, match="Stage 'score' is not known. Valid: .*scores.*shift.*Did you mean 'scores'"):
         open_run("smoke", results=tmp_path).get("score")
 
 
