@@ -24,6 +24,12 @@ def show_table(frame: pandas.DataFrame, *, digits: int = 3) -> str:
     return f'<div class="sts-scroll">{table}</div>'
 
 
+def folded_rules(*rules: str) -> str:
+    """Markdown: the rules behind a page's verdicts as a list that opens on a click."""
+    return "\n".join(["<details><summary>The rules of these verdicts</summary>", "", *(f"- {rule}" for rule in rules),
+                      "", "</details>"])
+
+
 def texts_note(run: OpenRun, stage: str, chapter: str) -> str:
     """HTML: that the texts of a recorded result are not recorded, and how to read them; "" where they are there."""
     if not texts_withheld(run.get(stage)):

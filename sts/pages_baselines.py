@@ -8,7 +8,7 @@ import pandas
 
 from sts import learned, paper
 from sts.baselines import PREDICTORS, RANDOM
-from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase, p_value
+from sts.pages import CORRELATION_RULE, correlation_verdict, folded_rules, p_phrase, p_value
 from sts.pages_measures import NAMES, ORDER, in_order
 from sts.pipeline_comparison import SCORES, controls_of, first_controls_of
 from sts.stages import OpenRun
@@ -385,7 +385,8 @@ def summary(run: OpenRun) -> str:
         f"- Does a probe forecast the change? {probe_sentence(run, first)}",
         f"- Does the score say more than hardness and length? {confound_sentence(run, first)}"])
     settings = run.settings
+    rules = folded_rules(CORRELATION_RULE, f"{learned.RULE} {learned.EVERY_SEED_RULE}", BASELINE_RULE, CHOICE_RULE,
+                         PROBE_RULE, CONFOUND_RULE)
     return (f"**The answer of this run.** On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on "
-            f"`{settings.domain_data}`:\n\n{listed}\n\n{CORRELATION_RULE} Here r is the mean over seeds, and "
-            f"the interval is over questions, domains and seeds. {learned.RULE} {learned.EVERY_SEED_RULE} "
-            f"{BASELINE_RULE} {CHOICE_RULE} {PROBE_RULE} {CONFOUND_RULE}")
+            f"`{settings.domain_data}`:\n\n{listed}\n\nHere r is the mean over seeds, and the interval is over "
+            f"questions, domains and seeds.\n\n{rules}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from sts.errors import StsError
-from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase, p_value
+from sts.pages import CORRELATION_RULE, correlation_verdict, folded_rules, p_phrase, p_value
 from sts.pages_measures import NAMES
 from sts.pipeline_domains import beyond_rate, training_runs, training_seeds
 from sts.recorded import provenances
@@ -265,9 +265,9 @@ def summary(run: OpenRun) -> str:
             rival_sentence(run, first)]
     listed = "\n".join(f"- {sentence}" for sentence in told if sentence)
     return (f"**The answer of this run.** `{settings.model}`, fine-tuned on {_code(training_sets(run))}, each tested "
-            f"on `{settings.domain_data}`:\n\n{listed}\n\n{LEARNED_RULE} {CORRELATION_RULE} {OWN_LIST_RULE} "
-            f"{SPECIFIC_RULE} Seed{'s' if len(training_seeds(run)) > 1 else ''} "
-            f"{', '.join(map(str, training_seeds(run)))}.")
+            f"on `{settings.domain_data}`:\n\n{listed}\n\n"
+            f"Seed{'s' if len(training_seeds(run)) > 1 else ''} {', '.join(map(str, training_seeds(run)))}.\n\n"
+            f"{folded_rules(LEARNED_RULE, CORRELATION_RULE, OWN_LIST_RULE, SPECIFIC_RULE)}")
 
 
 def recorded_note(run: OpenRun) -> str:

@@ -6,7 +6,7 @@ import pandas
 
 from sts import learned
 from sts.data_sources import MATHEMATICS
-from sts.pages import CORRELATION_RULE, correlation_verdict, p_phrase
+from sts.pages import CORRELATION_RULE, correlation_verdict, folded_rules, p_phrase
 from sts.pages_baselines import BASELINE_RULE, CONTROL_NAMES, SCORE_NAMES, _range, comparison_verdict
 from sts.pages_limits import clear_domains, limits_sentence, power_sentence
 from sts.pages_measures import ACCURACIES, NAMES, measures_shown, p_value
@@ -160,7 +160,7 @@ def forecast_summary(run: OpenRun) -> str:
         "**The answer of this run.** The paper claims that the score correlates with the absolute change of a domain. "
         f"On `{settings.model}`, fine-tuned on `{settings.sft_data}` and tested on `{settings.domain_data}`:\n\n"
         f"{lines}\n\n"
-        f"{learned.RULE} {CORRELATION_RULE} {BASELINE_RULE} {_multiplicity(run)} The intervals of the "
+        f"{folded_rules(learned.RULE, CORRELATION_RULE, BASELINE_RULE)}\n\n{_multiplicity(run)} The intervals of the "
         "first lines resample domains alone. The chapter on baselines resamples the questions within them as well and "
         f"averages over seeds; where the two differ, trust that one. Seed {settings.seed}, one training run. For "
         f"comparison, the paper reports {published.min():.2f} to {published.max():.2f} on eight selected domains of "

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sts import learned
-from sts.pages import CORRELATION_RULE, p_phrase
+from sts.pages import CORRELATION_RULE, folded_rules, p_phrase
 from sts.pages_baselines import SCORE_NAMES, _range, _two
 from sts.pages_measures import NAMES
 from sts.pipeline_sweeps import repeated
@@ -252,12 +252,12 @@ def summary(run: OpenRun) -> str:
     sae = sae_sentence(run, first)
     told += [f"Does the training of the SAE matter? {sae}"] if sae else []
     told.append(f"Could the best be chance? {_capital(best_sentence(run, first))}")
-    rules = "\n".join(f"- {rule}" for rule in (learned.RULE, CORRELATION_RULE, SETTING_RULE, CLAIM_RULE, BEST_RULE))
+    rules = folded_rules(FIXED_RULE, learned.RULE, CORRELATION_RULE, SETTING_RULE, CLAIM_RULE, BEST_RULE)
     listed = "\n".join(f"- {one}" for one in told)
     return (f"**The answer of this run**, for the change in {NAMES[first]} on `{settings.model}`, fine-tuned on "
             f"`{settings.sft_data}` and tested on `{settings.domain_data}`: n = {rows[0]['n']} domains, "
             f"{_seeds(run)}, {counted(len(varied(run)), 'setting')} varied, {_count(run, rows)}.\n\n{listed}\n\n"
-            f"**The rules.** {FIXED_RULE}\n\n{rules}")
+            f"{rules}")
 
 
 def _count(run: OpenRun, rows: list[dict]) -> str:

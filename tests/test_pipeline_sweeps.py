@@ -385,7 +385,7 @@ def test_saes_need_a_text_to_train_on():
 def test_the_page_quotes_the_stages(run):
     page, found = pages_sweeps.summary(run), run.get("sweep_correlations")
     for rule in (verdicts_sweeps.SETTING_RULE, verdicts_sweeps.CLAIM_RULE, verdicts_sweeps.BEST_RULE):
-        assert page.index("The answer of this run") < page.index("The rules.") < page.index(rule)
+        assert page.index("The answer of this run") < page.index("The rules of these verdicts") < page.index(rule)
     best = row_of(found["best"], measure="bits", score="sts_act")
     assert f"{best['scores']} different values in all" in page  # each of them is another score here
     assert pages_sweeps.matter_sentence(run, "bits_answer") in page
