@@ -112,6 +112,21 @@ def correlation_sentence(run: OpenRun) -> str:
             f"number.{''.join(lines)}")
 
 
+def short_sentence(run: OpenRun) -> str:
+    """The answer in words alone: after which training sets STS_act forecasts the change, and what is not judged."""
+    told, seed, parts = told_measures(run), run.settings.seed, []
+    for name in _judged_sets(run):
+        held = [measure for measure in told
+                if correlation_verdict(correlation_row(run, name, seed, measure, "sts_act")) == "held"]
+        where = ("in none of the measures told below" if not held else "in each measure told below"
+                 if len(held) == len(told) else f"in {NAMES[held[0]]} alone")
+        parts.append(f"after `{name}` {where}")
+    idle = [name for name in training_sets(run) if name not in _judged_sets(run)]
+    left = f" On {_code(idle)} too little was learned to judge by, and no comparison with it is judged." if idle else ""
+    return f"**In short:** STS_act forecasts which domains move {'; '.join(parts)}.{left}" if parts else (
+        f"**In short:** nothing can be judged.{left}")
+
+
 def measure_sentence(run: OpenRun) -> str:
     """For which training sets the verdict on a score is another in bits per answer; "" with a single measure."""
     told, seed, parts = told_measures(run), run.settings.seed, []
@@ -265,7 +280,7 @@ def summary(run: OpenRun) -> str:
             rival_sentence(run, first)]
     listed = "\n".join(f"- {sentence}" for sentence in told if sentence)
     return (f"**The answer of this run.** `{settings.model}`, fine-tuned on {_code(training_sets(run))}, each tested "
-            f"on `{settings.domain_data}`:\n\n{listed}\n\n"
+            f"on `{settings.domain_data}`. {short_sentence(run)}\n\n{listed}\n\n"
             f"Seed{'s' if len(training_seeds(run)) > 1 else ''} {', '.join(map(str, training_seeds(run)))}.\n\n"
             f"{folded_rules(LEARNED_RULE, CORRELATION_RULE, OWN_LIST_RULE, SPECIFIC_RULE)}")
 

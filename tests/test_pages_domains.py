@@ -129,6 +129,20 @@ def test_a_set_that_was_not_learned_is_not_judged_and_neither_is_its_comparison(
     assert "**held**" in pages_domains.specific_sentence(given(), "bits")
 
 
+def test_the_short_answer_follows_the_verdicts(monkeypatch):
+    def found(run, name, seed, measure, score):
+        return {"measure": measure, "set": name}
+
+    monkeypatch.setattr(pages_domains, "correlation_row", found)
+    held = {("law", "bits"), ("law", "bits_answer"), ("health", "bits")}
+    monkeypatch.setattr(pages_domains, "told_measures", lambda run: ["bits", "bits_answer"])
+    monkeypatch.setattr(pages_domains, "correlation_verdict",
+                        lambda row: "held" if (row["set"], row["measure"]) in held else "not shown")
+    said = pages_domains.short_sentence(given(falls={("maths", 0): 0.05}))
+    assert "after `law` in each measure" in said and "after `health` in bits per character alone" in said
+    assert "after `code` in none" in said and "On `maths` too little was learned" in said
+
+
 def test_one_seed_that_taught_nothing_leaves_the_others_correlations_judged():
     run = given(seeds=(0, 1), falls={("health", 1): 0.05})
     assert "judged" not in pages_domains.correlation_sentence(run)  # of the run's own seed
