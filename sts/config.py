@@ -263,6 +263,8 @@ def load_run(run: str | Run = "laptop", overrides: Mapping[str, Any] | None = No
         settings = run.model_dump()
     else:
         path = Path(run) if run.endswith((".yaml", ".yml")) else ROOT / "runs" / f"{run}.yaml"
+        if not path.is_file() and path.parent != ROOT / "runs":
+            raise StsError(f"Run profile {run!r}: there is no such file. By name: {', '.join(available_runs())}.")
         if not path.is_file():
             raise StsError(f"Run profile {run!r} is not known. Valid: {', '.join(available_runs())}, "
                            "or the path of a YAML file.")
@@ -291,4 +293,5 @@ def _explain(problem: dict) -> str:
     if not key:
         return f"Setting {message}."
     meaning = Run.model_fields[key.split(".")[0]].description
-    return f"Setting {key!r} ({meaning}): {message}; got {problem['input']!r}."
+    as_list = f" Write [{problem['input']}]." if problem["type"] == "list_type" else ""
+    return f"Setting {key!r} ({meaning}): {message}; got {problem['input']!r}.{as_list}"

@@ -203,3 +203,10 @@ def test_a_profile_in_another_encoding_is_one_error(tmp_path):
     profile.write_bytes("description: caf\u00e9\n".encode("latin-1"))
     with pytest.raises(StsError, match="old.yaml is not valid YAML in UTF-8"):
         load_run(str(profile))
+
+
+def test_a_missing_file_and_a_value_for_a_list_are_named(tmp_path):
+    with pytest.raises(StsError, match="nosuch.yaml': there is no such file. By name: .*smoke"):
+        load_run(str(tmp_path / "nosuch.yaml"))
+    with pytest.raises(StsError, match=r"'domains'.*valid list; got 'law'. Write \[law\]."):
+        load_run("smoke", {"domains": "law"})
