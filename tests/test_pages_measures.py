@@ -85,7 +85,7 @@ def test_the_chapter_runs_on_letters_alone():
                for output in cell.outputs]
     page = "\n".join("".join(output.get("data", {}).get("text/markdown", "")) for output in outputs)
     assert "Change in p(right option): STS_act" in page and "zero-shot" in page and "McNemar" in page
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 12
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 13
     assert not [output for output in outputs if output.output_type in ("error", "stream")]
 
 
