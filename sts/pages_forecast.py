@@ -97,6 +97,12 @@ def parts_sentence(run: OpenRun) -> str:
         finds = "less" if opening["change"] > 0 else "more"
         sentence += ("So most of the change in bits, per character and per answer, is that the tuned model finds "
                      f"these words {finds} likely, and says little of what it knows of a domain. ")
+    if opening["share"] is not None:
+        shares = ", ".join(f"{PARTS[part]} {rows[part]['share']:.0%}" for part in PARTS)
+        sentence += f"Of how domains differ in the whole change (variance over domains), these parts make: {shares}. "
+        if opening["share"] > 0.5:
+            sentence += ("So which domain moved most is mostly a matter of how likely the tuned model finds the same "
+                         "few words after its questions. ")
     told = [f"{label} " + ", ".join(_r(rows[part]["scores"][score]) for part in PARTS)
             for score, label in SCORE_NAMES.items()]
     rivals = [f"{CONTROL_NAMES[name]} {_r(opening['rivals'][name])}" for name in RIVALS]
@@ -120,6 +126,7 @@ def parts_table(run: OpenRun) -> pandas.DataFrame:
     for row in run.get("answer_parts"):
         line = {"part of the answer": PARTS.get(row["part"], "the whole answer"), "bits before": f"{row['before']:.2f}",
                 "mean change": f"{row['change']:+.2f}", "domains in which it rose": f"{row['rose']} of {row['n']}"}
+        line["share of the variance over domains"] = "" if row["share"] is None else f"{row['share']:.0%}"
         line |= {f"r of {label} with the absolute change": _r(row["scores"][score], p=True)
                  for score, label in SCORE_NAMES.items()}
         line |= {f"r of {CONTROL_NAMES[name]}": _r(row["rivals"][name], p=True) for name in RIVALS}

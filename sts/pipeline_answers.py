@@ -64,7 +64,7 @@ def _bits(run: OpenRun, when: str) -> pandas.DataFrame:
     return frame.assign(domain=opening["domain"]).dropna()
 
 
-@stage("json", version=2, uses=("seeds", "seed", "bootstrap", "permutations"), inputs=("seeds",),
+@stage("json", version=3, uses=("seeds", "seed", "bootstrap", "permutations"), inputs=("seeds",),
        needs=("scores", "domain_shift", "text_baselines", "openings_before", "openings_after", "evaluation_before",
               "evaluation_after"))
 def answer_parts(run: OpenRun, report) -> list[dict]:
@@ -72,9 +72,11 @@ def answer_parts(run: OpenRun, report) -> list[dict]:
 
     One row a part (`PARTS`, and whole), empty where no opening was scored: part, n (domains), questions (most of a
     domain), seeds, before and change (mean over domains and seeds, bits an answer), rose (domains in which the mean
-    over seeds rose), wrong (letter alone: change and rose of the wrong letters, mean over an item's), scores and rivals
-    (`RIVALS`): name -> pearson with the absolute change, pearson_interval (hierarchical bootstrap), p (permutation);
-    left: score -> `partial_rows` given the controls of bits per character (`controls_of`); or `undefined`.
+    over seeds rose), share (of the variance over domains of the whole change, the part's covariance with it; parts add
+    up to 1; None where the whole does not vary), wrong (letter alone: change and rose of the wrong letters, mean over
+    an item's), scores and rivals (`RIVALS`): name -> pearson with the absolute change, pearson_interval (hierarchical
+    bootstrap), p (permutation); left: score -> `partial_rows` given the controls of bits per character
+    (`controls_of`); or `undefined`.
     """
     runs = [run.with_seed(seed) for seed in (run.settings.seed, *run.other_seeds)]
     before, after = ([_bits(own, when) for own in runs] for when in ("before", "after"))
@@ -84,6 +86,11 @@ def answer_parts(run: OpenRun, report) -> list[dict]:
     known_SNP = np.stack([_predictors(own, domains).to_numpy(float) for own in runs])
     names = list(_predictors(run, domains))
     controls_SNK = known_SNP[..., [names.index(name) for name in controls_of("bits")]]
+
+    def whole_variance(change_SN: np.ndarray) -> float | None:
+        """Covariance with the whole change over domains, as a share of its variance; of the mean over seeds."""
+        whole_N = np.stack([values.mean(0) for values in changes("whole")], axis=1).mean(0)
+        return float(np.cov(change_SN.mean(0), whole_N)[0, 1] / whole_N.var(ddof=1)) if whole_N.std() > 0 else None
 
     def changes(part: str) -> list[np.ndarray]:
         return [np.stack([(late.loc[items, part] - early.loc[items, part]).to_numpy()
@@ -95,7 +102,8 @@ def answer_parts(run: OpenRun, report) -> list[dict]:
         change_SN = np.stack([values.mean(0) for values in own], axis=1)
         row = {"part": part, "n": len(domains), "questions": max(map(len, own)), "seeds": len(runs),
                "before": float(np.mean([frame.groupby("domain")[part].mean().mean() for frame in before])),
-               "change": float(change_SN.mean()), "rose": int((change_SN.mean(0) > 0).sum())}
+               "change": float(change_SN.mean()), "rose": int((change_SN.mean(0) > 0).sum()),
+               "share": whole_variance(change_SN)}
         if part == "letter":
             wrong_SN = np.stack([values.mean(0) for values in changes("wrong_letters")], axis=1)
             row["wrong"] = {"change": float(wrong_SN.mean()), "rose": int((wrong_SN.mean(0) > 0).sum())}

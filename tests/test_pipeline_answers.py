@@ -7,7 +7,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from scipy.stats import pearsonr
+from scipy.stats import linregress, pearsonr
 
 import sts
 from sts import data, inputs, pages_forecast
@@ -90,6 +90,23 @@ def test_rivals_and_what_is_left_are_correlations_of_the_same_changes(run):
         assert row["rivals"][name]["pearson"] == pytest.approx(np.mean(found))
         assert 0 < row["rivals"][name]["p"] <= 1 and row["rivals"][name]["pearson_interval"]["low"] < np.mean(found)
     assert row["left"]["sts_act"]["by_seed"] == pytest.approx(left)
+
+
+def test_shares_say_which_part_makes_the_domains_differ(run):
+    rows, changes = run.get("answer_parts"), {}
+    for own in (run, run.with_seed(1)):
+        before, after = (own.get(f"openings_{when}").set_index("example_id") for when in ("before", "after"))
+        whole = [own.get(f"evaluation_{when}").query("is_right and kind == 'solution'").set_index("example_id")[
+            "loglikelihood"].loc[before.index] for when in ("before", "after")]
+        opening = after["loglikelihood"] - before["loglikelihood"]
+        for part, change in (("opening", opening), ("whole", whole[1] - whole[0])):
+            changes[part] = changes.get(part, 0) + change.groupby(before["domain"]).mean()
+    slope = linregress(changes["whole"], changes["opening"]).slope  # covariance over variance
+    assert rows[0]["share"] == pytest.approx(slope)
+    assert rows[3]["share"] == pytest.approx(1) == sum(row["share"] for row in rows[:3])
+    said = pages_forecast.parts_sentence(run)
+    assert f"these parts make: the opening words {slope:.0%}," in said
+    assert ("mostly a matter of how likely" in said) == (slope > 0.5)
 
 
 def test_wrong_letters_stand_beside_the_right_one(run):
