@@ -313,8 +313,10 @@ def test_the_readme_quotes_the_parts_of_answers(full, readme):
             f"{letter['wrong']['change']:+.2f}), the option's text {parts['text']['change']:+.2f}.") in plain
     found = {part: said(parts[part]["scores"]["sts_act"]) for part in parts}
     assert (f"opening words, r = {found['opening']}, more than bits per character before, "
-            f"{said(opening['rivals']['base_bits'])}; with that of the letter it has {found['letter']}, with that of "
-            f"the text {found['text']}. ({parts['whole']['questions']} questions a domain, three seeds.)") in plain
+            f"{said(opening['rivals']['base_bits'])}; it is there that domains differ ({opening['share']:.0%} of the "
+            "variance of the whole change over domains; the other parts pull the other way). With that of the letter "
+            f"STS_act has {found['letter']}, with that of the text {found['text']}. ({parts['whole']['questions']} "
+            "questions a domain, three seeds.)") in plain
     assert correlation_verdict(opening["scores"]["sts_act"]) == "held"
     assert opening["scores"]["sts_act"]["pearson"] > opening["rivals"]["base_bits"]["pearson"]
 
@@ -353,3 +355,36 @@ def test_the_readme_names_rivals_and_what_is_left(full, readme):
                        (full.get("correlations"), {"variant": "paper"}), (rows, {"axis": "k", "own": True})))
     assert (f"STS_ICL has {own['sts_icl']:.2f} with our SAE, and {other['sts_icl']:.2f} with another one of the same "
             f"shape, trained on less text; STS_act {own['sts_act']:.2f} and {other['sts_act']:.2f}.") in plain
+
+
+def test_the_readme_quotes_the_second_family(readme):
+    plain, other = " ".join(readme.split()), sts.open_run("full-gemma3-270m").recorded_alone()
+    found = {measure: correlations_of(other, measure) for measure in ("bits", "bits_answer")}
+    left = row_of(other.get("baseline_confounds"), measure="bits", score="sts_act",
+                  controls=["base_bits", "question_tokens", "answer_shortness"])
+    assert (f"r = {said(found['bits']['sts_act'])} in bits per character and {said(found['bits_answer']['sts_act'])} "
+            f"per answer, above the bits per character before, {said(found['bits']['base_bits'])}; given these and "
+            f"both lengths it has {said(left)[:-1]}, p = {left['p']:.3f}). STS_ICL has "
+            f"{said(found['bits']['sts_icl'])}.") in plain
+    assert comparison_verdict(found["bits"]["base_bits"]["less"]["sts_act"]) == "better"
+    assert confound_verdict(left) == "held" and correlation_verdict(found["bits"]["sts_icl"]) == "not shown"
+    null = row_of(other.get("baseline_nulls"), measure="bits", null="energy", predictor="sts_act")
+    reach = round(null["p"] * (null["draws"] + 1)) - 1
+    assert f"({null['mean']:.2f} on average, {reach} of {null['draws']} sets reach it)" in plain
+    opening = row_of(other.get("answer_parts"), part="opening")
+    assert (f"changed by {opening['change']:+.2f} bits on average, up in some domains and down in others, and make "
+            f"{opening['share']:.0%} of the variance") in plain and 0 < opening["rose"] < opening["n"]
+    accuracy = other.get("domain_shift").query("measure == 'accuracy'")["before"].mean()
+    assert f"Accuracy is at chance there too ({accuracy:.0f}%)" in plain
+
+
+def test_the_introduction_quotes_the_recorded_runs(full):
+    plain = " ".join((ROOT / "book" / "introduction.md").read_text(encoding="utf-8").split())
+    found = correlations_of(full, "bits")
+    start, rest = said(found["sts_act"]).split(" (")
+    assert f"STS_act r = {start} (95% interval {rest}, STS_ICL {said(found['sts_icl'])}" in plain
+    assert f"takes *before* training, {said(found['base_bits'])}, not told apart" in plain
+    other = correlations_of(sts.open_run("full-gemma3-270m").recorded_alone(), "bits")
+    assert (f"STS_act has r = {said(other['sts_act'])}, above the bits per character before, "
+            f"{said(other['base_bits'])}") in plain
+    assert f"not shown there ({said(other['sts_icl']).replace(' (', ', ')}" in plain
