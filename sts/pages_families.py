@@ -82,6 +82,8 @@ def forecast(run: OpenRun) -> str:
         finest, _, accuracy = measures_shown(other.get("domain_shift"))
         shown = [measure for measure in dict.fromkeys((finest, accuracy)) if measure]
         lines = [f"{line[0].upper()}{line[1:]}" for line in (forecast_line(other, one) for one in shown)]
+        tested = sum("undefined" not in row for row in other.get("correlations"))
+        lines.append(f"These are of {tested} correlations; no p is corrected for their number.")
         if not has(other, "baseline_correlations", every_seed=True):
             lines.append("Its baselines are not recorded yet, so it is not known whether something simpler does as "
                          "well.")
