@@ -9,7 +9,7 @@ import pandas
 
 from sts import learned
 from sts.pages_measures import NAMES, p_value
-from sts.plots import SCORE_LABELS
+from sts.plots import SCORE_NAMES
 from sts.progress import duration
 from sts.recorded import texts_withheld
 from sts.stages import OpenRun
@@ -120,7 +120,7 @@ def correlation_table(correlations: list[dict]) -> pandas.DataFrame:
     rows = []
     for index, result in enumerate(correlations):
         row = {"change in": NAMES[result["measure"]], "variant": result["variant"].replace("_", " "),
-               "score": SCORE_LABELS[result["score"]]}
+               "score": SCORE_NAMES[result["score"]]}
         if "undefined" in result:
             rows.append(row | {"verdict": f"undefined: {result['undefined']}"})
             continue

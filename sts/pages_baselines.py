@@ -9,14 +9,13 @@ import pandas
 from sts import learned, paper
 from sts.baselines import PREDICTORS, RANDOM
 from sts.pages import CORRELATION_RULE, correlation_verdict, folded_rules, p_phrase, p_value
-from sts.pages_measures import NAMES, ORDER, in_order
+from sts.pages_measures import NAMES, ORDER, SCORE_NAMES, in_order
 from sts.pipeline_comparison import SCORES, controls_of, first_controls_of
 from sts.stages import OpenRun
 from sts.stats import smallest_detectable_correlation
 from sts.stats_domains import needed_correlation
 from sts.verdicts import counted
 
-SCORE_NAMES = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
 CONTROL_NAMES = {"base_bits": "bits before", "base_bits_answer": "bits per answer before",
                  "question_tokens": "length of the questions", "answer_shortness": "1 / length of the answers"}
 

@@ -99,10 +99,11 @@ def parts_sentence(run: OpenRun) -> str:
                      f"these words {finds} likely, and says little of what it knows of a domain. ")
     if opening["share"] is not None:
         shares = ", ".join(f"{PARTS[part]} {rows[part]['share']:.0%}" for part in PARTS)
-        sentence += f"Of how domains differ in the whole change (variance over domains), these parts make: {shares}. "
+        sentence += (f"Of how domains differ in the whole change (variance over domains), these parts make: {shares}; "
+                     "this describes the domains at hand and has no interval. ")
         if opening["share"] > 0.5:
-            sentence += ("So which domain moved most is mostly a matter of how likely the tuned model finds the same "
-                         "few words after its questions. ")
+            sentence += ("So which of these domains moved most is mostly a matter of how likely the tuned model "
+                         "finds the same few words after its questions. ")
     told = [f"{label} " + ", ".join(_r(rows[part]["scores"][score]) for part in PARTS)
             for score, label in SCORE_NAMES.items()]
     rivals = [f"{CONTROL_NAMES[name]} {_r(opening['rivals'][name])}" for name in RIVALS]

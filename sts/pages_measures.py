@@ -14,6 +14,8 @@ from sts.stats_items import BOOTSTRAP_FROM
 NAMES = {"bits": "bits per character", "p_right": "p(right option)", "accuracy": "accuracy",
          "accuracy_norm": "accuracy by option text", "accuracy_generated": "accuracy of generated answers",
          "bits_answer": "bits per answer"}
+#: Column of stage scores -> how pages call it.
+SCORE_NAMES = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
 #: In what order pages take several measures: both kinds of bits, then accuracy, then the others.
 ORDER = ("bits", "bits_answer", "accuracy")
 ACCURACIES = ("accuracy", "accuracy_norm")

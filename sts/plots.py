@@ -16,10 +16,9 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 
 from sts.evaluate import MEASURES
-from sts.pages_measures import NOTHING_ELSE
+from sts.pages_measures import NOTHING_ELSE, SCORE_NAMES
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-SCORE_LABELS = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
 VARIANT_LABELS = {"paper": "paper's formulas", "official_code": "official code"}
 
 
@@ -79,10 +78,10 @@ def domain_scores(scores: pandas.DataFrame) -> Figure:
     _theme()
     own = scores[scores["variant"] == "paper"].sort_values("sts_icl")
     figure, axes = plt.subplots(1, 2, figsize=(7, 4), sharey=True, layout="constrained")
-    for axis, score, unit in zip(axes, SCORE_LABELS, ("activation", "squared activation"), strict=True):
+    for axis, score, unit in zip(axes, SCORE_NAMES, ("activation", "squared activation"), strict=True):
         axis.hlines(own["domain"], 0, own[score], color=GREY, linewidth=1)
         axis.plot(own[score], own["domain"], "o", color=BLUE)
-        axis.set(xlabel=f"{SCORE_LABELS[score]} ({unit})", xlim=(0, None))
+        axis.set(xlabel=f"{SCORE_NAMES[score]} ({unit})", xlim=(0, None))
     return _finished(figure)
 
 
@@ -155,12 +154,12 @@ def score_scatters(runs: list[tuple[str, pandas.DataFrame, pandas.DataFrame, lis
     for row, (name, scores, shifts, correlations) in zip(axes, runs, strict=True):
         own = scores[scores["variant"] == variant].set_index("domain")
         actual = shifts[shifts["measure"] == measure].set_index("domain")
-        for axis, score in zip(row, SCORE_LABELS, strict=True):
+        for axis, score in zip(row, SCORE_NAMES, strict=True):
             result = next(found for found in correlations if (found["measure"], found["variant"], found["score"])
                           == (measure, variant, score))
             _scatter(axis, own[score], actual, result)
-            axis.set(xlabel=f"{SCORE_LABELS[score]} ({VARIANT_LABELS[variant]})")
-        for axis, score in zip(row, SCORE_LABELS, strict=True):
+            axis.set(xlabel=f"{SCORE_NAMES[score]} ({VARIANT_LABELS[variant]})")
+        for axis, score in zip(row, SCORE_NAMES, strict=True):
             _name_points(axis, own.loc[actual.index, score], actual["shift"].abs())
         row[0].set(ylabel=f"{name}\nabsolute change in\n{MEASURES[measure]}".lstrip())
     return _finished(figure)

@@ -9,7 +9,7 @@ import seaborn
 from matplotlib.figure import Figure
 
 from sts.evaluate import MEASURES
-from sts.plots import BLUE, GREEN, GREY, ORANGE, SCORE_LABELS, _finished, _theme
+from sts.plots import BLUE, GREEN, GREY, ORANGE, SCORE_NAMES, _finished, _theme
 
 #: Colour and marker of each training set in turn.
 SET_STYLES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), ("#CC79A7", "D"), (GREY, "v"), ("#56B4E9", "P"))
@@ -33,14 +33,14 @@ def matrices(cells: pandas.DataFrame, score: str, measure: str) -> Figure:
 
     Args:
         cells: stage `training_matrix`; the mean over seeds is drawn. A training set's own domain has a frame.
-        score: of `SCORE_LABELS`.
+        score: of `SCORE_NAMES`.
         measure: of `MEASURES`.
     """
     _theme()
     own = cells[cells["measure"] == measure]
     trained = own.groupby("training_set")["trained_domain"].first()
     figure, axes = plt.subplots(1, 2, figsize=(7, 6), sharey=True, layout="constrained")
-    panels = ((SCORE_LABELS[score], _means(own, score)),
+    panels = ((SCORE_NAMES[score], _means(own, score)),
               (f"absolute change in\n{MEASURES[measure]}", _means(own, "shift", absolute=True)))
     for axis, (title, values) in zip(axes, panels, strict=True):
         seaborn.heatmap(values, ax=axis, cmap="cividis", annot=True, fmt=".3g", annot_kws={"size": 9}, linewidths=0.5,
@@ -63,8 +63,8 @@ def clouds(cells: pandas.DataFrame, measure: str) -> Figure:
     _theme()
     own = cells[cells["measure"] == measure]
     change = _means(own, "shift", absolute=True)
-    figure, axes = plt.subplots(1, len(SCORE_LABELS), figsize=(7, 3.8), sharey=True, layout="constrained")
-    for axis, (score, label) in zip(axes, SCORE_LABELS.items(), strict=True):
+    figure, axes = plt.subplots(1, len(SCORE_NAMES), figsize=(7, 3.8), sharey=True, layout="constrained")
+    for axis, (score, label) in zip(axes, SCORE_NAMES.items(), strict=True):
         forecast = _means(own, score)
         for place, name in enumerate(change.columns):
             colour, marker = SET_STYLES[place % len(SET_STYLES)]

@@ -8,7 +8,7 @@ import pandas
 from matplotlib.figure import Figure
 
 from sts.evaluate import MEASURES
-from sts.plots import BLUE, GREEN, GREY, ORANGE, SCORE_LABELS, VARIANT_LABELS, _finished, _theme
+from sts.plots import BLUE, GREEN, GREY, ORANGE, SCORE_NAMES, VARIANT_LABELS, _finished, _theme
 from sts.shift_stats import Concentration
 
 #: kind -> (label, colour, line style, marker)
@@ -180,12 +180,12 @@ def figure3(scores: pandas.DataFrame, shifts: pandas.DataFrame, everything: list
     through all domains.
     """
     _theme()
-    figure, axes = plt.subplots(len(VARIANT_LABELS), len(SCORE_LABELS), figsize=(7, 6), sharey=True,
+    figure, axes = plt.subplots(len(VARIANT_LABELS), len(SCORE_NAMES), figsize=(7, 6), sharey=True,
                                 layout="constrained")
     actual = shifts[shifts["measure"] == measure].set_index("domain")["shift"].abs()
     for row, variant in zip(axes, VARIANT_LABELS, strict=True):
         own = scores[scores["variant"] == variant].set_index("domain").loc[actual.index]
-        for axis, score in zip(row, SCORE_LABELS, strict=True):
+        for axis, score in zip(row, SCORE_NAMES, strict=True):
             every, kept = (next(result for result in rows if (result["measure"], result["variant"], result["score"])
                                 == (measure, variant, score)) for rows in (everything, extremes))
             chosen = [domain for domain in actual.index if domain in kept.get("domains", ())]
@@ -199,7 +199,7 @@ def figure3(scores: pandas.DataFrame, shifts: pandas.DataFrame, everything: list
                     axis.plot(ends, result["line"]["intercept"] + result["line"]["slope"] * ends, style, color=colour)
             said = ["undefined" if "undefined" in result else f"{result['pearson']:.2f}" for result in (every, kept)]
             axis.set_title(f"r = {said[0]} (all), {said[1]} (extremes)")
-            axis.set(xlabel=f"{SCORE_LABELS[score]} ({VARIANT_LABELS[variant]})")
+            axis.set(xlabel=f"{SCORE_NAMES[score]} ({VARIANT_LABELS[variant]})")
             axis.locator_params(axis="x", nbins=4)
             axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
     figure.supylabel(f"absolute change in {MEASURES[measure]}", fontsize=10)
@@ -215,7 +215,7 @@ def correlations_compared(everything: list[dict], extremes: list[dict], measure:
     figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     labels = []
     for variant in VARIANT_LABELS:
-        for score, score_label in SCORE_LABELS.items():
+        for score, score_label in SCORE_NAMES.items():
             for offset, rows, colour, marker in ((0.15, everything, BLUE, "o"), (-0.15, extremes, ORANGE, "s")):
                 row = next(row for row in rows if (row["measure"], row["variant"], row["score"])
                            == (measure, variant, score))
@@ -242,14 +242,14 @@ def correlations_of_seeds(rows: list[dict], measure: str) -> Figure:
     figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
     frame = pandas.DataFrame(rows)
     own = frame[(frame["measure"] == measure) & frame["pearson"].notna()]
-    places = [(variant, score) for variant in VARIANT_LABELS for score in SCORE_LABELS]
+    places = [(variant, score) for variant in VARIANT_LABELS for score in SCORE_NAMES]
     for domains, offset, colour, marker, label in (("all", -0.12, BLUE, "o", "all domains"),
                                                    ("extremes", 0.12, ORANGE, "s", "eight extremes")):
         part = own[own["domains"] == domains]
         x = [places.index((row.variant, row.score)) + offset for row in part.itertuples()]
         axis.plot(x, part["pearson"].astype(float), marker, color=colour, markerfacecolor="none", label=label)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(places)), [f"{SCORE_LABELS[score]},\n{VARIANT_LABELS[variant]}"
+    axis.set_xticks(range(len(places)), [f"{SCORE_NAMES[score]},\n{VARIANT_LABELS[variant]}"
                                          for variant, score in places])
     axis.set(ylabel="Pearson's r", ylim=(-1.05, 1.05), xlim=(-0.6, len(places) - 0.4))
     figure.legend(loc="outside lower center", ncols=2, frameon=False)

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sts.plots import BLUE, GREY, ORANGE, SCORE_LABELS, _finished, _theme
+from sts.plots import BLUE, GREY, ORANGE, SCORE_NAMES, _finished, _theme
 
 #: score -> colour, marker, and to which side of its place it is drawn
 STYLE = {"sts_act": (BLUE, "o", -1), "sts_icl": (ORANGE, "s", 1)}
@@ -62,7 +62,7 @@ def sweeps(panels: dict[str, list[dict]], needed: float | None = None) -> Figure
 
 
 def _legend(note: str) -> list[Line2D]:
-    handles = [Line2D([], [], color=colour, marker=marker, label=f"{SCORE_LABELS[score]}, 95% interval")
+    handles = [Line2D([], [], color=colour, marker=marker, label=f"{SCORE_NAMES[score]}, 95% interval")
                for score, (colour, marker, _) in STYLE.items()]
     return [*handles, Line2D([], [], color="none", marker="o", markeredgecolor=GREY, markerfacecolor=GREY, label=note)]
 

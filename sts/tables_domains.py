@@ -6,12 +6,11 @@ import pandas
 
 from sts import paper
 from sts.pages import correlation_verdict, p_phrase, p_value
-from sts.pages_measures import NAMES, decimals, in_order
+from sts.pages_measures import NAMES, SCORE_NAMES, decimals, in_order
 from sts.rivals_domains import RIVALS, rival_row, without_each
 from sts.stages import OpenRun
 from sts.verdicts_domains import judged_all, judged_set, sets_of, specific_verdict
 
-SCORE_NAMES = {"sts_act": "STS_act", "sts_icl": "STS_ICL"}
 FORECAST_NAMES = SCORE_NAMES | {"tfidf": "TF-IDF similarity of questions"}
 #: Domain of a training set here -> what the paper's Table 1 calls the closest (its health set is on mental health).
 PAPER_DOMAINS = {"computer science": "code", "health": "health", "psychology": "health"}

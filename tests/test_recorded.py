@@ -312,9 +312,9 @@ def test_the_readme_quotes_the_parts_of_answers(full, readme):
             f"{14 - letter['rose']} of 14 domains, and the wrong letters in {14 - letter['wrong']['rose']}: "
             f"{letter['wrong']['change']:+.2f}), the option's text {parts['text']['change']:+.2f}.") in plain
     found = {part: said(parts[part]["scores"]["sts_act"]) for part in parts}
-    assert (f"opening words, r = {found['opening']}, more than bits per character before, "
-            f"{said(opening['rivals']['base_bits'])}; it is there that domains differ ({opening['share']:.0%} of the "
-            "variance of the whole change over domains; the other parts pull the other way). With that of the letter "
+    assert (f"opening words, r = {found['opening']}, beside {said(opening['rivals']['base_bits'])} of the bits per "
+            f"character before; it is there that these domains differ ({opening['share']:.0%} of the variance of the "
+            "whole change over domains, without interval; the other parts pull the other way). With that of the letter "
             f"STS_act has {found['letter']}, with that of the text {found['text']}. ({parts['whole']['questions']} "
             "questions a domain, three seeds.)") in plain
     assert correlation_verdict(opening["scores"]["sts_act"]) == "held"
@@ -353,8 +353,13 @@ def test_the_readme_names_rivals_and_what_is_left(full, readme):
     own, other = ({score: row_of(source, measure="bits", score=score, **wanted)["pearson"]
                    for score in ("sts_act", "sts_icl")} for source, wanted in (
                        (full.get("correlations"), {"variant": "paper"}), (rows, {"axis": "k", "own": True})))
+    icl, act = (row_of(full.get("sweep_correlations")["saes"], measure="bits", score=score)
+                for score in ("sts_icl", "sts_act"))
     assert (f"STS_ICL has {own['sts_icl']:.2f} with our SAE, and {other['sts_icl']:.2f} with another one of the same "
-            f"shape, trained on less text; STS_act {own['sts_act']:.2f} and {other['sts_act']:.2f}.") in plain
+            f"shape, trained on less text (difference {icl['mean']:+.2f}, {icl['interval']['low']:.2f} to "
+            f"{icl['interval']['high']:.2f}, p = {icl['p']:.3f}); STS_act {own['sts_act']:.2f} and "
+            f"{other['sts_act']:.2f} ({act['mean']:+.2f}, {act['interval']['low']:.2f} to "
+            f"{act['interval']['high']:.2f}).") in plain
 
 
 def test_the_readme_quotes_the_second_family(readme):
