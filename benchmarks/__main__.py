@@ -16,10 +16,10 @@ from benchmarks.options import options_workload
 from benchmarks.routes import Setup
 from benchmarks.shapes import SHAPES, compile_layers, shape_workload
 from benchmarks.workloads import demonstrations_workload, memory_workload, precision_workload, text_workload
+from sts.engine.models import DTYPES, resolve_model
 from sts.errors import StsError
-from sts.models import DTYPES, resolve_model
-from sts.provenance import environment
-from sts.stages import OpenRun, open_run
+from sts.run.provenance import environment
+from sts.run.run import OpenRun, open_run
 
 WORKLOADS = ("memory", "text", "demonstrations", "options", "precision", "shape")
 

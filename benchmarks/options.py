@@ -9,10 +9,10 @@ from functools import partial
 from benchmarks.measure import Ratio, Row
 from benchmarks.routes import Setup
 from benchmarks.workloads import _ratio, _repeat
-from sts.data import load_examples
-from sts.data_sources import LETTERS
-from sts.harness import open_harness
-from sts.prompts import render
+from sts.data.load import load_examples
+from sts.data.prompts import render
+from sts.data.sources import LETTERS
+from sts.engine.harness import open_harness
 
 OPTIONS = 10
 

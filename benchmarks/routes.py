@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sts.activations import Masks, latent_stats, paired_stats
-from sts.models import LanguageModel, decoder_layers
-from sts.prompts import Prompt, PromptGroup, paired_positions
-from sts.residuals import batches
+from sts.data.prompts import Prompt, PromptGroup, paired_positions
+from sts.engine.extract import Masks, latent_stats, paired_stats
+from sts.engine.models import LanguageModel, decoder_layers
+from sts.engine.residuals import batches
 
 #: All tokens of a text but its first, and those with an outlier norm, which the product leaves out and others keep.
 EVERY_TOKEN = Masks(question_tokens_only=False)

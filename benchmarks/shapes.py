@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.measure import Row, measured
-from sts.activations import Masks, latent_stats
-from sts.models import LanguageModel, decoder_layers
-from sts.prompts import Prompt
+from sts.data.prompts import Prompt
+from sts.engine.extract import Masks, latent_stats
+from sts.engine.models import LanguageModel, decoder_layers
 
 #: Dense bf16 peak of an accelerator in TFLOP/s, without sparsity, by a part of its name (vendors' data sheets).
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}

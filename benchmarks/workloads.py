@@ -15,8 +15,8 @@ import torch
 from benchmarks import routes
 from benchmarks.measure import Ratio, Row, measured
 from benchmarks.routes import Setup
-from sts.data import Example, load_examples
-from sts.prompts import Prompt, PromptGroup, make_group, question_text, render, solution_text
+from sts.data.load import Example, load_examples
+from sts.data.prompts import Prompt, PromptGroup, make_group, question_text, render, solution_text
 
 #: Tokens of each of the two worked examples that questions stand behind.
 DEMONSTRATION_TOKENS = 1_000

@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 
 def open_run(run="laptop", **overrides):
-    """Open a run profile with overrides; see `sts.stages.open_run`."""
-    from sts.stages import open_run as opened
+    """Open a run profile with overrides; see `sts.run.run.open_run`."""
+    from sts.run.run import open_run as opened
 
     return opened(run, **overrides)

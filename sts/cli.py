@@ -41,7 +41,7 @@ def _join_pairs(arguments: list[str]) -> list[str]:
 
 def _values(parameters: list[str] | None) -> dict[str, Any]:
     """NAME=VALUE pairs; a value is read as YAML, so 50 is a number and {a.txt: 100} a mapping."""
-    from sts.config import read_yaml
+    from sts.run.settings import read_yaml
 
     try:
         values = {name: read_yaml(value) for name, _, value in (pair.partition("=") for pair in parameters or [])}
@@ -56,7 +56,7 @@ def _values(parameters: list[str] | None) -> dict[str, Any]:
 @app.command()
 def book(run: RunOption = "laptop") -> None:
     """Execute all chapters and render the book."""
-    from sts.book import build_book
+    from sts.book.chapters import build_book
 
     index = build_book(run)
     print(f"\nThe book is ready. Open it with a browser:\n  {index.as_uri()}")
@@ -65,7 +65,7 @@ def book(run: RunOption = "laptop") -> None:
 @app.command("run")
 def run_one(chapter: str, run: RunOption = "laptop", parameter: ParameterOption = None) -> None:
     """Execute one CHAPTER, with other parameters if you like; only what depends on them is computed again."""
-    from sts.book import quick_page, run_chapter
+    from sts.book.chapters import quick_page, run_chapter
 
     target = run_chapter(chapter, run, _values(parameter))
     print(f"\nExecuted notebook: {target}\nTo look at it, open with a browser:\n  {quick_page(target).as_uri()}")
@@ -80,15 +80,15 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
           again: Annotated[bool, typer.Option("--again", help="compute it although it is stored or recorded")] = False,
           ) -> None:
     """Compute (or load) the stage NAME and say where its result lies, or verify the stored one."""
-    from sts import processes
-    from sts.stages import open_run
+    from sts.engine import processes
+    from sts.run.run import open_run
 
     if tolerance is not None and not verify:
         raise StsError("--tolerance says how closely --verify compares; give both, or neither.")
     values = _checked(_values(parameter))
     opened = open_run(run, **values)
     if verify:
-        from sts import verify as verification
+        from sts.run import verify as verification
 
         found = verification.verify(opened, name, tolerance)
         print(verification.report(name, found))
@@ -108,7 +108,7 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
 
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    from sts.config import Run
+    from sts.run.settings import Run
 
     for name in values:
         if name not in Run.model_fields or name == "name":
@@ -120,9 +120,9 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
 @app.command()
 def record(run: RunOption = "full") -> None:
     """Copy the run's results to data/recorded/, from which pages render without model and data."""
-    from sts.config import ROOT
-    from sts.recorded import record as record_results
-    from sts.stages import open_run
+    from sts.run.recorded import record as record_results
+    from sts.run.run import open_run
+    from sts.run.settings import ROOT
 
     opened = open_run(run)
     target = ROOT / "data" / "recorded" / opened.settings.name
@@ -133,7 +133,7 @@ def record(run: RunOption = "full") -> None:
 @app.command()
 def settings(run: RunOption = "laptop") -> None:
     """List all settings with the run's values and what they mean."""
-    from sts.config import Run, load_run
+    from sts.run.settings import Run, load_run
 
     values = load_run(run)
     for name, field in Run.model_fields.items():
@@ -143,11 +143,11 @@ def settings(run: RunOption = "laptop") -> None:
 @app.command()
 def doctor() -> None:
     """Say what is installed and found, what is missing, and how to get it."""
-    from sts.config import available_runs
-    from sts.data import CORPORA, GENERATED, SOURCES, local_file
-    from sts.models import PACKAGED, packaged_files
-    from sts.provenance import PACKAGES
-    from sts.stages import results_folder
+    from sts.data.load import CORPORA, GENERATED, SOURCES, local_file
+    from sts.engine.models import PACKAGED, packaged_files
+    from sts.run.provenance import PACKAGES
+    from sts.run.run import results_folder
+    from sts.run.settings import available_runs
 
     def row(ok: bool | None, what: str, detail: str) -> None:
         print(f"  {'ok     ' if ok else 'missing' if ok is False else '-      '}  {what:<24} {detail}")

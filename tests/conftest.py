@@ -7,9 +7,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from sts.models import load_model
-from sts.random_models import save_random_model
-from sts.stages import registered
+from sts.engine.models import load_model
+from sts.engine.random_models import save_random_model
+from sts.run.run import registered
 
 registered()  # before any test that replaces the registry for its own time
 

@@ -15,10 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sts import book, cli, pipeline, stages
-from sts.config import ROOT, Run, available_runs
+from sts import cli
+from sts.book import chapters as book
 from sts.errors import StsError
-from sts.stages import stage
+from sts.run import run as stages
+from sts.stages import forecast as pipeline
+from sts.run.run import stage
+from sts.run.settings import ROOT, Run, available_runs
 
 assert pipeline  # importing it registers the book's own stages
 

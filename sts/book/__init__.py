@@ -1,0 +1,1 @@
+"""How results are shown: chapters, claims, tables, figures."""

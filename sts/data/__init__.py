@@ -1,0 +1,1 @@
+"""Example sets and prompts; knows no model but a tokenizer."""

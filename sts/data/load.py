@@ -1,0 +1,274 @@
+"""Data sets: questions with worked solutions, and plain text.
+
+Every question set is read into `Example`s, whether it comes from a local folder (`STS_DATA_DIR`), from the hub at a
+pinned revision, or from an installed package. The columns are those of the public releases, so one reader serves
+the local files and the hub alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict
+from pathlib import Path
+
+from sts.data.sources import CORPORA, GENERATED, LETTERS, MMLU_PRO_CATEGORY, SOURCES, Example, Source, without_preamble
+from sts.errors import MissingData, StsError, one_of
+
+#: Whether data sets that are not here may be asked from the hub.
+_HUB: ContextVar[bool] = ContextVar("hub", default=True)
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+
+def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) -> list[Example]:
+    """Read a question set.
+
+    Args:
+        name: a key of `SOURCES`, or "gsm_symbolic" or "mmlu_exemplars", which need neither folder nor hub.
+        split: the data set's split; "" for its first.
+        limit: how many, drawn without replacement in an order fixed by `seed`; 0 for all in file order.
+        seed: for `limit`, and for generating "gsm_symbolic".
+
+    Raises:
+        StsError: unknown name or split; neither local folder nor hub has it.
+    """
+    if name in GENERATED and split and split not in GENERATED[name]:
+        raise one_of(f"Split of data set {name!r}", split, GENERATED[name])
+    if name == "gsm_symbolic":
+        return gsm_symbolic(limit or 1000, seed=seed + (1_000_000 if split == "test" else 0))
+    if name == "mmlu_exemplars":
+        examples = mmlu_exemplars()
+    elif name in SOURCES:
+        source = SOURCES[name]
+        split = split or source.splits[0]
+        examples = [_example(source, row, f"{name}-{split}-{index}")
+                    for index, row in enumerate(load_rows(name, split))]
+    else:
+        raise one_of("Data set", name, [*SOURCES, *GENERATED])
+    if limit:
+        examples = random.Random(seed).sample(examples, min(limit, len(examples)))
+    return examples
+
+
+def load_mixture(names: str, count: int, *, seed: int = 0) -> list[Example]:
+    """`count` examples of the first split of a question set, or of several in equal parts, mixed.
+
+    No question of a released set comes twice.
+
+    Args:
+        names: a question set, or several joined by "+", such as "gsm8k+math".
+        seed: for drawing and mixing.
+
+    Raises:
+        StsError: as `load_examples`.
+    """
+    parts = names.split("+")
+    shares = [count // len(parts) + (place < count % len(parts)) for place in range(len(parts))]
+    examples = [example for name, share in zip(parts, shares, strict=True) for example in _drawn(name, share, seed)]
+    return examples if len(parts) == 1 else random.Random(seed).sample(examples, len(examples))
+
+
+def _drawn(name: str, count: int, seed: int) -> list[Example]:
+    """`count` examples with different questions: of several answers to one, the first.
+
+    Else a question that is trained on might be held out as well (counsel_chat has several answers to most).
+    """
+    if name in GENERATED:
+        return load_examples(name, limit=count, seed=seed)
+    first: dict[str, Example] = {}
+    for example in load_examples(name):
+        first.setdefault(example.question.strip(), example)
+    return random.Random(seed).sample(list(first.values()), min(count, len(first)))
+
+
+def load_rows(name: str, split: str = "") -> list[dict]:
+    """The rows of one of `SOURCES` as published, for what `Example` leaves out. Raises as `load_examples`."""
+    if name not in SOURCES:
+        raise one_of("Data set", name, SOURCES)
+    split = split or SOURCES[name].splits[0]
+    if split not in SOURCES[name].splits:
+        raise one_of(f"Split of data set {name!r}", split, SOURCES[name].splits)
+    return list(_rows(name, SOURCES[name], split))
+
+
+def _example(source: Source, row: dict, row_id: str) -> Example:
+    try:
+        return source.read(row, row_id)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        wrong = f"column {error.args[0]!r} is missing" if isinstance(error, KeyError) else repr(error)
+        has = ", ".join(row) if isinstance(row, dict) else repr(row)[:80]
+        raise StsError(f"Row {row_id!r} does not have the columns of the public release of {source.folder}: {wrong}; "
+                       f"the row has {has}. The README shows a row of mmlu_pro and of gsm8k.") from error
+
+
+@contextmanager
+def without_hub() -> Iterator[None]:
+    """Inside it, a data set that is in no local folder is missing at once: nothing is downloaded or waited for."""
+    before = _HUB.set(False)
+    try:
+        yield
+    finally:
+        _HUB.reset(before)
+
+
+def local_file(folder: str, split: str) -> Path | None:
+    """`$STS_DATA_DIR/<folder>/<split>.jsonl` if it exists."""
+    root = os.environ.get("STS_DATA_DIR", "")
+    path = Path(root).expanduser() / folder / f"{split}.jsonl"
+    return path if root and path.is_file() else None
+
+
+def _named() -> str:
+    """What STS_DATA_DIR names at present, for an error: most often it is not set, or misspelled."""
+    root = os.environ.get("STS_DATA_DIR", "")
+    if not root:
+        return " (not set now)"
+    return f" (now {root}, " + ("without that file)" if Path(root).expanduser().is_dir() else "which is no folder)")
+
+
+def _rows(name: str, source: Source, split: str) -> Iterator[dict]:
+    path = local_file(source.folder, split)
+    if path is not None:
+        rows = list(_json_lines(path))
+        if not rows:
+            raise StsError(f"{path} holds no rows; write one JSON object a line, or remove the file.")
+        yield from rows
+        return
+    local_hint = f"put {source.folder}/{split}.jsonl in a folder and name that folder in STS_DATA_DIR{_named()}"
+    if not source.hub:
+        raise MissingData(f"Data set {name!r} is read from a local folder only: {local_hint}.")
+    if not _HUB.get():
+        raise MissingData(f"Data set {name!r} is in no local folder: {local_hint}.")
+    import datasets
+
+    try:
+        for config in source.hub_configs:
+            yield from datasets.load_dataset(source.hub, config, split=split, revision=source.revision or None)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MissingData(
+            f"Data set {name!r} was asked from the hub ({source.hub}), which could not be reached or does not have "
+            f"it ({reason}). What works without a network: {local_hint}, or the data sets {', '.join(GENERATED)}."
+        ) from error
+
+
+def _json_lines(path: Path) -> Iterator[dict]:
+    with open(path, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise StsError(f"{path.name}, line {number}: not JSON ({error}).") from error
+
+
+def gsm_symbolic(count: int, *, seed: int) -> list[Example]:
+    """Grade-school arithmetic problems with worked solutions from reasoning-gym's templates of GSM-Symbolic."""
+    import reasoning_gym
+
+    return [
+        Example(f"gsm_symbolic-{seed}-{index}", "math",
+                row["question"].removesuffix(" Give the result as your final answer. Do not include units."),
+                (), -1, str(row["answer"]), row["metadata"]["answer_cot"])
+        for index, row in enumerate(reasoning_gym.create_dataset("gsm_symbolic", size=count, seed=seed))
+    ]
+
+
+def mmlu_exemplars() -> list[Example]:
+    """The 282 worked MMLU examples (4 or 5 for each of 57 subjects) that lm-evaluation-harness carries.
+
+    From its `flan_cot_fewshot` tasks. The boilerplate that opens each solution ("Let's think step by step. We refer
+    to Wikipedia articles on ... for help.") is the same for all and is left out.
+    """
+    import lm_eval
+    import yaml
+
+    folder = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "flan_cot_fewshot"
+    examples = []
+    for subject in sorted(MMLU_PRO_CATEGORY):
+        document = yaml.safe_load((folder / f"mmlu_{subject}.yaml").read_text(encoding="utf-8"))
+        for index, sample in enumerate(document["fewshot_config"]["samples"]):
+            question, options = split_options(sample["question"])
+            letter = re.search(r"answer is \(?([A-J])\)?", sample["target"])
+            if letter is None:
+                raise StsError(f"lm-eval's worked example {index} for {subject} names no answer.")
+            answer_index = LETTERS.index(letter.group(1))
+            examples.append(Example(
+                f"mmlu_exemplars-{subject}-{index}", MMLU_PRO_CATEGORY[subject], question, options, answer_index,
+                options[answer_index], without_preamble(sample["target"])))
+    return examples
+
+
+def split_options(text: str) -> tuple[str, tuple[str, ...]]:
+    """Split "question\\n\\n(A) one (B) two ..." into the question and its options.
+
+    Raises:
+        StsError: no list of options starting with (A).
+    """
+    start = text.rfind("(A)")
+    if start < 0:
+        raise StsError(f"No options (A), (B), ... in: {text[:80]!r}")
+    options, rest = [], text[start:]
+    for letter, following in zip(LETTERS, LETTERS[1:], strict=False):
+        rest = rest.removeprefix(f"({letter})")
+        end = rest.find(f"({following})")
+        options.append(" ".join((rest if end < 0 else rest[:end]).split()))
+        if end < 0:
+            return text[:start].strip(), tuple(options)
+        rest = rest[end:]
+    return text[:start].strip(), tuple(options)
+
+
+
+def by_domain(examples: list[Example], domains: tuple[str, ...] = ()) -> dict[str, list[Example]]:
+    """Group examples by domain, in alphabetical order.
+
+    Raises:
+        StsError: a domain asked for has no example.
+    """
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.domain, []).append(example)
+    for domain in domains:
+        if domain not in groups:
+            raise one_of("Domain", domain, groups)
+    return {domain: groups[domain] for domain in sorted(domains or groups)}
+
+
+# --- plain text ---------------------------------------------------------------------------------------------------
+
+def load_texts(name: str) -> list[str]:
+    """Documents of plain text: one of `CORPORA` from STS_DATA_DIR, or a .txt (one document) or .jsonl ("text") file.
+
+    Raises:
+        StsError: no such corpus or file, or a JSON line without "text".
+    """
+    if name in CORPORA:
+        path = local_file("corpus", name)
+        if path is None:
+            raise StsError(f"Corpus {name!r} is read from a local folder only: put corpus/{name}.jsonl, one JSON "
+                           'object with "text" a line, in a folder and name that folder in STS_DATA_DIR.')
+    else:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise StsError(f"Text {name!r} is not known. Valid: {', '.join(CORPORA)}, a question set "
+                           f"({', '.join([*SOURCES, *GENERATED])}), or the path of a .txt or .jsonl file.")
+    if path.suffix == ".jsonl":
+        rows = list(_json_lines(path))
+        if any("text" not in row for row in rows):
+            raise StsError(f'{path.name}: every line needs a "text" field.')
+        return [row["text"] for row in rows]
+    return [path.read_text(encoding="utf-8")]
+
+
+def digest(examples: list[Example] | list[str]) -> str:
+    """Hex digest of the content, for provenance and cache keys."""
+    rows = [asdict(item) if isinstance(item, Example) else item for item in examples]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

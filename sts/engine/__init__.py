@@ -1,0 +1,1 @@
+"""Runs and trains models; knows ids, texts and tensors; no run, no page."""

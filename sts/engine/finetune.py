@@ -1,0 +1,213 @@
+"""Fine-tuning by TRL's SFTTrainer with PEFT's LoRA (or in full); the loss is on the solution alone.
+
+On several GPUs: `accelerate launch --num_processes 4 -m sts.cli stage sft --run X`. Every process holds a copy of the
+model and takes its share of each batch; the main one writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sts.data.prompts import question_text, render, solution_text
+from sts.data.sources import Example
+from sts.engine import processes
+from sts.engine.models import LanguageModel, decoder_layers
+from sts.engine.work import Work
+from sts.errors import StsError
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Settings of one supervised fine-tuning run (AdamW, cosine schedule with 10% warm-up, gradients clipped at 1).
+
+    `batch` is the examples of one optimiser step over all processes, `micro_batch` those in memory of one at once.
+    """
+
+    epochs: int
+    lr: float
+    batch: int
+    micro_batch: int
+    max_length: int
+    lora_rank: int
+    lora_alpha: int
+    seed: int
+
+
+def conversation(tokenizer, example: Example) -> dict:
+    """An example as TRL's prompt-completion pair: messages with a chat template, plain text without one."""
+    question, solution = question_text(example), solution_text(example)
+    if tokenizer.chat_template:
+        return {"prompt": [{"role": "user", "content": question}],
+                "completion": [{"role": "assistant", "content": solution}]}
+    return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {solution}"}
+
+
+def divide_batch(batch: int, micro_batch: int, count: int) -> tuple[int, int]:
+    """(examples in memory at once, passes added up to a step) of each of `count` processes; batch is their product.
+
+    The first is at most `micro_batch`, and less where that does not divide a process's share.
+
+    Raises:
+        StsError: a batch that cannot be divided among the processes.
+    """
+    if batch % count:
+        raise StsError(f"sft_batch is {batch}, which {count} processes cannot share equally. Use a multiple of "
+                       f"{count}, such as {math.ceil(batch / count) * count}, or launch another number of processes.")
+    share = batch // count
+    micro = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
+    return micro, share // micro
+
+
+def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], settings: FineTuning, folder: Path, *,
+              report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> dict:
+    """Fine-tune a copy of the model on worked solutions and save the adapter (or the whole model) to `folder`.
+
+    Checkpoints lie in `folder/checkpoints` while training runs; a killed run goes on from the last one, and ends as it
+    would have without the interruption.
+
+    Launched as several processes, all call this with the same arguments and get the same result; a step holds the same
+    examples as with one process, but for an epoch's last one, which is filled up with the epoch's first examples where
+    the processes cannot share it equally. The main process alone writes to `folder`, which all must see.
+
+    Args:
+        lm: the base model; its weights are changed in memory, so load it for this purpose alone.
+        held_out: examples of the training domain that are not trained on.
+        work: counts what is run. A backward pass is counted as one forward pass for activations and, in full
+            fine-tuning, one more for weights.
+
+    Returns:
+        {"curve": [{"step", "loss"}], "held_out_before", "held_out_after" (nats per solution token, averaged over
+        problems), "steps", "trained_parameters", "train" and "held_out" (numbers of examples), "left_out" (names of
+        those whose question alone fills `max_length`, so that nothing of the solution would be left to learn)}.
+
+    Raises:
+        StsError: every example's question alone fills `max_length`, or a batch that the processes cannot share.
+    """
+    from datasets import Dataset, disable_progress_bars
+    from peft import LoraConfig, get_peft_model
+    from transformers import PrinterCallback, TrainerCallback
+    from transformers.utils import logging as transformers_logging
+    from trl import SFTConfig, SFTTrainer
+
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    asked = [*train, *held_out]
+    train, held_out = (_with_room(lm.tokenizer, part, settings.max_length) for part in (train, held_out))
+    if not train or not held_out:
+        raise StsError(f"No {'held-out' if train else 'training'} example leaves room for its solution: the questions "
+                       f"alone fill the {settings.max_length} tokens of sft_max_length. Raise it.")
+    kept = {example.example_id for example in [*train, *held_out]}
+    micro, accumulated = divide_batch(settings.batch, settings.micro_batch, processes.count())
+    on_cpu = lm.device.type == "cpu"
+    # Seed before the adapters get their random start.
+    torch.manual_seed(settings.seed)
+    model = lm.model
+    model.requires_grad_(not settings.lora_rank)
+    if settings.lora_rank:
+        model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha,
+                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
+    steps = settings.epochs * math.ceil(len(train) / settings.batch)
+    checkpoints = folder / "checkpoints"
+
+    class Progress(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            report(state.global_step / steps)
+
+    config = SFTConfig(
+        output_dir=str(checkpoints), num_train_epochs=settings.epochs, learning_rate=settings.lr,
+        # One held-out problem a batch: the trainer averages batches, so this is the mean over problems.
+        per_device_train_batch_size=micro, gradient_accumulation_steps=accumulated, per_device_eval_batch_size=1,
+        max_length=settings.max_length, completion_only_loss=True, seed=settings.seed, data_seed=settings.seed,
+        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), weight_decay=0.01, max_grad_norm=1.0,
+        adam_beta2=0.95, logging_steps=1, save_strategy="steps", save_steps=max(1, steps // 4), save_total_limit=1,
+        # Batches of like length would save padding, but their order is drawn from the global generator, so that a run
+        # that goes on from a checkpoint would see other batches than one that was never killed.
+        report_to=[], disable_tqdm=True, use_cpu=on_cpu, fp16=False, train_sampling_strategy="random",
+        bf16=not on_cpu and lm.model.dtype == torch.bfloat16, gradient_checkpointing=False,
+        dataloader_pin_memory=not on_cpu)
+    trainer = SFTTrainer(
+        model=model, args=config, processing_class=lm.tokenizer, callbacks=[Progress()],
+        train_dataset=Dataset.from_list([conversation(lm.tokenizer, example) for example in train]),
+        eval_dataset=Dataset.from_list([conversation(lm.tokenizer, example) for example in held_out]))
+    trainer.remove_callback(PrinterCallback)  # it prints every step into the notebook
+    main, meet = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
+    if main:
+        for checkpoint in checkpoints.glob("checkpoint-*"):
+            if not _whole(checkpoint):
+                shutil.rmtree(checkpoint)
+    meet()  # before anyone looks for checkpoints
+    resumable = list(checkpoints.glob("checkpoint-*"))
+    # Inside `train`: evaluated before it, the model would be taken for prepared, and several processes would train a
+    # copy each without adding up their gradients.
+    trainer.args.eval_on_start = not resumable
+    trainer.train(resume_from_checkpoint=bool(resumable) or None)
+    after = trainer.evaluate()["eval_loss"]
+    if work is not None:
+        layers = work.of_layers = len(decoder_layers(model))
+        trained, scored = (sum(len(row["input_ids"]) for row in data)
+                           for data in (trainer.train_dataset, trainer.eval_dataset))
+        work.add(settings.epochs * trained, settings.epochs * trained, layers * (2 if settings.lora_rank else 3))
+        work.add(2 * scored, 2 * scored, layers)
+    if main:
+        (trainer.model if settings.lora_rank else model).save_pretrained(folder / "adapter")
+    meet()
+    history = trainer.state.log_history
+    return {
+        "curve": [{"step": row["step"], "loss": row["loss"]} for row in history if "loss" in row],
+        "held_out_before": next(row["eval_loss"] for row in history if "eval_loss" in row), "held_out_after": after,
+        "steps": trainer.state.global_step,
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "train": len(train), "held_out": len(held_out),
+        "left_out": [example.example_id for example in asked if example.example_id not in kept],
+    }
+
+
+def _with_room(tokenizer, examples: list[Example], max_length: int) -> list[Example]:
+    """The examples whose question is shorter than `max_length`, so that something of the solution is left to learn."""
+    prompts = [render(tokenizer, question_text(example)) for example in examples]
+    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]] if prompts else []
+    return [example for example, length in zip(examples, lengths, strict=True) if length < max_length]
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether training can go on from a checkpoint: its state, which is written last, holds the loss before training.
+    """
+    try:
+        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return any("eval_loss" in row for row in history)
+
+
+def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:
+    """The base model with a stored adapter attached (not merged: in bf16 a merge would round small changes away).
+
+    Args:
+        lm: the base model in memory; it is wrapped, so load it for this purpose alone.
+        folder: what `fine_tune` wrote.
+
+    Raises:
+        StsError: a recorded folder, which holds no weights.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = folder / "adapter"
+    if not adapter.is_dir():
+        raise StsError(f"{folder.name} was recorded without its weights. To compute it here: sts stage sft --again, "
+                       "with the same run and parameters.")
+    if (adapter / "adapter_config.json").is_file():
+        tuned = PeftModel.from_pretrained(lm.model, str(adapter))
+        # The adapted layers sit inside the base model; that is what a harness expects to be handed.
+        model = tuned.get_base_model()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(adapter, dtype=lm.model.dtype).to(lm.device)
+    model.eval().requires_grad_(False)
+    return LanguageModel(name=f"{lm.name} (tuned)", model=model, tokenizer=lm.tokenizer, identity=lm.identity)

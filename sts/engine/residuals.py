@@ -1,0 +1,188 @@
+"""Residual streams of many prompts: early exit, batches by length, shared prefixes run once, memory that runs out.
+
+The engine below everything that reads a model. It knows token ids and positions, not questions or SAEs.
+
+Shape suffixes: B batch, P positions, T tokens, D residual width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from sts.engine.models import LanguageModel, check_layer, decoder_layers, resid_post, residual_stream
+from sts.engine.prefix import NO_PREFIX, Prefix, attending, joins_prefix, why_not_reusable
+from sts.engine.work import Work
+from sts.errors import StsError
+
+#: Padding is at most this share of a batch's positions.
+PADDING = 0.1
+#: A cached token takes memory and attention but no layer; against the budget it counts this much of a token.
+CACHED_SHARE = 1 / 8
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+def batches(lengths: Sequence[int], budget: Callable[[], int] | int, *, extra: float = 0.0) -> Iterator[list[int]]:
+    """Indices grouped by length: rows x longest row within the budget, padding at most `PADDING` of it.
+
+    Args:
+        budget: tokens in a batch; a function is asked anew for each batch.
+        extra: what each row costs besides its own tokens (a cached prefix).
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batch, real = [], 0
+    for index in order:
+        length = lengths[index]
+        positions = (len(batch) + 1) * length
+        too_many = positions + (len(batch) + 1) * extra > (budget() if callable(budget) else budget)
+        if batch and (too_many or positions - real - length > PADDING * positions):
+            yield batch
+            batch, real = [], 0
+        batch.append(index)
+        real += length
+    if batch:
+        yield batch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device's memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")))
+
+
+class Extractor:
+    """Runs prompts up to one layer, within a token budget that halves when memory runs out.
+
+    Attributes:
+        budget: padded tokens in one forward pass, at most.
+        work: what has been run.
+    """
+
+    def __init__(self, lm: LanguageModel, layer: int, tokens_per_batch: int, work: Work | None = None):
+        check_layer(lm.model, layer)
+        self.lm, self.layer, self.budget = lm, layer, tokens_per_batch
+        self.work = Work() if work is None else work
+        self.work.of_layers = len(decoder_layers(lm.model))
+
+    def share(self, ids: Sequence[int]) -> Prefix:
+        """Run leading tokens once, for all prompts that begin with them."""
+        ids = tuple(ids)
+        reason = why_not_reusable(self.lm.model)
+        if ids and reason:
+            self.work.note(f"Model {self.lm.name!r}: its key-value cache cannot be reused, as {reason}; shared tokens "
+                           "are run again for every question, which takes more time.")
+        if not ids or reason:
+            return Prefix(ids)
+        cache = DynamicCache(config=self.lm.model.config)
+        try:
+            self._forward(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise StsError(f"The {len(ids)} tokens that all prompts begin with do not fit in the memory of "
+                           f"{self.lm.device}. Use fewer or shorter demonstrations, or a smaller dtype.") from error
+        self.work.add(len(ids), len(ids), self.layer + 1)
+        return Prefix(ids, cache)
+
+    def batches(self, lengths: Sequence[int], prefix: Prefix = NO_PREFIX) -> Iterator[list[int]]:
+        """`batches` of prompts with these whole lengths behind a prefix, by the budget as it then is."""
+        return batches([length - prefix.cached for length in lengths], lambda: self.budget,
+                       extra=prefix.cached * CACHED_SHARE)
+
+    def tokens(self, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]],
+               prefix: Prefix = NO_PREFIX) -> torch.Tensor:
+        """The residual stream at chosen tokens, T x D, prompt after prompt.
+
+        Args:
+            prompts: whole prompts, each beginning with the prefix.
+            spans: for each prompt a half-open range of positions, at or after the end of a cached prefix. What
+                follows the range is not run: attention is causal.
+
+        Raises:
+            StsError: NaN or infinite values, or a single prompt that does not fit in memory.
+        """
+        longest = max(last for _, last in spans) - prefix.cached
+        size = int(len(prompts) * (longest + prefix.cached * CACHED_SHARE))
+        if len(prompts) == 1 or size <= self.budget:
+            try:
+                return self._tokens(prompts, spans, prefix)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(prompts) == 1:
+                    raise StsError(f"One prompt of {len(prompts[0])} tokens does not fit in the memory of "
+                                   f"{self.lm.device}. Use fewer or shorter demonstrations, or a smaller "
+                                   "dtype.") from error
+            # Outside the handler, whose traceback keeps the failed pass' tensors alive.
+            self.budget = max(1, size // 2)
+            self.work.note(f"Memory ran out; going on with {self.budget} tokens a batch.")
+            if self.lm.device.type == "cuda":
+                torch.cuda.empty_cache()
+        half = len(prompts) // 2
+        return torch.cat([self.tokens(prompts[:half], spans[:half], prefix),
+                          self.tokens(prompts[half:], spans[half:], prefix)])
+
+    def _tokens(self, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]],
+                prefix: Prefix) -> torch.Tensor:
+        cached = prefix.cached
+        if any(first < cached for first, _ in spans):
+            raise ValueError("a span begins before the end of the cached prefix")
+        rest = [ids[cached:max(last, cached + 1)] for ids, (_, last) in zip(prompts, spans, strict=True)]
+        longest = max(map(len, rest))
+        # Padding on the right needs no mask: causal attention never looks at it, and its rows are not chosen.
+        ids_BP = torch.zeros(len(rest), longest, dtype=torch.long)
+        for row, ids in enumerate(rest):
+            ids_BP[row, :len(ids)] = torch.tensor(ids)
+        chosen_T = torch.cat([torch.arange(row * longest + first - cached, row * longest + last - cached)
+                              for row, (first, last) in enumerate(spans)])
+        joined = joins_prefix(self.lm.model)
+        with attending(self.lm.model, prefix, joined=joined):
+            residual_BPD = self._forward(ids_BP, **prefix.inputs(joined=joined))
+        residual_TD = residual_BPD.flatten(0, 1).index_select(0, self._to_device(chosen_T))
+        # Before any mask of the caller: an outlier norm is left out on purpose, an overflow must not be.
+        if not torch.isfinite(residual_TD).all():
+            raise StsError("The residual stream holds NaN or infinite values, so no statistics can be computed. "
+                           "Try dtype float32; if that does not help, the model's weights are damaged.")
+        self.work.add(sum(map(len, rest)), ids_BP.numel(), self.layer + 1)
+        return residual_TD
+
+    def _forward(self, ids_BP: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        return residual_stream(self.lm.model, self.layer, self._to_device(ids_BP), **inputs)
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor on the model's device; from pinned memory, so that the copy does not wait for the GPU."""
+        if self.lm.device.type == "cuda":
+            return tensor.pin_memory().to(self.lm.device, non_blocking=True)
+        return tensor.to(self.lm.device)
+
+
+class LayersExtractor(Extractor):
+    """An `Extractor` of several layers in one pass: their residual streams stand side by side in the last dimension.
+
+    Attributes:
+        layers: in the order given.
+    """
+
+    def __init__(self, lm: LanguageModel, layers: Sequence[int], tokens_per_batch: int, work: Work | None = None):
+        for layer in layers:
+            check_layer(lm.model, layer)
+        super().__init__(lm, max(layers), tokens_per_batch, work)
+        self.layers = tuple(layers)
+
+    def _forward(self, ids_BP: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        modules, found = decoder_layers(self.lm.model), {}
+
+        def keep(layer: int):
+            return lambda module, args, output: found.__setitem__(layer, resid_post(output))
+
+        handles = [modules[layer].register_forward_hook(keep(layer)) for layer in self.layers if layer != self.layer]
+        try:
+            found[self.layer] = super()._forward(ids_BP, **inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.cat([found[layer] for layer in self.layers], dim=-1)

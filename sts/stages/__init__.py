@@ -1,0 +1,1 @@
+"""What each chapter computes, one file a chapter."""

@@ -1,0 +1,294 @@
+"""Extraction against transformers' own hidden states and a naive dense computation."""
+
+import pytest
+import torch
+from helpers import topk_sae
+
+from sts.data.load import Example, load_examples
+from sts.data.prompts import Prompt, PromptGroup, make_group, make_prompt, paired_positions, question_text
+from sts.engine import extract as activations
+from sts.engine.extract import Encoder, Masks, latent_stats, paired_stats, row_paired_stats
+from sts.engine.latents import SparseLatents
+from sts.engine.residuals import Extractor
+from sts.engine.work import Work
+from sts.errors import StsError
+
+QUESTIONS = [
+    Example(f"q{i}", "math", text, (), -1, "7", f"We count. #### {i}")
+    for i, text in enumerate([
+        "How many sheep has a farmer with 3 pens of 4 sheep?", "What is 12 minus 5?",
+        "A train leaves at noon and arrives three hours later; when does it arrive, if it is never late at all?",
+        "Half of fourteen?", "Name the seventh month of the year and say how many days it has."])
+]
+DEMONSTRATIONS = tuple(
+    Example(f"d{i}", "math", f"What is {i} plus {i + 1}?", (), -1, str(2 * i + 1), f"{i} + {i + 1} = {2 * i + 1}.")
+    for i in range(1, 7))
+
+
+def naive_latents(lm, sae, layer, prompt):
+    """All hidden states by transformers, one prompt at a time; TopK written out with loops."""
+    with torch.no_grad():
+        states = lm.model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
+    hidden_PD = states[layer + 1][0]
+    values_PL = (hidden_PD - sae.b_dec) @ sae.W_enc + sae.b_enc
+    dense_PL = torch.zeros_like(values_PL)
+    for row, values_L in enumerate(values_PL):
+        for index in sorted(range(len(values_L)), key=lambda j: -values_L[j].item())[: sae.cfg.k]:
+            dense_PL[row, index] = max(0.0, values_L[index].item())
+    return dense_PL
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 100, 4096], ids=["one at a time", "small batches", "all at once"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3"])
+def test_paired_statistics_equal_the_naive_dense_computation(lm_of, family, tokens_per_batch):
+    # 28 prefix tokens and more: longer than Gemma2's sliding window of 32 once the questions follow.
+    lm = lm_of(family)
+    sae = topk_sae(64)
+    groups = [make_group(lm.tokenizer, QUESTIONS[:3], DEMONSTRATIONS[:3]),
+              make_group(lm.tokenizer, QUESTIONS[3:], DEMONSTRATIONS[3:])]
+    stats = paired_stats(lm, sae, 0, groups, Masks(outlier_norm=0), tokens_per_batch=tokens_per_batch)
+
+    base_TL, icl_TL = [], []
+    for group in groups:
+        for base, icl in zip(group.base, group.icl, strict=True):
+            at_base, at_icl = paired_positions(base, icl, drop_first_positions=1)
+            base_TL.append(naive_latents(lm, sae, 0, base)[at_base])
+            icl_TL.append(naive_latents(lm, sae, 0, icl)[at_icl])
+    base_TL, icl_TL = torch.cat(base_TL).double(), torch.cat(icl_TL).double()
+    assert stats.tokens == len(base_TL) > 30
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(stats.base.sum_L, base_TL.sum(0), **close)
+    torch.testing.assert_close(stats.icl.sum_L, icl_TL.sum(0), **close)
+    torch.testing.assert_close(stats.base.square_sum_L, base_TL.square().sum(0), **close)
+    torch.testing.assert_close(stats.base.max_L, base_TL.amax(0), **close)
+    torch.testing.assert_close(stats.base.fired_L, (base_TL > 0).sum(0).double())
+    torch.testing.assert_close(stats.squared_difference_L, (icl_TL - base_TL).square().sum(0), **close)
+    torch.testing.assert_close(stats.difference_L, (icl_TL - base_TL).sum(0), **close)
+    assert stats.squared_difference_L.sum() > 0  # demonstrations do something, so the comparison is not of zeros
+
+
+def test_row_pairing_subtracts_row_r_of_two_separate_runs(lm_of):
+    lm, sae = lm_of("llama"), topk_sae(64)
+    group = make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])
+    stats = row_paired_stats(lm, sae, 0, [group], rows=70, tokens_per_batch=90)
+    base_TL = torch.cat([naive_latents(lm, sae, 0, prompt) for prompt in group.base])[:70].double()
+    icl_TL = torch.cat([naive_latents(lm, sae, 0, prompt) for prompt in group.icl])[:70].double()
+    assert stats.tokens == 70
+    torch.testing.assert_close(stats.squared_difference_L, (icl_TL - base_TL).square().sum(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.base.square_sum_L, base_TL.square().sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_row_pairing_stops_at_the_shorter_run(lm_of):
+    lm, sae = lm_of("llama"), topk_sae(64)
+    group = make_group(lm.tokenizer, QUESTIONS[:2], DEMONSTRATIONS[:2])
+    stats = row_paired_stats(lm, sae, 0, [group], rows=10_000)
+    assert stats.tokens == sum(len(prompt.ids) for prompt in group.base)
+
+
+def test_each_mask_can_be_switched_off(lm_of):
+    lm, sae = lm_of("llama"), topk_sae(64)
+    groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])]
+
+    def tokens(**changed):
+        return paired_stats(lm, sae, 0, groups, Masks(**changed)).tokens
+
+    own = sum(prompt.question[1] - prompt.question[0] for prompt in groups[0].base)
+    assert tokens(outlier_norm=0) == own
+    assert tokens(question_tokens_only=False, outlier_norm=0) > own
+    # Position 8 of each prompt lies inside the question: eight template and question positions go.
+    assert tokens(drop_first_positions=8, outlier_norm=0) < own
+    assert tokens(outlier_norm=1.0) < own  # one times the median norm: about half the tokens are above it
+
+
+@pytest.mark.parametrize("behind_demonstrations", [False, True])
+def test_tokens_with_an_outlier_norm_in_either_pass_are_left_out(lm_of, monkeypatch, behind_demonstrations):
+    lm, sae = lm_of("llama"), topk_sae(64)
+    groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])]
+    plain = paired_stats(lm, sae, 0, groups, Masks()).tokens
+    ordinary = Extractor.tokens
+
+    def with_a_sink(self, prompts, spans, *prefix):
+        residual_TD = ordinary(self, prompts, spans, *prefix).clone()
+        # One token in each prompt hardly moves the median that the threshold is taken from.
+        if (prompts[0] in [prompt.ids for prompt in groups[0].icl]) == behind_demonstrations:
+            first = torch.tensor([0, *(last - first for first, last in spans)]).cumsum(0)[:-1]
+            residual_TD[first + 1] *= 1e4  # one question token of each prompt
+        return residual_TD
+
+    monkeypatch.setattr(Extractor, "tokens", with_a_sink)
+    assert paired_stats(lm, sae, 0, groups, Masks()).tokens == plain - len(QUESTIONS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_one_clear_error(lm_of, value):
+    lm, sae = lm_of("llama"), topk_sae(64)
+    groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])]
+    weight = lm.model.model.layers[0].mlp.down_proj.weight
+    kept = weight.detach().clone()
+    try:
+        weight.data.fill_(value)
+        with pytest.raises(StsError, match="NaN.*float32"):
+            paired_stats(lm, sae, 0, groups, Masks())
+    finally:
+        weight.data.copy_(kept)
+
+
+def test_masks_that_leave_nothing_are_an_error(lm_of):
+    lm, sae = lm_of("llama"), topk_sae(64)
+    groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])]
+    with pytest.raises(StsError, match="No token is left.*drop_first_positions"):
+        paired_stats(lm, sae, 0, groups, Masks(drop_first_positions=5_000))
+
+
+# --- one pass, shared questions, other SAEs -----------------------------------------------------------------------
+
+def test_one_pass_statistics_equal_the_naive_dense_computation(lm_of):
+    lm, sae = lm_of("qwen2"), topk_sae(64)
+    prompts = [make_prompt(lm.tokenizer, question_text(question)) for question in QUESTIONS]
+    stats = latent_stats(lm, sae, 0, prompts, Masks(outlier_norm=0), tokens_per_batch=60)
+    dense_TL = torch.cat([naive_latents(lm, sae, 0, prompt)[slice(*prompt.question)] for prompt in prompts]).double()
+    assert stats.tokens == len(dense_TL)
+    torch.testing.assert_close(stats.sum_L, dense_TL.sum(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.fired_L, (dense_TL > 0).sum(0).double())
+    everything = latent_stats(lm, sae, 0, prompts, Masks(question_tokens_only=False, outlier_norm=0))
+    assert everything.tokens == sum(len(prompt.ids) - 1 for prompt in prompts)
+
+
+def test_a_question_behind_two_sets_of_demonstrations_runs_without_them_once(lm_of):
+    lm, sae = lm_of("llama"), topk_sae(64)
+    groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2]),
+              make_group(lm.tokenizer, QUESTIONS[1:], DEMONSTRATIONS[2:5])]
+    together, apart, work = paired_stats(lm, sae, 0, groups, Masks(), work=(shared := Work())), [], []
+    for group in groups:
+        work.append(Work())
+        apart.append(paired_stats(lm, sae, 0, [group], Masks(), work=work[-1]))
+    assert together.tokens == sum(stats.tokens for stats in apart)
+    torch.testing.assert_close(together.squared_difference_L, sum(stats.squared_difference_L for stats in apart),
+                               rtol=1e-6, atol=1e-9)
+    saved = sum(single.tokens for single in work) - shared.tokens
+    assert saved >= sum(prompt.question[1] - prompt.question[0] for prompt in groups[1].base)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard", "dense"])
+def test_sparse_and_dense_encoding_give_the_same_sums(lm_of, architecture):
+    from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+    from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+
+    lm = lm_of("llama")
+    groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])]
+    with torch.no_grad():
+        sample_TD = lm.model(torch.tensor([groups[0].icl[0].ids]), output_hidden_states=True).hidden_states[1][0]
+    torch.manual_seed(1)
+    weights_DL = torch.randn(64, 96)
+    usual = (sample_TD @ weights_DL).quantile(0.9).item()  # one latent in ten exceeds this
+    if architecture == "topk":
+        sae = topk_sae(64)
+    elif architecture == "jumprelu":
+        sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=64, d_sae=96))
+        sae.threshold.data.fill_(usual)
+    else:
+        sae = StandardSAE(StandardSAEConfig(d_in=64, d_sae=96))
+        sae.b_enc.data.fill_(-usual if architecture == "standard" else 10 * usual)
+    if architecture != "topk":
+        sae.W_enc.data = weights_DL
+    kinds = {type(chunk) for chunk, in Encoder(sae).chunks(sample_TD)}
+    assert kinds == {torch.Tensor if architecture == "dense" else SparseLatents}
+    chosen = paired_stats(lm, sae, 0, groups, Masks(outlier_norm=0))
+    base_TL, icl_TL = [], []
+    for base, icl in zip(groups[0].base, groups[0].icl, strict=True):
+        at_base, at_icl = paired_positions(base, icl, drop_first_positions=1)
+        for prompt, places, column in ((base, at_base, base_TL), (icl, at_icl, icl_TL)):
+            with torch.no_grad():
+                states = lm.model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states[1][0]
+                column.append(sae.encode(states[places]).double())
+    base_TL, icl_TL = torch.cat(base_TL), torch.cat(icl_TL)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(chosen.squared_difference_L, (icl_TL - base_TL).square().sum(0), **close)
+    torch.testing.assert_close(chosen.icl.square_sum_L, icl_TL.square().sum(0), **close)
+    torch.testing.assert_close(chosen.icl.max_L, icl_TL.amax(0), **close)
+    torch.testing.assert_close(chosen.base.fired_L, (base_TL > 0).sum(0).double())
+
+
+@pytest.mark.parametrize("k", [8, 60])
+def test_chunks_bound_the_memory_and_change_nothing(monkeypatch, k):
+    sae = topk_sae(64, k=k)
+    residual_TD = torch.randn(50, 64)
+    whole = list(Encoder(sae).chunks(residual_TD, residual_TD + 1))
+    monkeypatch.setattr(activations, "CHUNK_VALUES", 7 * 96)  # seven tokens at a time
+    parts = list(Encoder(sae).chunks(residual_TD, residual_TD + 1))
+    assert len(whole) == 1 and len(parts) == 8 and all(part[0].shape[0] <= 7 for part in parts)
+
+    def dense(chunk):
+        if isinstance(chunk, torch.Tensor):
+            return chunk.double()
+        values_TL = torch.zeros(chunk.shape, dtype=torch.float64)
+        values_TL[chunk.rows_N, chunk.latents_N] = chunk.values_N
+        return values_TL
+
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    for side in (0, 1):
+        torch.testing.assert_close(torch.cat([dense(part[side]) for part in parts]), dense(whole[0][side]), **close)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(whole[0][1]), sae.encode(residual_TD + 1).double(), **close)
+
+
+def test_the_sae_goes_on_with_smaller_chunks_when_memory_runs_out(monkeypatch):
+    sae, work = topk_sae(64), Work()
+    encode = sae.encode
+
+    def small_only(x_TD):
+        if len(x_TD) > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(x_TD)
+
+    monkeypatch.setattr(sae, "encode", small_only)
+    parts = list(Encoder(sae, work).chunks(torch.randn(40, 64)))
+    assert sum(part.shape[0] for part, in parts) == 40
+    assert any("Memory ran out" in note for note in work.notes)
+
+
+def test_equal_seeds_give_equal_bits(lm_of):
+    lm, sae = lm_of("gemma2"), topk_sae(64)
+    groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:3])]
+    first, second = (paired_stats(lm, sae, 0, groups, Masks()).to_tensors() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_one_pass_leaves_out_tokens_with_an_outlier_norm(lm_of):
+    lm, sae = lm_of("llama"), topk_sae(64)
+    prompts = [make_prompt(lm.tokenizer, question_text(question)) for question in QUESTIONS]
+    every = latent_stats(lm, sae, 0, prompts, Masks(outlier_norm=0)).tokens
+    assert 0.2 * every < latent_stats(lm, sae, 0, prompts, Masks(outlier_norm=1.0)).tokens < 0.8 * every
+
+
+def test_the_sample_that_sets_the_threshold_is_not_run_again(lm_of):
+    lm, sae = lm_of("llama"), topk_sae(64)
+    groups, work = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])], [Work(), Work()]
+    for masks, one in zip((Masks(outlier_norm=0), Masks()), work, strict=True):
+        paired_stats(lm, sae, 0, groups, masks, work=one)
+    assert work[0].tokens == work[1].tokens
+
+
+def test_a_question_may_pair_over_other_spans_behind_other_demonstrations(lm_of):
+    # Without masks the pairing begins where the prompts begin to agree, which depends on the group.
+    lm, sae = lm_of("llama"), topk_sae(64)
+    rows = Masks(question_tokens_only=False, outlier_norm=0, drop_first_positions=0)
+    base = Prompt((7, 8, 9, 20, 21, 22, 23), (3, 7))
+    groups = [PromptGroup((base,), (Prompt((50, 51, 8, 9, 20, 21, 22, 23), (4, 8)),)),
+              PromptGroup((base,), (Prompt((60, 61, 62, 63, 20, 21, 22, 23), (4, 8)),))]
+    together = paired_stats(lm, sae, 0, groups, rows)
+    apart = [paired_stats(lm, sae, 0, [group], rows) for group in groups]
+    assert [stats.tokens for stats in apart] == [6, 4] and together.tokens == 10
+    torch.testing.assert_close(together.squared_difference_L, sum(stats.squared_difference_L for stats in apart),
+                               rtol=1e-6, atol=1e-9)
+    naive = [naive_latents(lm, sae, 0, prompt).double() for prompt in (base, groups[1].icl[0])]
+    torch.testing.assert_close(apart[1].squared_difference_L, (naive[1][4:] - naive[0][3:]).square().sum(0), rtol=1e-4,
+                               atol=1e-5)
+
+
+def test_paired_passes_over_real_questions_are_padded_by_at_most_a_tenth(lm_of):
+    lm, sae, work = lm_of("llama"), topk_sae(64), Work()
+    examples = load_examples("mmlu_exemplars")[:90]
+    groups = [make_group(lm.tokenizer, examples[start:], tuple(examples[:2])) for start in (2, 30)]
+    paired_stats(lm, sae, 0, groups, Masks(), work=work, tokens_per_batch=4096)
+    assert 0 < work.padded_tokens - work.tokens <= 0.1 * work.padded_tokens

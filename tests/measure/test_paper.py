@@ -1,0 +1,223 @@
+"""The paper's numbers: complete, consistent with each other, and what recomputing them gives."""
+
+import math
+import shutil
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from sts.book import plots_paper
+from sts.data.sources import DOMAINS
+from sts.errors import StsError
+from sts.measure import paper
+
+
+@pytest.fixture(scope="module")
+def results():
+    return paper.recomputed_correlations(resamples=300)
+
+
+# --- the files ---
+
+def test_every_model_has_the_fourteen_domains_of_mmlu_pro():
+    shifts = paper.accuracy_shifts()
+    assert set(shifts["model"]) == set(paper.MODELS)
+    for model in paper.MODELS:
+        assert tuple(sorted(shifts.loc[shifts["model"] == model, "domain"])) == DOMAINS
+
+
+def test_figure_3_has_eight_points_a_panel_whose_shifts_are_those_of_the_tables():
+    points = paper.figure3_points()
+    assert (points.groupby(["model", "metric"]).size() == 8).all() and len(points) == 48
+    both = points.merge(paper.accuracy_shifts(), on=["model", "domain"], suffixes=("_figure", "_table"))
+    assert len(both) == 48
+    assert both["abs_shift_pct_figure"].to_numpy() == pytest.approx(both["abs_shift_pct_table"].to_numpy())
+
+
+def test_published_values_are_numbers_or_say_why_not():
+    numbers = paper.published_numbers()
+    described = numbers[numbers["value"].isna()]
+    assert list(described["source"]) == ["Figure 1b"]
+    assert described["note"].str.startswith("falls rapidly").all()
+
+
+def test_every_table_is_found_under_its_own_number_only():
+    assert set(paper.published_table(1)["quantity"].str.contains("training domain")) == {True}
+    assert len(paper.published_table(12)) == 5
+    assert all(len(paper.published_table(number)) for number in paper.TABLES)
+
+
+def test_published_r_squared_is_published_pearson_squared_up_to_rounding():
+    published = paper.published_correlations()
+    assert len(published) == 6
+    # Pearson is printed to 0.01, so its square is known to about 2 r x 0.005, and R2 is itself rounded.
+    slack = published["pearson"] * 0.01 + 0.005
+    assert ((published["pearson"] ** 2 - published["r_squared"]).abs() <= slack + 1e-9).all()
+
+
+def test_a_missing_or_damaged_file_is_named(tmp_path):
+    with pytest.raises(StsError, match=r"published_numbers.csv, are not in .*checkout"):
+        paper.published_numbers(tmp_path)
+    (tmp_path / "accuracy_shift_by_domain.csv").write_text("model,domain\na,b\n")
+    with pytest.raises(StsError, match="lacks the column.*shift_pct"):
+        paper.accuracy_shifts(tmp_path)
+    (tmp_path / "figure3_points_digitised.csv").write_text("")
+    with pytest.raises(StsError, match="could not be read as CSV"):
+        paper.figure3_points(tmp_path)
+
+
+def test_another_folder_of_the_same_files_can_be_read(tmp_path):
+    for name in ("published_numbers.csv", "accuracy_shift_by_domain.csv", "figure3_points_digitised.csv"):
+        shutil.copy(paper.FOLDER / name, tmp_path)
+    pd.testing.assert_frame_equal(paper.published_numbers(tmp_path), paper.published_numbers())
+
+
+# --- recomputed ---
+
+def test_the_points_give_the_published_correlations(results):
+    assert len(results) == 6 and results["exact"].all()
+    assert (results["pearson"] - results["published_pearson"]).abs().max() < 0.02
+    assert (results["r_squared"] - results["published_r_squared"]).abs().max() < 0.02
+
+
+def test_recomputed_statistics_are_scipys(results):
+    points = paper.figure3_points()
+    for row in results.itertuples():
+        panel = points[(points["model"] == row.model) & (points["metric"] == row.metric)]
+        line = scipy_stats.linregress(panel["sts"], panel["abs_shift_pct"])
+        assert (row.pearson, row.slope, row.intercept) == pytest.approx((line.rvalue, line.slope, line.intercept))
+        assert row.spearman == pytest.approx(scipy_stats.spearmanr(panel["sts"], panel["abs_shift_pct"]).statistic)
+
+
+def test_holm_corrected_p_by_hand(results):
+    ordered = results.sort_values("p")
+    steps = ordered["p"].to_numpy() * np.arange(6, 0, -1)
+    assert ordered["p_holm"].to_numpy() == pytest.approx(np.minimum(np.maximum.accumulate(steps), 1))
+
+
+def test_without_engineering_gemmas_correlation_is_gone(results):
+    gemma = results[results["model"] == "gemma2-9b-it"]
+    assert set(gemma["low_without"]) == {"engineering"}
+    assert (gemma["leave_one_out_low"] < 0.1).all() and (gemma["leave_one_out_low"] < gemma["pearson"] - 0.5).all()
+
+
+# --- extremes ---
+
+def test_figure_3_shows_exactly_the_extremes():
+    assert paper.figure3_selection()["matches"].all()
+
+
+def test_a_different_choice_is_reported():
+    differing = paper.figure3_selection(count=3)
+    assert not differing["matches"].any() and differing["only_in_figure"].str.len().min() > 0
+
+
+def test_extremes_by_hand():
+    shifts = pd.DataFrame({"domain": list("abcde"), "abs_shift_pct": [1.0, 5.0, 0.0, 3.0, 0.5]})
+    chosen = paper.extremes(shifts, 2)
+    assert list(chosen["domain"]) == ["b", "d", "e", "c"]
+    assert list(chosen["end"]) == ["largest", "largest", "smallest", "smallest"]
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: paper.extremes(paper.shifts_of("gemma2-9b-it"), 8), "1 to 7 work"),
+    (lambda: paper.extremes(paper.accuracy_shifts(), 4), "one model's rows"),
+    (lambda: paper.shifts_of("gpt-2"), "Model 'gpt-2' is not known. Valid: gemma2-9b-it"),
+    (lambda: paper.published_table(3), r"Tables 2 to 4 are accuracy_shifts\(\)"),
+    (lambda: paper.selection_effect([1.5]), "values from -1 to 1"),
+    (lambda: paper.selection_effect([0.5], domains=6), "2 to 3 work"),
+])
+def test_impossible_requests_say_what_would_work(call, message):
+    with pytest.raises(StsError, match=message):
+        call()
+
+
+# --- selection ---
+
+def test_choosing_extremes_inflates_a_true_correlation_but_makes_none_from_nothing():
+    none, some = paper.selection_effect([0.0, 0.5], simulations=8000).itertuples()
+    assert abs(none.extremes_mean) < 0.02 and none.extremes_found == pytest.approx(0.05, abs=0.01)
+    assert some.extremes_mean > some.all_mean + 0.08 and some.extremes_mean > some.random_mean + 0.08
+    assert some.extremes_mean == pytest.approx(some.formula, abs=0.03)
+    # Eight extremes are found more often than eight random domains, but less often than all fourteen.
+    assert some.random_found < some.extremes_found < some.all_found
+
+
+def test_the_simulated_power_is_that_of_the_t_test():
+    row = paper.selection_effect([0.7], domains=14, simulations=8000).iloc[0]
+    generator = np.random.default_rng(9)
+    x, y = generator.multivariate_normal([0, 0], [[1, 0.7], [0.7, 1]], size=(1500, 14)).transpose(2, 0, 1)
+    found = np.mean([scipy_stats.pearsonr(a, b).pvalue < 0.05 for a, b in zip(x, y, strict=True)])
+    assert row["all_found"] == pytest.approx(found, abs=0.04)
+
+
+def test_undoing_the_selection_lowers_every_correlation_and_can_be_redone(results):
+    frame = paper.correlations_without_selection(results)
+    assert (frame["all_domains"] < frame["pearson"]).all() and (frame["spread_ratio"] > 1).all()
+    for row in frame.itertuples():
+        assert paper.with_selection(row.all_domains, row.spread_ratio) == pytest.approx(row.pearson)
+
+
+def test_selection_by_hand():
+    # Twice the spread: slope 0.6 and noise variance 0.64 stay, so r = 1.2 / sqrt(0.64 + 1.44).
+    assert paper.with_selection(0.6, 2.0) == pytest.approx(1.2 / math.sqrt(2.08))
+    assert paper.with_selection(0.6, 1.0) == pytest.approx(0.6)
+    assert paper.spread_ratio([1, 2, 3, 4], 2) == pytest.approx(1.0)
+
+
+def test_the_paper_s_own_shifts_can_stand_for_the_normal_ones():
+    shifts = paper.shifts_of("llama3-8b-instruct")["abs_shift_pct"]
+    row = paper.selection_effect([0.5], shifts=shifts, simulations=4000).iloc[0]
+    assert row["all_mean"] == pytest.approx(0.5, abs=0.03) and row["extremes_mean"] > row["all_mean"]
+
+
+def test_fewer_points_need_a_larger_correlation():
+    frame = paper.detectable((8, 14, 57))
+    assert all(a > b for a, b in pairwise(frame["correlation"]))
+
+
+def test_sources_count_the_rows_behind_the_frames():
+    rows = paper.sources().set_index("file")["rows"]
+    assert rows["data/paper/accuracy_shift_by_domain.csv"] == len(paper.accuracy_shifts()) == 42
+    assert paper.sources()["sha256"].str.fullmatch("[0-9a-f]{16}").all()
+
+
+def test_disagreements_are_complete():
+    frame = paper.disagreements()
+    assert len(frame) == 7 and (frame.map(len) > 0).all().all()
+
+
+# --- figures and tables ---
+
+def test_figures_are_legible_on_a_phone(results):
+    figures = [plots_paper.shifts_figure(paper.accuracy_shifts()),
+               plots_paper.scatter_figure(paper.figure3_points(), results),
+               plots_paper.intervals_figure(results),
+               plots_paper.selection_figure(paper.selection_effect([0.0, 0.5], simulations=50))]
+    for figure in figures:
+        assert figure.get_figwidth() <= 7.5
+        figure.canvas.draw()
+        texts = [text for axes in figure.axes for text in
+                 (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *axes.get_xticklabels(),
+                  *axes.get_yticklabels())] + [text for legend in figure.legends for text in legend.get_texts()]
+        assert min(text.get_fontsize() for text in texts if text.get_text()) >= 9
+        assert any(axes.get_xlabel() for axes in figure.axes) and figure.axes[0].get_ylabel()
+
+
+def test_the_scatter_plot_draws_every_point(results):
+    points = paper.figure3_points()
+    figure = plots_paper.scatter_figure(points, results)
+    drawn = {(round(line.get_xdata()[0], 4), round(line.get_ydata()[0], 2))
+             for axes in figure.axes for line in axes.lines if len(line.get_xdata()) == 1}
+    assert drawn == {(round(x, 4), round(y, 2)) for x, y in zip(points["sts"], points["abs_shift_pct"], strict=True)}
+
+
+def test_tables_escape_their_cells_and_scroll():
+    frame = pd.DataFrame({"a_b": ["<script>"], "value": [0.123], "model": ["gemma2-9b-it"], "empty": [math.nan]})
+    html = plots_paper.html_table(frame).data
+    assert html.startswith('<div class="sts-scroll"') and "<script>" not in html and "&lt;script&gt;" in html
+    assert "-0.00" not in plots_paper.html_table(pd.DataFrame({"x": [-0.001]})).data
+    assert "0.12<" in html and "Gemma2-9B-Instruct" in html and "a b" in html and "nan" not in html.lower()

@@ -1,0 +1,193 @@
+"""Verifying a stage: what counts as the same, which difference is named, and that the store is left alone."""
+
+import math
+
+import numpy
+import pandas
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sts.errors import StsError
+from sts.run import run as stages
+from sts.run import verify
+from sts.stages import forecast as pipeline
+from sts.run.run import open_run, stage
+
+assert pipeline  # importing it registers the book's own stages
+
+FRAME = pandas.DataFrame({"domain": ["law", "math"], "n": [3, 4], "shift": [0.25, math.nan], "hit": [True, None],
+                          "ids": [[1, 2], [3]]})
+TENSORS = {"sum_L": torch.tensor([[1.0, 2.0], [3.0, math.nan]]), "count": torch.tensor([7, 8])}
+JSON = {"r": 0.5, "n": 14, "rows": [{"p": 0.01, "domain": "law"}, {"p": math.nan, "domain": None}]}
+
+
+def changed(frame, row, column, value):
+    copy = frame.copy()
+    copy.at[row, column] = value
+    return copy
+
+
+@pytest.mark.parametrize(("kind", "value"), [("json", JSON), ("parquet", FRAME), ("tensors", TENSORS)])
+def test_a_result_agrees_with_itself_nan_included(kind, value):
+    found = verify.compare(value, value, kind, 0.0)
+    assert found.agrees and found.largest == 0 and found.first == "" and found.entries >= 6
+
+
+@pytest.mark.parametrize(("kind", "stored", "computed", "where"), [
+    ("json", JSON, JSON | {"r": 0.6}, "r: stored 0.5, computed 0.6"),
+    ("json", JSON, JSON | {"n": 15}, "n: stored 14, computed 15"),
+    ("json", JSON, JSON | {"rows": [{"p": 0.01, "domain": "art"}, JSON["rows"][1]]},
+     "rows[0].domain: stored 'law', computed 'art'"),
+    ("json", JSON, JSON | {"rows": [JSON["rows"][0]]}, "rows: stored 2 entries, computed 1"),
+    ("json", JSON, {**JSON, "extra": 1}, "the result: keys only in the computed result: extra"),
+    ("json", [1, True], [1, 1.5], "[1]: stored True, computed 1.5"),
+    ("parquet", FRAME, changed(FRAME, 0, "shift", 0.3), "row 0, column 'shift': stored 0.25, computed 0.3"),
+    ("parquet", FRAME, changed(FRAME, 1, "shift", 0.3), "row 1, column 'shift': stored nan, computed 0.3"),
+    ("parquet", FRAME, changed(FRAME, 1, "n", 5), "row 1, column 'n': stored 4, computed 5"),
+    ("parquet", FRAME, changed(FRAME, 1, "hit", False), "row 1, column 'hit': stored None, computed False"),
+    ("parquet", FRAME, changed(FRAME, 0, "ids", [1, 9]), "row 0, column 'ids'[1]: stored 2, computed 9"),
+    ("parquet", FRAME, FRAME.drop(columns="n"), "the table: columns only in the stored result: n"),
+    ("parquet", FRAME, FRAME[:1], "the table: stored 2 rows, computed 1"),
+    ("tensors", TENSORS, TENSORS | {"sum_L": torch.tensor([[1.0, 2.0], [4.0, math.nan]])},
+     "sum_L[1, 0]: stored 3, computed 4 (relative difference 0.25)"),
+    ("tensors", TENSORS, TENSORS | {"count": torch.tensor([7, 9])}, "count[1]: stored 8, computed 9"),
+    ("tensors", TENSORS, TENSORS | {"count": torch.tensor([7.0, 8.0])},
+     "count: stored int64 (2,), computed float32 (2,)"),
+    ("tensors", TENSORS, {"count": TENSORS["count"]}, "the tensors: tensors only in the stored result: sum_L")])
+def test_one_difference_is_found_and_named(kind, stored, computed, where):
+    found = verify.compare(stored, computed, kind, 1e-6)
+    assert not found.agrees and found.differing == 1
+    assert found.first.startswith(where)
+
+
+@pytest.mark.parametrize(("first", "second", "expected"), [
+    (1.0, 1.0, 0), (0.0, -0.0, 0), (math.nan, math.nan, 0), (math.inf, math.inf, 0), (0.0, 1e-300, 1),
+    (1.0, 1.001, 0.001 / 1.001), (-1.0, 1.0, 2), (1.0, math.nan, math.inf), (math.inf, 1.0, math.inf),
+    (1e308, -1e308, 2)])
+def test_relative_differences_are_of_the_larger_value(first, second, expected):
+    for pair in ((first, second), (second, first)):
+        assert verify.relative_difference(*map(numpy.atleast_1d, pair))[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("kind", "one", "other"), [
+    ("json", {"x": [1.0, 2.0]}, {"x": [1.0, 2.0002]}),
+    ("parquet", pandas.DataFrame({"x": [1.0, 2.0]}), pandas.DataFrame({"x": [1.0, 2.0002]})),
+    ("tensors", {"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([1.0, 2.0002])})])
+def test_floats_agree_within_the_tolerance_and_not_beyond(kind, one, other):
+    wide, narrow = (verify.compare(one, other, kind, tolerance) for tolerance in (1.1e-4, 0.9e-4))
+    assert wide.agrees and not narrow.agrees
+    assert wide.largest == narrow.largest == pytest.approx(1e-4, rel=2e-3)
+
+
+def test_whole_numbers_have_no_tolerance():
+    assert not verify.compare({"n": 1_000_000}, {"n": 1_000_001}, "json", 0.1).agrees
+
+
+@pytest.mark.parametrize("tolerance", [-1e-6, math.nan, math.inf])
+def test_a_tolerance_that_is_none_is_refused(tolerance):
+    with pytest.raises(StsError, match="0 or more, such as 1e-6"):
+        verify.compare({}, {}, "json", tolerance)
+
+
+def test_folders_are_compared_by_training_record_and_weights(tmp_path):
+    def folder(name, loss=2.5, weight=1.0, config="{}"):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        (tmp_path / name / "training.json").write_text(f'{{"curve": [{{"loss": {loss}}}]}}')
+        (tmp_path / name / "adapter" / "adapter_config.json").write_text(config)
+        save_file({"a": torch.tensor([weight])}, tmp_path / name / "adapter" / "adapter_model.safetensors")
+        return tmp_path / name
+
+    stored = folder("stored")
+    assert verify.compare(stored, folder("same", config='{"path": "/elsewhere"}'), "folder", 1e-6).agrees
+    found = verify.compare(stored, folder("loss", loss=2.6), "folder", 1e-6)
+    assert found.first.startswith("training.json.curve[0].loss: stored 2.5, computed 2.6")
+    found = verify.compare(stored, folder("weight", weight=1.5), "folder", 1e-6)
+    assert found.first.startswith("adapter/adapter_model.safetensors: a[0]: stored 1, computed 1.5")
+    less = folder("less")
+    (less / "adapter" / "adapter_model.safetensors").unlink()
+    assert "files only in the stored result" in verify.compare(stored, less, "folder", 1e-6).first
+
+
+# --- against the store ---
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Two stages, the second made of the first; `offset` shifts what the second computes, `calls` counts both."""
+    monkeypatch.setattr(stages, "STAGES", dict(stages.STAGES))
+    state = {"offset": 0.0, "calls": []}
+
+    @stage("tensors", uses=("seed",))
+    def first(run, report):
+        """The one that is needed."""
+        state["calls"].append("first")
+        return {"x": torch.tensor([1.0 + run.settings.seed], dtype=torch.float64)}
+
+    @stage("json", uses=("seed", "dtype"), needs=("first",))
+    def second(run, report):
+        """The one that is verified."""
+        state["calls"].append("second")
+        return {"x": run.get("first")["x"].item() + state["offset"]}
+
+    return state
+
+
+def files_of(run):
+    return {path.relative_to(run.folder): (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in run.folder.rglob("*") if path.is_file()}
+
+
+def test_a_stage_is_computed_again_from_what_is_stored_and_the_store_is_left_alone(counted, tmp_path):
+    run = open_run("smoke", results=tmp_path)
+    run.get("second")
+    before = files_of(run)
+    assert verify.verify(run, "second").agrees
+    assert counted["calls"] == ["first", "second", "second"]
+    counted["offset"] = 0.5
+    found = verify.verify(open_run("smoke", results=tmp_path), "second")
+    assert not found.agrees and found.first.startswith("x: stored 1, computed 1.5")
+    assert verify.verify(run, "second", tolerance=0.4).agrees
+    assert files_of(run) == before
+    assert [path.name for path in run.folder.iterdir()] == ["stages"]
+
+
+@pytest.mark.parametrize(("damaged", "message"), [
+    ("second", "'second' cannot be verified: run 'smoke' has no undamaged result of it.*Compute it first"),
+    ("first", "'second' cannot be verified: it is computed from first.*Compute that first: sts stage first")])
+def test_what_is_not_stored_or_damaged_cannot_be_verified(counted, tmp_path, damaged, message):
+    run = open_run("smoke", results=tmp_path)
+    run.get("second")
+    path = run.store.find(damaged, run.key(damaged), stages.STAGES[damaged].kind)
+    path.write_bytes(path.read_bytes() + b" ")
+    before = files_of(run)
+    with pytest.raises(StsError, match=message):
+        verify.verify(run, "second")
+    assert files_of(run) == before
+
+
+def test_other_settings_are_another_result(counted, tmp_path):
+    open_run("smoke", results=tmp_path).get("second")
+    with pytest.raises(StsError, match="under these settings"):
+        verify.verify(open_run("smoke", results=tmp_path, seed=5), "second")
+
+
+def test_the_default_tolerance_depends_on_the_precision_of_the_models_passes(counted, tmp_path):
+    single, half = (open_run("smoke", results=tmp_path, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert [verify.default_tolerance(one, "second") for one in (single, half)] == [1e-6, 1e-2]
+    assert verify.default_tolerance(half, "first") == 1e-6  # it reads no dtype, so it runs no model
+
+
+def test_a_stage_of_the_book_comes_out_again(tmp_path):
+    run = open_run("smoke", results=tmp_path)
+    run.get("shift")
+    found = verify.verify(run, "shift")
+    assert found.agrees and found.entries > 1_000
+
+
+def test_the_report_has_verdict_difference_and_tolerance():
+    found = verify.compare(JSON, JSON | {"r": 0.6}, "json", 1e-6)
+    found.surroundings = ["torch 1, now 2"]
+    text = verify.report("correlations", found)
+    assert "differs from the stored result in 1 of" in text and "First difference: r: stored 0.5" in text
+    assert "largest relative difference of two floats 0.17, tolerance 1e-06" in text and "torch 1, now 2" in text
+    assert "agrees with the stored result" in verify.report("x", verify.compare(1, 1, "json", 1e-6))
