@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
+
+#: The repository's root.
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class StsError(Exception):
