@@ -111,6 +111,13 @@ def rarer_than(found: Evidence) -> str:
     return HELD if found.fair and rare and found.value is not None and found.value > 0 else NOT_HELD
 
 
+def no_more_than_chance(found: Evidence) -> str:
+    """Held if more than 5% of shuffled targets give a correlation as high, for every probe; otherwise not held. That few
+    domains cannot tell a small correlation from chance counts for this claim, so held is weak evidence."""
+    tested = [found, *found.against.values()]
+    return HELD if all(one.p is not None and one.p > ALPHA for one in tested) else NOT_HELD
+
+
 def specific(found: Evidence) -> str:
     """Held if the mean rank correlation within domains has its 95% interval above zero, with p below 0.05 when training
     sets are shuffled in each domain and with one-sided p below 0.05 when whole sets are shuffled (which takes four); in
@@ -137,7 +144,7 @@ def cheaper(found: Evidence) -> str:
 
 
 RULES: dict[str, Callable[..., str]] = {rule.__name__: rule for rule in (
-    positive, difference, at_least, apart, all_above, rarer_than, specific, own_list, cheaper)}
+    positive, difference, at_least, apart, all_above, rarer_than, no_more_than_chance, specific, own_list, cheaper)}
 
 
 # --- the records --------------------------------------------------------------------------------------------------
@@ -153,6 +160,7 @@ class Claim:
     rule: str
     result: str = ""
     paper: str = ""
+    label: str = ""
     form: str = ".2f"
     bound: float | None = None
     learned: str = "own"

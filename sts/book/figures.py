@@ -1,4 +1,4 @@
-"""Five figures, drawn from rows: `intervals`, `scatter`, `curves`, `heat`, `bars`; and the `diagram` of the idea.
+"""Five figures, drawn from rows: `intervals`, `scatter`, `curves`, `heat`, `bars`.
 
 Legible on a phone: at most 7 inches wide, text of 10 points or more; colours that colour-blind readers can tell apart, and
 no meaning carried by colour alone. Rows are a list of dicts or a DataFrame; fields may be dotted ("pearson_interval.low").

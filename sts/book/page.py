@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
-from sts.book import claims, evidence, tables
+from sts.book import claims, evidence, latent_cards, tables
 from sts.errors import ROOT, StsError
 
 if TYPE_CHECKING:
@@ -111,11 +111,40 @@ class Page:
                 {"": "what", "with 95% interval": "number", "p": "{p:.2g}"})
         details += f"<p>{html.escape(reason)}</p>" if reason else ""
         lines = "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in rows)
-        return (f'<section class="sts-card sts-{word.split()[0] if word != claims.NOT_HELD else "failed"}">'
-                f'<p class="sts-verdict">{word}</p><p class="sts-says">{html.escape(claim.says)}</p>'
+        return (f'<section class="sts-card">{_pill(word)}<p class="sts-says">{html.escape(claim.says)}</p>'
                 f"<table>{lines}</table>{tables.folded('The rule and the numbers behind it', details)}</section>")
 
-    # --- other runs, texts, provenance
+    def scorecard(self) -> HTML:
+        """One row for each of the paper's results, from the records of claims and what this run has stored; counted."""
+        results, known = claims.read_claims()
+        run, rows, words = evidence.Stored(self.run), [], []
+        for result in results.values():
+            own = [(claim, *evidence.weigh(run, claim)) for claim in known.values() if claim.result == result.name]
+            word = claims.together([found[2] for found in own])
+            ours = "".join(f"<div>{html.escape(claim.label)}: {_numbers(found, claim.form)} {_pill(verdict, small=True)}</div>"
+                           for claim, found, verdict, _ in own if found)
+            link = f'<a href="{result.chapter}.html">{_title(result.chapter)}</a>' if result.chapter else ""
+            rows.append(f"<tr><td>{html.escape(result.name)}</td><td>{html.escape(result.says)}</td>"
+                        f"<td>{html.escape(result.paper)}</td><td>{ours}</td>"
+                        f"<td><code>{html.escape(self.settings.name)}</code></td><td>{_pill(word)}</td><td>{link}</td></tr>")
+            words.append(word)
+        counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
+        heads = ("of the paper", "claim", "the paper", "this run, with 95% interval", "run", "verdict", "chapter")
+        return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scroll"><table class="dataframe sts-scorecard">'
+                    f'<thead><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr></thead>'
+                    f'<tbody>{"".join(rows)}</tbody></table></div>')
+
+    # --- latents, other runs, texts, provenance
+
+    def latents(self, count: int = 10) -> HTML:
+        """Cards of the latents of stage `latent_examples`, with what further stages on them are stored."""
+        from sts.run.recorded import texts_withheld
+
+        found = self["latent_examples"][:count]
+        logits, activity = ({row["latent"]: row for row in self.stored(stage) or ()}
+                            for stage in ("latent_logits", "latent_activity"))
+        return HTML(self.texts_note("latent_examples").data + latent_cards.cards(
+            found, logits, activity, sae=self.settings.sae, texts=not texts_withheld(found)))
 
     def others(self, *stages: str) -> dict[str, OpenRun]:
         """The book's other recorded runs that have these stages; nothing of them is computed."""
@@ -169,3 +198,12 @@ def _numbers(found: claims.Evidence, form: str) -> str:
     n = f"n = {found.n:,} {found.of}" if found.n else ""
     seeds = f"{found.seeds} seeds" if found.seeds > 1 else "1 seed"
     return f"{html.escape(claims.shown(found, form))} <small>{html.escape(', '.join(filter(None, (n, seeds))))}</small>"
+
+
+def _pill(word: str, *, small: bool = False) -> str:
+    """HTML: a verdict as a coloured word."""
+    return f'<span class="sts-verdict sts-{word.replace(" ", "-")}{" sts-small" * small}">{word}</span>'
+
+
+def _title(chapter: str) -> str:
+    return html.escape(chapter.replace("_", " ").capitalize())
