@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pandas
-import torch
-
 from sts.book.claims import NOT_DONE, Claim, Estimate, Evidence, NotDone
+from sts.book.tables import rows_of, value_of
 from sts.errors import StsError
 from sts.measure import paper
 from sts.measure.crossed import crossed_mean_interval
@@ -24,26 +21,14 @@ if TYPE_CHECKING:
 
 #: The paper's N = 100 of 28,672 latents (its Qwen SAE), as a fraction.
 PAPER_FRACTION = 100 / 28_672
-#: A run, or a training set, learned if the loss on held-out problems fell by this share of its start.
+#: Training taught something if the loss on held-out problems fell by this share of its start.
 SMALLEST_FALL = 0.1
 #: Random sets are a control if they come this near to the chosen latents' firing rate or energy, and share at most this.
 MATCH, SHARED = 0.1, 0.5
 #: Why a claim cannot be tested.
 UNLEARNED = "training taught the model too little: the loss on held-out problems fell by less than a tenth"
 CHANCE = "before training the model is right no more often than by chance"
-KINDS = ("sae", "raw", "random")
-
-
-def weigh(run: OpenRun | Stored, claim: Claim) -> tuple[Evidence | None, str, str]:
-    """The evidence on a claim, the verdict, and why there is none."""
-    try:
-        found: Evidence = globals()[claim.evidence](run, **claim.arguments)
-        idle = not found.unable and claim.learned in ("own", "every") and not _learned(run, claim.learned == "every")
-    except StsError as error:
-        return None, NOT_DONE, str(error)
-    if idle:
-        found = Evidence(**{**vars(found), "unable": UNLEARNED})
-    return found, claim.judge(found), found.unable
+CODES = {"sae": "SAE latents", "raw": "raw dimensions", "random": "random sparse code"}
 
 
 class Stored:
@@ -61,8 +46,12 @@ class Stored:
             raise NotDone(f"Stage {stage} of run {self.run.settings.name!r} is not there.")
         return self.run.get(stage)
 
+    def with_seed(self, seed: int) -> Stored:
+        """The same with another seed."""
+        return Stored(self.run.with_seed(seed))
 
-def is_stored(run: OpenRun, stage: str) -> bool:
+
+def is_stored(run: OpenRun | Stored, stage: str) -> bool:
     """Whether the stage's result is there; nothing is computed."""
     try:
         return bool(run.stored(stage))
@@ -70,52 +59,33 @@ def is_stored(run: OpenRun, stage: str) -> bool:
         return False
 
 
-# --- looking up ---------------------------------------------------------------------------------------------------
-
-def one(rows: Any, **wanted: Any) -> dict:
-    """The row with these fields; `NotDone` without one."""
-    rows = rows.to_dict("records") if isinstance(rows, pandas.DataFrame) else rows
-    for row in rows:
-        if all(row.get(name) == value for name, value in wanted.items()):
-            return row
-    raise NotDone(f"Not evaluated in this run: {', '.join(map(str, wanted.values()))}.")
-
-
-def _interval(row: Mapping[str, Any], value: str = "pearson", interval: str = "pearson_interval") -> Estimate:
-    ends = row.get(interval) or {}
-    return Estimate(row.get(value), ends.get("low"), ends.get("high"), row.get("p"))
+def weigh(run: OpenRun | Stored, claim: Claim) -> tuple[Evidence | None, str, str]:
+    """The evidence on a claim, the verdict, and why there is none."""
+    try:
+        found: Evidence = globals()[claim.evidence](run, **claim.arguments)
+        unable = found.unable or UNLEARNED * (not _learned(run, claim))
+    except StsError as error:
+        return None, NOT_DONE, str(error)
+    return found, claim.judge(found, unable), unable
 
 
-def _of(found: MeanInterval) -> Estimate:
-    known = not math.isnan(found.low)
-    return Estimate(found.mean, found.low if known else None, found.high if known else None)
+def _learned(run: OpenRun | Stored, claim: Claim) -> bool:
+    """Whether training taught something with the run's seed, with every seed, or on the training sets of the claim."""
+    if claim.learned == "sets":
+        sets, own = run.get("training_matrix"), claim.arguments.get("where", {}).get("training_set")
+        falls = sets.loc[(sets["training_set"] == own) | (own is None), "loss_fall"]
+        return bool((falls >= SMALLEST_FALL).all())
+    seeds = {"own": (), "every": run.other_seeds}.get(claim.learned)
+    return seeds is None or all(_fall(one) >= SMALLEST_FALL for one in (run, *map(run.with_seed, seeds)))
 
 
-def _evidence(main: Estimate, **more: Any) -> Evidence:
-    return Evidence(main.value, main.low, main.high, main.p, **more)
-
-
-def _unable(run: OpenRun, row: Mapping[str, Any], measure: str) -> str:
-    return row.get("undefined") or (CHANCE if measure == "accuracy" and at_chance(run) else "")
-
-
-def fall(run: OpenRun) -> float:
-    """By what share of its start fine-tuning lowered the loss on held-out problems."""
+def _fall(run: OpenRun | Stored) -> float:
     log = json.loads((run.get("sft") / "training.json").read_text(encoding="utf-8"))
     return 1 - log["held_out_after"] / log["held_out_before"]
 
 
-def _learned(run: OpenRun, every: bool) -> bool:
-    siblings = [_with_seed(run, seed) for seed in run.other_seeds] if every else []
-    return all(fall(one) >= SMALLEST_FALL for one in (run, *siblings))
-
-
-def _with_seed(run: OpenRun, seed: int) -> OpenRun:
-    return run.with_seed(seed)
-
-
-def at_chance(run: OpenRun) -> bool:
-    """Whether accuracy before training is within two standard errors of guessing, or below."""
+def _at_chance(run: OpenRun | Stored) -> bool:
+    """Whether accuracy before training is within 1.96 standard errors of guessing, or below."""
     rows = run.get("evaluation_before")
     items = rows[rows["kind"] == "letter"].groupby("example_id")
     right_N = rows.loc[items["loglikelihood"].idxmax(), "is_right"].to_numpy(float)
@@ -123,290 +93,199 @@ def at_chance(run: OpenRun) -> bool:
     return bool(right_N.mean() <= guess_N.mean() + 1.96 * math.sqrt((guess_N * (1 - guess_N)).sum()) / len(guess_N))
 
 
-# --- the SAE ------------------------------------------------------------------------------------------------------
+# --- rows of stages -----------------------------------------------------------------------------------------------
 
-def sae_quality(run: OpenRun, field: str, stage: str = "sae_quality") -> Evidence:
-    """Variance explained, share of the loss recovered, or share of latents that are silent on a token."""
-    found = run.get(stage)
-    value = {"explained": found["fraction_of_variance_explained"], "recovered": found["splice"]["recovered"],
-             "silent": 1 - found["l0"] / found["latents"]}[field]
-    return Evidence(value, n=found["tokens"] if field != "recovered" else found["splice"]["tokens"], of="tokens")
+def row(run: OpenRun | Stored, stage: str, where: Mapping[str, Any] = {}, *, under: str = "", value: str = "pearson",
+        interval: str = "pearson_interval", p: str = "p", n: str = "n", of: str = "domains", sign: int = 1,
+        against: Mapping[str, Mapping[str, Any]] = {}, each: str = "") -> Evidence:
+    """A number with its interval from a row of a stage's result.
 
-
-def wider(run: OpenRun) -> Evidence:
-    """What the run's SAE explains of the variance less what the small one explains, on the same tokens."""
-    own, small = (run.get(stage) for stage in ("sae_quality", "small_sae_quality"))
-    return Evidence(own["fraction_of_variance_explained"] - small["fraction_of_variance_explained"],
-                    n=own["tokens"], of="tokens")
-
-
-# --- what fine-tuning shifts --------------------------------------------------------------------------------------
-
-def _codes(tensors: Mapping[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
-
-
-def _count(run: OpenRun, kind: str) -> int:
-    """The run's N, or the same fraction of another code."""
-    width = {code: len(run.get("sft_shift")[f"{code}/squared_difference_L"]) for code in ("sae", kind)}
-    return run.settings.top_n if kind == "sae" else same_fraction(run.settings.top_n, width["sae"], width[kind])
-
-
-def _share(run: OpenRun, kind: str, count: int) -> tuple[Estimate, int]:
-    found = concentrations(_codes(run.get("sft_shift"), kind)["fold_squared_difference_FL"], count,
-                           seed=run.settings.seed)
-    at = found.at(count)
-    return Estimate(at["held_out"], at["low"], at["high"]), found.folds
+    Args:
+        where: the fields that pick the row of `stage` (of its part `under`).
+        value, interval, p, n: fields; dots reach into dicts.
+        sign: -1 turns a difference round.
+        against: name -> what differs in the row that the number is held against.
+        each: how to call each row, if several are picked: the smallest number is judged, the others stand beside it.
+    """
+    found = paper.recomputed_correlations() if stage == "paper" else run.get(stage)
+    rows = [one for one in rows_of(found[under] if under else found)
+            if all(one.get(name) == wanted for name, wanted in where.items())]
+    if not rows or (each and len(rows) < 2):
+        raise NotDone(f"Not in stage {stage} of this run: {', '.join(map(str, where.values()))}.")
+    numbers = [_estimate(one, value, interval, p, sign) for one in rows]
+    first = min(range(len(rows)), key=lambda place: numbers[place].value or 0.0) if each else 0
+    own = {"stage": stage, "under": under, "value": value, "interval": interval, "p": p, "sign": sign}
+    more = {each.format(**one): number for one, number in zip(rows, numbers, strict=True) if one is not rows[first]}
+    more = more if each else {name: row(run, **own | change | {"where": {**where, **change.get("where", {})}})
+                              for name, change in against.items()}
+    chance = CHANCE * (where.get("measure") == "accuracy" and _at_chance(run))
+    count = value_of(rows[first], n) or (run.get("domain_shift")["domain"].nunique() if of == "domains" else None)
+    return Evidence(**vars(numbers[first]), n=count, of=of, against=more,
+                    seeds=value_of(rows[first], "seeds") or 1, unable=value_of(rows[first], "undefined") or chance)
 
 
-def few_latents(run: OpenRun) -> Evidence:
-    """Share of the change in the paper's fraction of latents, chosen on other questions (Figure 1a)."""
-    width = len(run.get("sft_shift")["sae/squared_difference_L"])
-    share, folds = _share(run, "sae", max(1, round(PAPER_FRACTION * width)))
-    return _evidence(share, n=folds, of="groups of questions")
+def _estimate(one: Mapping[str, Any], value: str, interval: str = "", p: str = "", sign: int = 1) -> Estimate:
+    within = f"{interval}." if interval else ""
+    number, *ends = (value_of(one, path) for path in (value, f"{within}low", f"{within}high"))
+    if sign < 0:
+        number, *ends = (None if end is None else -end for end in (number, *reversed(ends)))
+    return Estimate(number, *ends, value_of(one, p))
 
 
-def beyond_activity(run: OpenRun) -> Evidence:
-    """The same for the run's N, beside the share of the activity in the N most active latents."""
-    count = run.settings.top_n
-    share, folds = _share(run, "sae", count)
-    active = concentration(run.get("sft_shift")["sae/base_square_sum_L"])[count - 1].item()
-    return _evidence(share, n=folds, of="groups of questions", against={"share of the activity": Estimate(active)})
-
-
-def raw_more_even(run: OpenRun) -> Evidence:
-    """The SAE's share beside that of the same fraction of raw dimensions and of a random code (Figure 2b)."""
-    (share, folds), *others = (_share(run, kind, _count(run, kind)) for kind in KINDS)
-    return _evidence(share, n=folds, of="groups of questions", against=dict(zip(
-        ("raw dimensions", "random sparse code"), (other for other, _ in others), strict=True)))
-
-
-def zeroing(run: OpenRun) -> Evidence:
-    """What zeroing the most shifted costs more than zeroing others, in bits per character (Figure 1b)."""
-    rows, top_n = run.get("ablation"), run.settings.top_n
-    count = min(sorted(rows.loc[rows["latents"] > 0, "latents"].unique()), key=lambda number: abs(number - top_n))
-    bits = rows[(rows["latents"] == count) & rows["bits"].notna()]
-    tables = {kind: own.pivot(index="draw", columns="example_id", values="bits") for kind, own in bits.groupby("kind")}
-    others = {"random": "random latents", "matched": "others of as much energy", "like_rate": "others that fire as often"}
-    if "matched" not in tables:
-        others = {"most_active" if kind == "matched" else kind: "the most active latents" if kind == "matched" else name
-                  for kind, name in others.items()}
-    most = tables["most_shifted"].iloc[0]
-    leads = {name: _of(crossed_mean_interval((most - tables[kind]).to_numpy(), against_one=True))
-             for kind, name in others.items() if kind in tables}
-    return _evidence(leads.pop("random latents"), n=len(most), of="problems", against=leads)
-
-
-# --- what demonstrations foresee ----------------------------------------------------------------------------------
-
-def _foreseen(run: OpenRun, kind: str) -> tuple[Sequence[float], float]:
-    """For each set of demonstrations the share of the actual top N that it names, and what activity alone names."""
-    goal, count, stats = _goal(run, kind), _count(run, kind), _codes(run.get("shift_by_draw"), kind)
-    named = partial(_named, goal=goal, count=count)
-    return ([named(change_L) for change_L in stats["squared_difference_RL"]],
-            max(named(stats[name]) for name in ("base_fired_L", "base_square_sum_L")))
-
-
-def _goal(run: OpenRun, kind: str = "sae") -> torch.Tensor:
-    return shifted_dimensions(run.get("sft_shift")[f"{kind}/squared_difference_L"], _count(run, kind))
-
-
-def _named(values_L: torch.Tensor, goal: torch.Tensor, count: int) -> float:
-    return overlap(shifted_dimensions(values_L, count), goal) / count
-
-
-def _lead(run: OpenRun, differences: Sequence[float]) -> Estimate:
-    return _of(paired_mean_interval(differences, resamples=run.settings.bootstrap, seed=run.settings.seed))
-
-
-def foreseen(run: OpenRun) -> Evidence:
-    """Share of the actual top N among the N that demonstrations move most, and its lead over lists that need none."""
-    count, stats = run.settings.top_n, _codes(run.get("shift_by_draw"), "sae")
-    row = overlap_rows(run.get("shift")["squared_difference_L"], run.get("sft_shift")["sae/squared_difference_L"],
-                       [count])[0]
-    named = partial(_named, goal=_goal(run), count=count)
-    sets = _foreseen(run, "sae")[0]
-    other = run.get("shift_by_other_domain")["sae/squared_difference_RL"]
-    lists = {"by firing rate": [named(stats["base_fired_L"])] * len(sets),
-             "by energy": [named(stats["base_square_sum_L"])] * len(sets),
-             "demonstrations of other domains": [named(other_L) for other_L in other]}
-    return Evidence(row["share"], p=row["active_p"], n=len(sets), of="sets of demonstrations", against={
-        f"more than {name}": _lead(run, [a - b for a, b in zip(sets, values, strict=True)])
-        for name, values in lists.items()})
-
-
-def better_than_raw(run: OpenRun) -> Evidence:
-    """What demonstrations add to activity alone for latents, less what they add for other codes (Figure 2a)."""
-    gain = {}
-    for kind in KINDS:
-        sets, alone = _foreseen(run, kind)
-        gain[kind] = [share - alone for share in sets]
-    leads = {kind: _lead(run, [a - b for a, b in zip(gain["sae"], gain[kind], strict=True)]) for kind in KINDS[1:]}
-    return _evidence(leads["raw"], n=len(gain["sae"]), of="sets of demonstrations",
-                     against={"more than a random code": leads["random"]})
-
-
-def more_demonstrations(run: OpenRun) -> Evidence:
-    """Share foreseen behind the most demonstrations less that behind the fewest."""
-    by_number = {int(name.partition("/")[2]): values for name, values in run.get("shift_by_demonstrations").items()
-                 if name.startswith("sae/")}
-    named = partial(_named, goal=_goal(run), count=run.settings.top_n)
-    few, many = by_number[min(by_number)], by_number[max(by_number)]
-    gains = [named(after_L) - named(before_L) for after_L, before_L in zip(many, few, strict=True)]
-    return _evidence(_lead(run, gains), n=len(gains), of="sets of demonstrations")
-
-
-# --- the score ----------------------------------------------------------------------------------------------------
-
-def correlation(run: OpenRun, measure: str, score: str, stage: str = "correlations", variant: str = "paper") -> Evidence:
-    """r of a score with the absolute change of the domains, one seed (Figure 3)."""
-    row = one(run.get(stage), measure=measure, variant=variant, score=score)
-    return _evidence(_interval(row), n=row.get("n"), unable=_unable(run, row, measure))
-
-
-def losses(run: OpenRun, measure: str = "accuracy") -> Evidence:
-    """Share of domains that lost (Tables 2 to 4)."""
-    shifts = run.get("domain_shift")
-    own = shifts[shifts["measure"] == measure]
-    if own.empty:
-        raise NotDone(f"Not evaluated in this run: {measure}.")
-    return Evidence(float((own["shift"] < 0).mean()), n=len(own), unable=_unable(run, {}, measure))
-
-
-def published_losses(run: OpenRun) -> Evidence:
-    """Share of the paper's domains and models that lost accuracy."""
-    shifts = paper.accuracy_shifts()["shift_pct"]
-    return Evidence(float((shifts < 0).mean()), n=len(shifts), of="domains of three models")
-
-
-def published_correlations(run: OpenRun) -> Evidence:
-    """The smallest of the paper's six correlations, recomputed from the points of Figure 3; the others beside it."""
-    rows = paper.recomputed_correlations().sort_values("pearson").to_dict("records")
-    found = {f"{row['model']}, {paper.METRICS[row['metric']]}":
-             Estimate(row["pearson"], row["low"], row["high"], row["p"]) for row in rows}
-    first, *others = found
-    return _evidence(found[first], n=8, against={name: found[name] for name in others})
-
-
-# --- baselines ----------------------------------------------------------------------------------------------------
-
-def lead(run: OpenRun, measure: str, score: str, rivals: Sequence[str]) -> Evidence:
-    """r of the score less r of each rival, from the same resamples, mean over seeds (Table 5)."""
-    rows = run.get("baseline_correlations")
-    own = one(rows, measure=measure, predictor=score)
-    found = {}
-    for rival in rivals:
-        less = one(rows, measure=measure, predictor=rival).get("less", {}).get(score) or {}
-        found[f"more than {rival}"] = _interval(less, "mean", "interval")
-    first, *others = found
-    return _evidence(found[first], n=own.get("n"), seeds=own.get("seeds", 1), unable=_unable(run, own, measure),
-                     against={name: found[name] for name in others})
-
-
-def choice(run: OpenRun, measure: str, score: str) -> Evidence:
-    """r of the score, and the share of random sets of like firing rate and energy that reach it."""
-    rows = {kind: one(run.get("baseline_nulls"), measure=measure, predictor=score, null=kind)
-            for kind in ("rate", "energy")}
-    undefined = next((row["undefined"] for row in rows.values() if "undefined" in row), "")
-    if undefined:
-        return Evidence(None, unable=undefined)
-    fair = all(abs(row["matched"] - row["chosen"]) <= MATCH * row["chosen"] and row["shared"] <= SHARED
-               for row in rows.values())
+def choice(run: OpenRun | Stored, measure: str, score: str) -> Evidence:
+    """r of the score, and the share of random sets of like firing rate and of like energy that reach it."""
+    rows = {one["null"]: one for one in run.get("baseline_nulls") if (one["measure"], one["predictor"]) == (measure, score)
+            and one["null"] in ("rate", "energy")}
+    if not rows or any("undefined" in one for one in rows.values()):
+        raise NotDone(f"Random sets of latents were not scored in {measure} in this run.")
+    fair = all(abs(one["matched"] - one["chosen"]) <= MATCH * one["chosen"] and one["shared"] <= SHARED
+               for one in rows.values())
     return Evidence(rows["rate"]["observed"], n=rows["rate"]["draws"], of="random sets of a kind", fair=fair,
-                    seeds=1 + len(run.other_seeds), unable=_unable(run, {}, measure), against={
-                        f"sets of like {kind}": Estimate(row["mean"], row["low"], row["high"], row["p"])
-                        for kind, row in rows.items()})
+                    seeds=1 + len(run.other_seeds),
+                    against={f"sets of like {kind}": _estimate(one, "mean", p="p") for kind, one in rows.items()})
 
 
-def probe(run: OpenRun, measure: str) -> Evidence:
-    """r of what probes on raw and on SAE activations forecast, with p by shuffled targets (Table 13)."""
-    rows = {kind: one(run.get("baseline_nulls"), measure=measure, predictor=f"probe_{kind}") for kind in ("raw", "sae")}
-    if undefined := next((row["undefined"] for row in rows.values() if "undefined" in row), ""):
-        return Evidence(None, unable=undefined)
-    found = {kind: Estimate(row["observed"], p=row["p"]) for kind, row in rows.items()}
-    return _evidence(found["raw"], n=rows["raw"]["draws"], of="shuffles", seeds=1 + len(run.other_seeds),
-                     unable=_unable(run, {}, measure), against={"a probe on SAE activations": found["sae"]})
+def losses(run: OpenRun | Stored, published: bool = False) -> Evidence:
+    """Share of domains that lost accuracy (Tables 2 to 4), of the run or of the paper's three models."""
+    if published:
+        changes = paper.accuracy_shifts()["shift_pct"]
+    else:
+        shifts = run.get("domain_shift")
+        changes = shifts.loc[shifts["measure"] == "accuracy", "shift"]
+        if changes.empty:
+            raise NotDone("Accuracy was not evaluated in this run.")
+    return Evidence(float((changes < 0).mean()), n=len(changes), unable=CHANCE * (not published and _at_chance(run)))
 
 
-def beyond_hardness(run: OpenRun, measure: str, score: str, controls: Sequence[str]) -> Evidence:
-    """Partial r of the score, given what is known of the domains without an SAE, mean over seeds."""
-    row = one(run.get("baseline_confounds"), measure=measure, score=score, controls=list(controls))
-    return _evidence(_interval(row), n=row.get("n"), seeds=row.get("seeds", 1), unable=_unable(run, row, measure))
-
-
-# --- ablations ----------------------------------------------------------------------------------------------------
-
-def ends(run: OpenRun, axis: str, measure: str, score: str) -> Evidence:
-    """r at the first value of a setting less r at the last (Figures 4a, 4c, 4d)."""
-    row = one(run.get("sweep_correlations")["claims"], axis=axis, measure=measure, score=score)
-    interval = row.get("interval") or {}
-    low, high = interval.get("high"), interval.get("low")
-    return Evidence(-row["mean"], None if low is None else -low, None if high is None else -high, row["p"],
-                    n=_domains(run, measure), unable=_unable(run, row, measure))
-
-
-def _domains(run: OpenRun, measure: str) -> int:
-    return run.get("sweep_correlations")["values"][0].get("n") or 0
-
-
-def every_value(run: OpenRun, axis: str, measure: str, score: str) -> Evidence:
-    """r at every value of a setting (Figure 4b)."""
-    rows = [row for row in run.get("sweep_correlations")["values"]
-            if (row["axis"], row["measure"], row["score"]) == (axis, measure, score)]
-    if len(rows) < 2:
-        raise NotDone(f"This run has no other values of {axis}.")
-    found = {f"{axis} {row['value']}": _interval(row) for row in rows}
-    first, *others = sorted(found, key=lambda name: found[name].value if found[name].value is not None else -math.inf)
-    return _evidence(found[first], n=rows[0].get("n"), against={name: found[name] for name in others},
-                     unable=_unable(run, rows[0], measure))
-
-
-# --- training domains ---------------------------------------------------------------------------------------------
-
-def training(run: OpenRun, training_set: str, measure: str, score: str) -> Evidence:
-    """r of the score with the change that one training set causes (Table 1)."""
-    row = one(run.get("training_correlations"), training_set=training_set, seed=run.settings.seed, measure=measure,
-              variant="paper", score=score)
-    return _evidence(_interval(row), n=row.get("n"),
-                     unable=_unable(run, row, measure) or UNLEARNED * (training_set in _idle(run)))
-
-
-def _idle(run: OpenRun) -> list[str]:
-    sets = run.get("training_matrix")[["training_set", "seed", "loss_fall"]].drop_duplicates()
-    return sets.loc[~(sets["loss_fall"] >= SMALLEST_FALL), "training_set"].unique().tolist()
-
-
-def training_specific(run: OpenRun, measure: str, score: str) -> Evidence:
-    """Mean rank correlation within domains, over training sets."""
-    row = one(run.get("training_specificity"), measure=measure, forecast=score)
-    main = Estimate(row.get("within"), row.get("low"), row.get("high"), row.get("p_within"))
-    return _evidence(main, n=row.get("domains"), against={"whole sets shuffled": Estimate(None, p=row.get("p_sets"))},
-                     unable=row.get("undefined") or UNLEARNED * bool(_idle(run)))
-
-
-def own_lists(run: OpenRun) -> Evidence:
+def own_lists(run: OpenRun | Stored) -> Evidence:
     """Lead of lists by demonstrations on their own training set's change, and what it is more than by firing rate."""
     from sts.stages.domains import beyond_rate
 
     found = run.get("training_overlap")
     own, beyond = found["lead"]["foreseen"], beyond_rate(found["rows"])
-    sets = len({row["trained"] for row in found["rows"]})
-    if "undefined" in own:
-        return Evidence(None, unable=own["undefined"])
-    return Evidence(own["lead"], p=own["p"], n=sets, of="training sets", unable=UNLEARNED * bool(_idle(run)),
-                    against={"more than by firing rate": Estimate(beyond["lead"], p=beyond["p"])})
+    return Evidence(own.get("lead"), p=own.get("p"), n=len({one["trained"] for one in found["rows"]}), of="training sets",
+                    unable=own.get("undefined", ""),
+                    against={"more than by firing rate": Estimate(beyond.get("lead"), p=beyond.get("p"))})
 
 
-# --- costs --------------------------------------------------------------------------------------------------------
-
-def cost_ratio(run: OpenRun) -> Evidence:
+def cost_ratio(run: OpenRun | Stored) -> Evidence:
     """Fine-tuning and evaluation divided by the forecast, in seconds and in token-forward-passes, as measured."""
-    groups = {"forecast": ("shift", "domain_stats"), "finding out": ("sft", "evaluation_before", "evaluation_after")}
-    records = {name: [run.provenance(stage) for stage in stages] for name, stages in groups.items()}
-    if not all(record for own in records.values() for record in own):
-        raise NotDone("Not all stages that are compared are there.")
-    seconds = {name: sum(record["seconds"] for record in own) for name, own in records.items()}
-    work = [[(record.get("work") or {}).get("passes", 0) for record in own] for own in records.values()]
-    passes = sum(work[1]) / sum(work[0]) if all(value for own in work for value in own) else None
-    return Evidence(seconds["finding out"] / seconds["forecast"], n=1, of="measurement",
-                    against={"token-forward-passes": Estimate(passes)})
+    sums = {}
+    for name, stages in (("forecast", ("shift", "domain_stats")), ("rest", ("sft", "evaluation_before", "evaluation_after"))):
+        records = [run.provenance(stage) for stage in stages]
+        if not all(records):
+            raise NotDone("Not all stages that are compared are there.")
+        passes = [(record.get("work") or {}).get("passes", 0) for record in records]
+        sums[name] = sum(record["seconds"] for record in records), sum(passes) if all(passes) else math.nan
+    seconds, passes = (rest / forecast for rest, forecast in zip(sums["rest"], sums["forecast"], strict=True))
+    return Evidence(seconds, n=1, of="measurement", against={
+        "token-forward-passes": Estimate(None if math.isnan(passes) else passes)})
+
+
+def silent(run: OpenRun | Stored) -> Evidence:
+    """Share of the SAE's latents that are silent on a token."""
+    found = run.get("sae_quality")
+    return Evidence(1 - found["l0"] / found["latents"], n=found["tokens"], of="tokens")
+
+
+def wider(run: OpenRun | Stored) -> Evidence:
+    """What the run's SAE explains of the variance less what the small one explains, on the same tokens."""
+    own, small = (run.get(stage) for stage in ("sae_quality", "small_sae_quality"))
+    name = "fraction_of_variance_explained"
+    return Evidence(own[name] - small[name], n=own["tokens"], of="tokens")
+
+
+# --- what fine-tuning shifts --------------------------------------------------------------------------------------
+
+def _count(run: OpenRun | Stored, code: str) -> int:
+    """The run's N, or the same fraction of another code."""
+    width = {kind: len(run.get("sft_shift")[f"{kind}/squared_difference_L"]) for kind in ("sae", code)}
+    return same_fraction(run.settings.top_n, width["sae"], width[code])
+
+
+def shares(run: OpenRun | Stored, against: Sequence[str] = (), paper_fraction: bool = False) -> Evidence:
+    """Share of the change in the most shifted latents, chosen on other questions than measured on (Figures 1a, 2b).
+
+    Args:
+        against: other codes, at the same fraction; or "activity", the share of the activity in the most active latents.
+        paper_fraction: of as many latents as the paper's 100 of 28,672, in place of the run's N.
+    """
+    found, moved = {}, run.get("sft_shift")
+    for code in ("sae", *against):
+        count = _count(run, "sae" if code == "activity" else code)
+        if paper_fraction:
+            count = max(1, round(PAPER_FRACTION * len(moved["sae/squared_difference_L"])))
+        if code == "activity":
+            found[code] = Estimate(concentration(moved["sae/base_square_sum_L"])[count - 1].item())
+            continue
+        change_FL = moved[f"{code}/fold_squared_difference_FL"]
+        at = concentrations(change_FL, count, seed=run.settings.seed).at(count)
+        found[code] = Estimate(at["held_out"], at["low"], at["high"])
+    return Evidence(**vars(found.pop("sae")), n=len(moved["sae/fold_squared_difference_FL"]), of="groups of questions",
+                    against={CODES.get(code, code): share for code, share in found.items()})
+
+
+def _mean(found: MeanInterval) -> Estimate:
+    return _estimate({name: value for name, value in vars(found).items() if value == value}, "mean")
+
+
+def zeroing(run: OpenRun | Stored) -> Evidence:
+    """What zeroing the most shifted costs more than zeroing others, in bits per character (Figure 1b)."""
+    rows, top_n = run.get("ablation"), run.settings.top_n
+    count = min(sorted(rows.loc[rows["latents"] > 0, "latents"].unique()), key=lambda number: abs(number - top_n))
+    bits = rows[(rows["latents"] == count) & rows["bits"].notna()]
+    tables = {kind: own.pivot(index="draw", columns="example_id", values="bits") for kind, own in bits.groupby("kind")}
+    most = tables["most_shifted"].iloc[0]
+    others = {"random": "random latents", "matched": "others of as much energy", "most_active": "the most active latents",
+              "like_rate": "others that fire as often"}
+    others.pop("most_active" if "matched" in tables else "matched")
+    leads = {name: _mean(crossed_mean_interval((most - tables[kind]).to_numpy(), against_one=True))
+             for kind, name in others.items() if kind in tables}
+    return Evidence(**vars(leads.pop("random latents")), n=len(most), of="problems", against=leads)
+
+
+# --- what demonstrations foresee ----------------------------------------------------------------------------------
+
+def _naming(run: OpenRun | Stored, code: str = "sae"):
+    """A function: the share of the actual top N that the top N of some values per latent name."""
+    count = _count(run, code)
+    goal = shifted_dimensions(run.get("sft_shift")[f"{code}/squared_difference_L"], count)
+    return lambda values_L: overlap(shifted_dimensions(values_L, count), goal) / count
+
+
+def _lead(run: OpenRun | Stored, shares_R: Sequence[float], others_R: Sequence[float]) -> Estimate:
+    differences = [own - other for own, other in zip(shares_R, others_R, strict=True)]
+    return _mean(paired_mean_interval(differences, resamples=run.settings.bootstrap, seed=run.settings.seed))
+
+
+def foreseen(run: OpenRun | Stored) -> Evidence:
+    """Share of the actual top N among the N that demonstrations move most, and its lead over lists that need none."""
+    named, stats = _naming(run), run.get("shift_by_draw")
+    found = overlap_rows(run.get("shift")["squared_difference_L"], run.get("sft_shift")["sae/squared_difference_L"],
+                         [run.settings.top_n])[0]
+    sets = [named(own_L) for own_L in stats["sae/squared_difference_RL"]]
+    lists = {"by firing rate": [named(stats["sae/base_fired_L"])] * len(sets),
+             "by energy": [named(stats["sae/base_square_sum_L"])] * len(sets),
+             "demonstrations of other domains":
+                 [named(own_L) for own_L in run.get("shift_by_other_domain")["sae/squared_difference_RL"]]}
+    return Evidence(found["share"], p=found["active_p"], n=len(sets), of="sets of demonstrations", against={
+        f"more than {name}": _lead(run, sets, shares_R) for name, shares_R in lists.items()})
+
+
+def better_than_raw(run: OpenRun | Stored) -> Evidence:
+    """What demonstrations add to activity alone for latents, less what they add for other codes (Figure 2a)."""
+    gain, stats = {}, run.get("shift_by_draw")
+    for code in CODES:
+        named = _naming(run, code)
+        alone = max(named(stats[f"{code}/{name}"]) for name in ("base_fired_L", "base_square_sum_L"))
+        gain[code] = [named(own_L) - alone for own_L in stats[f"{code}/squared_difference_RL"]]
+    raw, random = (_lead(run, gain["sae"], gain[code]) for code in ("raw", "random"))
+    return Evidence(**vars(raw), n=len(gain["sae"]), of="sets of demonstrations", against={"more than a random code": random})
+
+
+def more_demonstrations(run: OpenRun | Stored) -> Evidence:
+    """Share foreseen behind the most demonstrations less that behind the fewest."""
+    found = {int(name.partition("/")[2]): [*map(_naming(run), values_RL)]
+             for name, values_RL in run.get("shift_by_demonstrations").items() if name.startswith("sae/")}
+    return Evidence(**vars(_lead(run, found[max(found)], found[min(found)])), n=len(found[max(found)]),
+                    of="sets of demonstrations")

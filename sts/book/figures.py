@@ -2,11 +2,13 @@
 
 Legible on a phone: at most 7 inches wide, text of 10 points or more; colours that colour-blind readers can tell apart, and
 no meaning carried by colour alone. Rows are a list of dicts or a DataFrame; fields may be dotted ("pearson_interval.low").
+`panel` draws a panel for every value of that field, `hue` several points or bars a label; `names` renames labels, and a label
+of an axis may be a dict by panel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -18,16 +20,17 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sts.book.tables import Absent, field, rows_of
+from sts.book.tables import rows_of, value_of
 
 #: Okabe and Ito, without its yellow, which is too pale for points on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LINES = ("-", "--", "-.", ":")
+MARKERS, LINES, HATCHES = ("o", "s", "^", "D", "v", "P", "X", "*"), ("-", "--", "-.", ":"), ("", "///", "...", "xx")
 GREY = "#666666"
-#: The paper's domains in their order; others take what comes next, by name.
+#: The paper's domains in their order; others take what comes by their name.
 DOMAINS = ("biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history", "law",
            "math", "other", "philosophy", "physics", "psychology")
+Names = Mapping[Any, str] | None
+Axis = str | Mapping[Any, str]
 
 
 def domain_style(domain: str) -> tuple[str, str]:
@@ -36,12 +39,23 @@ def domain_style(domain: str) -> tuple[str, str]:
     return COLOURS[place % len(COLOURS)], MARKERS[place // len(COLOURS) % len(MARKERS)]
 
 
-def _axes(columns: int, height: float, *, rows: int = 1, sharey: bool | str = True) -> tuple[Figure, numpy.ndarray]:
-    seaborn.set_theme(style="whitegrid", rc={
-        "font.size": 10, "axes.labelsize": 10, "axes.titlesize": 10, "xtick.labelsize": 10, "ytick.labelsize": 10,
-        "legend.fontsize": 10, "figure.dpi": 110, "savefig.bbox": "tight"})
-    return plt.subplots(rows, columns, figsize=(7 if columns > 1 else 6.5, height), sharey=sharey, squeeze=False,
-                        layout="constrained")
+def _axes(panels: Mapping[Any, Any], height: float, *, across: int = 9, names: Names = None, **labels: Axis
+          ) -> tuple[Figure, list[tuple[Axes, Any]]]:
+    """A figure with a panel for each, titled; (axis, what the panel shows), row by row."""
+    size = 10
+    seaborn.set_theme(style="whitegrid", rc={"figure.dpi": 110, "savefig.bbox": "tight", "font.size": size} | {
+        f"{what}size": size for what in ("axes.label", "axes.title", "xtick.label", "ytick.label", "legend.font")})
+    panels = panels or {None: []}
+    across = min(across, len(panels))
+    down = -(-len(panels) // across)
+    figure, axes = plt.subplots(down, across, figsize=(7 if across > 1 else 6.5, height * down), sharey="row",
+                                squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels):]:
+        axis.set_axis_off()
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        axis.set(title=_name(panel, names), **{what: label.get(panel, "") if isinstance(label, Mapping) else label
+                                               for what, label in labels.items() if what == "xlabel" or axis in axes[:, 0]})
+    return figure, list(zip(axes.flat, panels.values(), strict=False))
 
 
 def _closed(figure: Figure) -> Figure:
@@ -53,101 +67,105 @@ def _closed(figure: Figure) -> Figure:
     return figure
 
 
-def _value(row: Mapping[str, Any], path: str | None) -> Any:
-    try:
-        return field(row, path) if path else None
-    except Absent:
-        return None
-
-
 def _grouped(rows: Sequence[dict], name: str | None) -> dict[Any, list[dict]]:
     groups: dict[Any, list[dict]] = {}
     for row in rows:
-        groups.setdefault(_value(row, name), []).append(row)
+        groups.setdefault(value_of(row, name), []).append(row)
     return groups
 
 
-def _name(value: Any, names: Mapping[Any, str] | None) -> str:
+def _name(value: Any, names: Names) -> str:
     return (names or {}).get(value, "" if value is None else str(value))
 
 
-def _marks(axis: Axes, marks: Mapping[str, float], *, vertical: bool = True) -> None:
-    for place, (label, value) in enumerate(dict(marks).items()):
-        (axis.axvline if vertical else axis.axhline)(value, color=COLOURS[1], linestyle=LINES[1 + place % 3], label=label)
+def _marks(axis: Axes, marks: Mapping[str, float]) -> None:
+    for place, (label, value) in enumerate(marks.items()):
+        axis.axvline(value, color=GREY, linestyle=LINES[3 - place % 3], label=label)
+
+
+def _listed(rows: Any, y: str, x: str, panel: str | None, hue: str | None, xlabel: Axis, names: Names, room: float,
+            draw: Callable[[Axes, dict, float, int, float], None], marks: Mapping[str, float] = {},
+            zero: float | None = None) -> Figure:
+    """Labels from the top; `draw(axis, row, height, place of the hue, width)` draws each row."""
+    rows = [row for row in rows_of(rows) if value_of(row, x) is not None]
+    labels, hues = list(_grouped(rows, y)), list(_grouped(rows, hue))
+    width = 0.8 / max(1, len(hues))
+    figure, axes = _axes(_grouped(rows, panel), 1.1 + len(labels) * (0.2 + room * len(hues)), names=names, xlabel=xlabel)
+    for axis, own in axes:
+        for row in own:
+            place = hues.index(value_of(row, hue))
+            draw(axis, row, labels.index(value_of(row, y)) + width * (place - (len(hues) - 1) / 2), place, width)
+        if zero is not None:
+            axis.axvline(zero, color="black", linewidth=0.8)
+            axis.locator_params(axis="x", nbins=5)
+        _marks(axis, marks)
+        axis.set_yticks(range(len(labels)), [_name(label, names) for label in labels])
+        axis.set_ylim(len(labels) - 0.4, -0.6)
+        axis.margins(x=0.1)
+    return _closed(figure)
 
 
 def intervals(rows: Any, y: str = "label", x: str = "value", low: str = "low", high: str = "high", *,
-              panel: str | None = None, hue: str | None = None, xlabel: str | Mapping[Any, str] = "", zero: float = 0.0,
-              marks: Mapping[str, float] = {}, names: Mapping[Any, str] | None = None) -> Figure:
-    """A point with its interval for every label, from the top; hollow where the interval includes `zero` or is missing.
+              panel: str | None = None, hue: str | None = None, xlabel: Axis = "", zero: float = 0.0,
+              marks: Mapping[str, float] = {}, names: Names = None) -> Figure:
+    """A point with its interval for every label; hollow where the interval includes `zero` or is missing.
 
     Args:
-        panel, hue: a panel for every value of that field; several points a label.
-        xlabel: of all panels, or by panel.
         marks: label -> where a dashed vertical line stands.
     """
-    rows = [row for row in rows_of(rows) if _value(row, x) is not None]
-    labels, hues = list(_grouped(rows, y)), list(_grouped(rows, hue))
-    panels = _grouped(rows, panel) or {None: []}
-    figure, axes = _axes(len(panels), 1.1 + len(labels) * (0.26 + 0.1 * (len(hues) - 1)))
-    for axis, (title, own) in zip(axes[0], panels.items(), strict=True):
-        for row in own:
-            place = hues.index(_value(row, hue))
-            at = labels.index(_value(row, y)) + 0.22 * (place - (len(hues) - 1) / 2)
-            ends = _value(row, low), _value(row, high)
-            if None not in ends:
-                axis.plot(ends, [at, at], color=COLOURS[place], linewidth=1.4)
-            clear = None not in ends and (ends[0] > zero or ends[1] < zero)
-            axis.plot(_value(row, x), at, MARKERS[place], color=COLOURS[place],
-                      markerfacecolor=COLOURS[place] if clear else "white")
-        axis.axvline(zero, color="black", linewidth=0.8)
-        _marks(axis, marks)
-        axis.set(xlabel=xlabel.get(title, "") if isinstance(xlabel, Mapping) else xlabel, title=_name(title, names))
-        axis.set_yticks(range(len(labels)), [_name(label, names) for label in labels])
-        axis.set_ylim(len(labels) - 0.4, -0.6)
-        axis.locator_params(axis="x", nbins=5)
-    for place, value in enumerate(hues if hue else ()):
-        axes[0, 0].plot([], [], MARKERS[place] + "-", color=COLOURS[place], label=_name(value, names))
-    return _closed(figure)
+    def draw(axis: Axes, row: dict, at: float, place: int, width: float) -> None:
+        ends, colour = (value_of(row, low), value_of(row, high)), COLOURS[place]
+        clear = None not in ends and not ends[0] <= zero <= ends[1]
+        if None not in ends:
+            axis.plot(ends, [at, at], color=colour, linewidth=1.4)
+        axis.plot(value_of(row, x), at, MARKERS[place], color=colour, markerfacecolor=colour if clear else "white")
+        if hue:
+            axis.plot([], [], MARKERS[place], color=colour, label=_name(value_of(row, hue), names))
+
+    return _listed(rows, y, x, panel, hue, xlabel, names, 0.1, draw, marks, zero)
+
+
+def bars(rows: Any, y: str = "label", x: str = "value", *, panel: str | None = None, hue: str | None = None,
+         xlabel: Axis = "", names: Names = None, form: str | None = None, logx: bool = False) -> Figure:
+    """A horizontal bar for every label, for numbers without an interval; `form` writes the number at its end."""
+    def draw(axis: Axes, row: dict, at: float, place: int, width: float) -> None:
+        drawn = axis.barh(at, value_of(row, x), 0.9 * width, color=COLOURS[place], hatch=HATCHES[place % 4],
+                          edgecolor="white", label=_name(value_of(row, hue), names) or None)
+        if form:
+            axis.bar_label(drawn, [format(value_of(row, x), form)], padding=3)
+        axis.set_xscale("log" if logx else "linear")
+
+    return _listed(rows, y, x, panel, hue, xlabel, names, 0.18, draw)
 
 
 def scatter(rows: Any, x: str = "score", y: str = "change", label: str = "domain", *, low: str | None = None,
             high: str | None = None, panel: str | None = None, filled: str | None = None, fit: bool = True,
-            xlabel: str | Mapping[Any, str] = "", ylabel: str = "", names: Mapping[Any, str] | None = None) -> Figure:
-    """A point for every row, named; one colour and marker a label.
+            xlabel: Axis = "", ylabel: str = "", names: Names = None) -> Figure:
+    """A named point for every row; one colour and marker a label.
 
     Args:
-        low, high: ends of the vertical bar; hollow where zero lies between them (bars of an absolute change start at 0).
+        low, high: ends of the vertical bar; hollow where zero lies between them.
         filled: field that is false where a point is hollow.
         fit: draw the least-squares line.
     """
-    rows = [row for row in rows_of(rows) if None not in (_value(row, x), _value(row, y))]
-    panels = _grouped(rows, panel) or {None: []}
-    across = min(2, len(panels))
-    down = -(-len(panels) // across)
-    figure, axes = _axes(across, 0.4 + 3.4 * down, rows=down, sharey="row")
-    for axis in axes.flat[len(panels):]:
-        axis.set_axis_off()
-    for axis, (title, own) in zip(axes.flat, panels.items(), strict=False):
-        places = numpy.array([[_value(row, x), _value(row, y)] for row in own], dtype=float).reshape(-1, 2)
+    rows = [row for row in rows_of(rows) if None not in (value_of(row, x), value_of(row, y))]
+    figure, axes = _axes(_grouped(rows, panel), 3.6, across=2, names=names, xlabel=xlabel, ylabel=ylabel)
+    for axis, own in axes:
+        places = numpy.array([[value_of(row, x), value_of(row, y)] for row in own], dtype=float).reshape(-1, 2)
         for row, (right, up) in zip(own, places, strict=True):
-            colour, marker = domain_style(str(_value(row, label)))
-            ends = _value(row, low), _value(row, high)
-            clear = filled is None or bool(_value(row, filled))
+            colour, marker = domain_style(str(value_of(row, label)))
+            ends = value_of(row, low), value_of(row, high)
+            clear = (filled is None or bool(value_of(row, filled))) and (None in ends or not ends[0] <= 0 <= ends[1])
             if None not in ends:
-                clear = clear and not ends[0] <= 0 <= ends[1]
                 axis.plot([right, right], ends, color=GREY, linewidth=0.9, alpha=0.6)
             axis.plot(right, up, marker, color=colour, markerfacecolor=colour if clear else "white")
         if fit and len(places) > 2 and numpy.ptp(places[:, 0]) > 0:
             slope, intercept = numpy.polyfit(*places.T, 1)
-            ends = numpy.array([places[:, 0].min(), places[:, 0].max()])
-            axis.plot(ends, intercept + slope * ends, color=GREY, linestyle="--")
+            span = numpy.array([places[:, 0].min(), places[:, 0].max()])
+            axis.plot(span, intercept + slope * span, color=GREY, linestyle="--")
         axis.margins(x=0.14, y=0.1)
-        _write_names(axis, places, [_name(_value(row, label), names) for row in own])
-        axis.set(xlabel=xlabel.get(title, "") if isinstance(xlabel, Mapping) else xlabel, title=_name(title, names))
         axis.locator_params(axis="x", nbins=4)
-    for axis in axes[:, 0]:
-        axis.set_ylabel(ylabel)
+        _write_names(axis, places, [_name(value_of(row, label), names) for row in own])
     return _closed(figure)
 
 
@@ -155,7 +173,7 @@ def _write_names(axis: Axes, places: numpy.ndarray, labels: Sequence[str]) -> No
     """Each point's name beside it, moved off other names and points, with a line to the point."""
     if not labels or len(labels) > 30:  # more names than that hide the points
         return
-    texts = [axis.text(*place, text, fontsize=10, path_effects=[patheffects.withStroke(linewidth=2, foreground="white")])
+    texts = [axis.text(*place, text, path_effects=[patheffects.withStroke(linewidth=2, foreground="white")])
              for place, text in zip(places, labels, strict=True)]
     before = numpy.random.get_state()
     numpy.random.seed(0)  # adjustText draws from numpy's own generator; a page must come out alike each time
@@ -166,71 +184,37 @@ def _write_names(axis: Axes, places: numpy.ndarray, labels: Sequence[str]) -> No
         numpy.random.set_state(before)
 
 
-def curves(lines: Mapping[str, Any], xlabel: str = "", ylabel: str = "", *, logx: bool = False, logy: bool = False,
+def curves(lines: Mapping[str, Any], xlabel: Axis = "", ylabel: str = "", *, logx: bool = False, logy: bool = False,
            marks: Mapping[str, float] = {}, markers: bool = False, panels: bool = False,
            ylim: tuple[float | None, float | None] | None = None) -> Figure:
     """Lines by label, each (x, y) or (x, y, low, high) with a shaded band.
 
     Args:
         marks: label -> where a dashed vertical line stands.
-        panels: `lines` is panel -> lines; a line's style is that of its label in all panels.
+        panels: `lines` is panel -> lines; a label looks the same in all panels.
     """
     by_panel = lines if panels else {None: lines}
     order = list(dict.fromkeys(label for own in by_panel.values() for label in own))
-    figure, axes = _axes(len(by_panel), 3.6)
-    for axis, (title, own) in zip(axes[0], by_panel.items(), strict=True):
+    figure, axes = _axes(by_panel, 3.6, xlabel=xlabel, ylabel=ylabel)
+    for axis, own in axes:
         for label, values in own.items():
             place = order.index(label)
             x, y, *band = (numpy.asarray(one, dtype=float) for one in values)
-            colour = COLOURS[place % len(COLOURS)]
+            axis.plot(x, y, color=COLOURS[place % 7], linestyle=LINES[place % 4], label=label,
+                      marker=MARKERS[place % 8] if markers else None)
             if band:
-                axis.fill_between(x, *band, color=colour, alpha=0.2, linewidth=0)
-            axis.plot(x, y, color=colour, linestyle=LINES[place % len(LINES)], label=label,
-                      marker=MARKERS[place % len(MARKERS)] if markers else None)
+                axis.fill_between(x, *band, color=COLOURS[place % 7], alpha=0.2, linewidth=0)
         _marks(axis, marks)
-        axis.set(xlabel=xlabel, title=title or "", xscale="log" if logx else "linear", yscale="log" if logy else "linear")
-        if ylim:
-            axis.set_ylim(*ylim)
-        if not logx:
-            axis.locator_params(axis="x", nbins=5)
-    axes[0, 0].set_ylabel(ylabel)
+        axis.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear", ylim=ylim)
     return _closed(figure)
 
 
 def heat(frame: pandas.DataFrame, xlabel: str = "", ylabel: str = "", label: str = "", form: str = ".2f",
          centre: float | None = None) -> Figure:
     """A table of numbers, coloured; diverging about `centre`, if there is one."""
-    figure, axes = _axes(1, 1.4 + 0.36 * len(frame))
-    seaborn.heatmap(frame.astype(float), ax=axes[0, 0], annot=True, fmt=form, center=centre, linewidths=0.5,
+    figure, [(axis, _)] = _axes({}, 1.4 + 0.36 * len(frame))
+    seaborn.heatmap(frame.astype(float), ax=axis, annot=True, fmt=form, center=centre, linewidths=0.5,
                     cmap="viridis" if centre is None else "vlag", cbar_kws={"label": label}, annot_kws={"size": 10})
-    axes[0, 0].set(xlabel=xlabel, ylabel=ylabel)
-    axes[0, 0].tick_params(axis="y", rotation=0)
-    return _closed(figure)
-
-
-def bars(rows: Any, y: str = "label", x: str = "value", *, hue: str | None = None, panel: str | None = None,
-         xlabel: str | Mapping[Any, str] = "", names: Mapping[Any, str] | None = None, form: str | None = None,
-         logx: bool = False) -> Figure:
-    """A horizontal bar for every label, from the top; `hue` puts several side by side, `form` writes the number."""
-    rows = [row for row in rows_of(rows) if _value(row, x) is not None]
-    labels, hues = list(_grouped(rows, y)), list(_grouped(rows, hue))
-    panels = _grouped(rows, panel) or {None: []}
-    figure, axes = _axes(len(panels), 1.1 + len(labels) * (0.2 + 0.18 * len(hues)))
-    height = 0.8 / max(1, len(hues))
-    for axis, (title, own) in zip(axes[0], panels.items(), strict=True):
-        for row in own:
-            place = hues.index(_value(row, hue))
-            at = labels.index(_value(row, y)) + height * (place - (len(hues) - 1) / 2)
-            drawn = axis.barh(at, _value(row, x), height * 0.9, color=COLOURS[place], hatch=("", "///", "...", "xx")[place % 4],
-                              edgecolor="white")
-            if form:
-                axis.bar_label(drawn, labels=[format(_value(row, x), form)], padding=3)
-        axis.set(xlabel=xlabel.get(title, "") if isinstance(xlabel, Mapping) else xlabel, title=_name(title, names),
-                 xscale="log" if logx else "linear")
-        axis.set_yticks(range(len(labels)), [_name(label, names) for label in labels])
-        axis.set_ylim(len(labels) - 0.4, -0.6)
-        axis.margins(x=0.12)
-        for place, value in enumerate(hues if hue else ()):
-            axis.barh([0], [0], color=COLOURS[place], hatch=("", "///", "...", "xx")[place % 4], edgecolor="white",
-                      label=_name(value, names))
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.tick_params(axis="y", rotation=0)
     return _closed(figure)

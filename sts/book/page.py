@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
 from sts.book import claims, evidence, latent_cards, tables
-from sts.errors import ROOT, StsError
+from sts.errors import ROOT, StsError, one_of
 
 if TYPE_CHECKING:
     from sts.run.run import OpenRun
@@ -23,10 +23,9 @@ MEASURES = ("bits", "p_right", "accuracy", "accuracy_generated")
 
 
 def open_page(chapter: str, run: str = "laptop", *, banner: bool = True, **parameters: Any) -> Page:
-    """Open a chapter's page on a run and show which run it is.
+    """Open a chapter's page on a run, a profile's name or a YAML file, and show which run it is.
 
     Args:
-        run: a profile in runs/, or a YAML file.
         parameters: settings to change; None leaves the profile's own.
     """
     import sts
@@ -66,9 +65,9 @@ class Page:
         """One line: which run the page shows, and what was changed from its profile."""
         own = self.settings
         changed = ", ".join(f"{name} = {value}" for name, value in self.run.changed.items())
-        told = f" <strong>Changed from the profile: {html.escape(changed)}.</strong>" if changed else ""
-        return HTML(f'<div class="sts-run">Run <code>{html.escape(own.name)}</code>: {html.escape(own.description)}. '
-                    f"Model <code>{html.escape(own.model)}</code>, layer {own.layer}, seed {own.seed}.{told}</div>")
+        told = f" <strong>Changed from the profile: {escape(changed)}.</strong>" if changed else ""
+        return HTML(f'<div class="sts-run">Run <code>{escape(own.name)}</code>: {escape(own.description)}. Model '
+                    f"<code>{escape(own.model)}</code>, layer {own.layer}, seed {own.seed}.{told}</div>")
 
     def table(self, rows: Any, columns: Mapping[str, tables.Column] | None = None, fold: str | None = None) -> HTML:
         """See `tables.table`."""
@@ -81,12 +80,10 @@ class Page:
         for place, (label, figure) in enumerate(figures.items()):
             image = io.BytesIO()
             figure.savefig(image, format="png", dpi=110, bbox_inches="tight")
-            data = base64.b64encode(image.getvalue()).decode()
-            parts.append(
-                f'<input type="radio" name="{group}" id="{group}-{place}"{" checked" * (place == 0)}>'
-                f'<label for="{group}-{place}">{html.escape(label)}</label><figure>'
-                f'<img alt="{html.escape(f"{alt}: {label}")}" src="data:image/png;base64,{data}"></figure>')
-        below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+            parts.append(f'<input type="radio" name="{group}" id="{group}-{place}"{" checked" * (place == 0)}>'
+                         f'<label for="{group}-{place}">{escape(label)}</label><figure><img alt="{escape(f"{alt}: {label}")}" '
+                         f'src="data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"></figure>')
+        below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         return HTML(f'<div class="sts-tabs">{"".join(parts)}{below}</div>')
 
     # --- claims
@@ -94,116 +91,102 @@ class Page:
     def claims(self, *ids: str) -> HTML:
         """Cards of claims, by their ids in book/claims.yaml."""
         known = claims.read_claims()[1]
-        for one in ids:
-            if one not in known:
-                raise claims.one_of("Claim", one, known)
-        return HTML(f'<div class="sts-cards">{"".join(self._card(known[one]) for one in ids)}</div>')
+        if unknown := set(ids) - set(known):
+            raise one_of("Claim", unknown.pop(), known)
+        return HTML(f'<div class="sts-cards">{"".join(self._card(known[name]) for name in ids)}</div>')
 
     def _card(self, claim: claims.Claim) -> str:
         found, word, reason = evidence.weigh(self.run, claim)
-        rows = [("the paper", html.escape(claim.paper))] if claim.paper else []
-        details = f"<p>{html.escape(claims.rule_text(claim))}</p>"
+        rows = [("the paper", escape(claim.paper))] if claim.paper else []
+        details = "".join(f"<p>{escape(text)}</p>" for text in (claim.rule_text, reason) if text)
         if found:
-            rows.append(("this run", _numbers(found, claim.form)))
-            details += tables.table(
-                [{"what": name, "number": claims.shown(one, claim.form), "p": one.p}
-                 for name, one in (("the number judged", found), *found.against.items())],
-                {"": "what", "with 95% interval": "number", "p": "{p:.2g}"})
-        details += f"<p>{html.escape(reason)}</p>" if reason else ""
+            rows.append(("this run", _number(claim, found)))
+            details += tables.table([{"what": name, "number": claim.number(one), "p": one.p}
+                                     for name, one in {"judged": found, **found.against}.items()],
+                                    {"": "what", "with 95% interval": "number", "p": "{p:.2g}"})
         lines = "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in rows)
-        return (f'<section class="sts-card">{_pill(word)}<p class="sts-says">{html.escape(claim.says)}</p>'
-                f"<table>{lines}</table>{tables.folded('The rule and the numbers behind it', details)}</section>")
+        return (f'<section class="sts-card">{_pill(word)}<p class="sts-says">{escape(claim.says)}</p><table>{lines}</table>'
+                f"{tables.folded('The rule and the numbers behind it', details)}</section>")
 
     def scorecard(self) -> HTML:
-        """One row for each of the paper's results, from the records of claims and what this run has stored; counted."""
+        """One row for each of the paper's results, from the records of claims and what is stored; counted at the top."""
         results, known = claims.read_claims()
         run, rows, words = evidence.Stored(self.run), [], []
         for result in results.values():
-            own = [(claim, *evidence.weigh(run, claim)) for claim in known.values() if claim.result == result.name]
-            word = claims.together([found[2] for found in own])
-            ours = "".join(f"<div>{html.escape(claim.label)}: {_numbers(found, claim.form)} {_pill(verdict, small=True)}</div>"
-                           for claim, found, verdict, _ in own if found)
-            link = f'<a href="{result.chapter}.html">{_title(result.chapter)}</a>' if result.chapter else ""
-            rows.append(f"<tr><td>{html.escape(result.name)}</td><td>{html.escape(result.says)}</td>"
-                        f"<td>{html.escape(result.paper)}</td><td>{ours}</td>"
-                        f"<td><code>{html.escape(self.settings.name)}</code></td><td>{_pill(word)}</td><td>{link}</td></tr>")
-            words.append(word)
+            own = [(claim, *evidence.weigh(run, claim)[:2]) for claim in known.values() if claim.result == result.name]
+            words.append(claims.together([word for *_, word in own]))
+            ours = "".join(f"<div>{escape(claim.label)}: {_number(claim, found)} {_pill(word, 'sts-small')}</div>"
+                           for claim, found, word in own if found)
+            chapter = escape(result.chapter.replace("_", " ").capitalize())
+            rows.append((escape(result.name), escape(result.says), escape(result.paper), ours,
+                         f"<code>{escape(self.settings.name)}</code>", _pill(words[-1]),
+                         f'<a href="{result.chapter}.html">{chapter}</a>' if chapter else ""))
         counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
-        heads = ("of the paper", "claim", "the paper", "this run, with 95% interval", "run", "verdict", "chapter")
+        head = ("of the paper", "claim", "the paper", "this run, with 95% interval", "run", "verdict", "chapter")
+        lines = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
         return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scroll"><table class="dataframe sts-scorecard">'
-                    f'<thead><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr></thead>'
-                    f'<tbody>{"".join(rows)}</tbody></table></div>')
+                    f"<thead><tr>{_cells('th', head)}</tr></thead><tbody>{lines}</tbody></table></div>")
 
     # --- latents, other runs, texts, provenance
 
     def latents(self, count: int = 10) -> HTML:
         """Cards of the latents of stage `latent_examples`, with what further stages on them are stored."""
-        from sts.run.recorded import texts_withheld
-
-        found = self["latent_examples"][:count]
-        logits, activity = ({row["latent"]: row for row in self.stored(stage) or ()}
-                            for stage in ("latent_logits", "latent_activity"))
-        return HTML(self.texts_note("latent_examples").data + latent_cards.cards(
-            found, logits, activity, sae=self.settings.sae, texts=not texts_withheld(found)))
+        more = ({row["latent"]: row for row in self.stored(stage) or ()} for stage in ("latent_logits", "latent_activity"))
+        note = self.texts_note("latent_examples").data
+        return HTML(note + latent_cards.cards(self["latent_examples"][:count], *more, sae=self.settings.sae, texts=not note))
 
     def others(self, *stages: str) -> dict[str, OpenRun]:
         """The book's other recorded runs that have these stages; nothing of them is computed."""
         import sts
 
         found = {}
-        for folder in sorted((ROOT / "data" / "recorded").iterdir()):
-            if folder.name == self.settings.name:
-                continue
+        for name in sorted(folder.name for folder in (ROOT / "data" / "recorded").iterdir()):
             try:
-                other = sts.open_run(folder.name)
+                other = sts.open_run(name)
             except StsError:  # a profile out of date must not stop the pages of all others
                 continue
-            if all(evidence.is_stored(other, stage) for stage in stages):
-                found[folder.name] = other
+            if name != self.settings.name and all(evidence.is_stored(other, stage) for stage in stages):
+                found[name] = other
         return found
 
     def texts_note(self, stage: str) -> HTML:
         """That the texts of a recorded result are not recorded, and how to read them; nothing where they are there."""
         from sts.run.recorded import texts_withheld
 
-        if not texts_withheld(self[stage]):
-            return HTML("")
-        name = html.escape(self.settings.name)
-        return HTML("<p><strong>The texts are not here.</strong> Recorded results hold no texts of data sets. With the "
-                    f"model and the data: <code>sts stage {stage} --run {name} --again</code>, then <code>sts run "
-                    f"{self.chapter} --run {name}</code>. Runs computed where they are read show theirs.</p>")
+        name = escape(self.settings.name)
+        return HTML("" if not texts_withheld(self[stage]) else
+                    "<p><strong>The texts are not here.</strong> Recorded results hold no texts of data sets. With the model "
+                    f"and the data: <code>sts stage {stage} --run {name} --again</code>, then <code>sts run {self.chapter} "
+                    f"--run {name}</code>. Runs computed where they are read show theirs.</p>")
 
     def provenance(self) -> HTML:
         """A folded box: of each stage that the page rests on its key, data, weights, settings, software and time."""
         blocks = []
         for stage in self.run.used:
             if record := self.run.provenance(stage):
-                rows = {"key": record["key"], "settings": json.dumps(record["settings"]),
-                        "inputs": json.dumps(record["inputs"]), "seed": record["seed"],
-                        "computed": f"{record['finished']}, {record['seconds']:,.1f} s, "
+                rows = {"computed": f"{record['finished']}, {record['seconds']:,.1f} s, "
                                     f"{record['process_peak_memory_mb']} MB, {record['device']}",
-                        "work": json.dumps(record.get("work", {})), "not recorded": record.get("withheld", ""),
-                        "software": f"Python {record['python']}, " + ", ".join(
-                            f"{package} {version}" for package, version in record["versions"].items()),
-                        "code": record["commit"] or "not under git"}
-                lines = "".join(f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>"
-                                for key, value in rows.items() if value != "")
+                        "code": record["commit"] or "not under git",
+                        "software": f"Python {record['python']}, " + ", ".join(map(" ".join, record["versions"].items()))}
+                rows = {name: record[name] for name in ("key", "settings", "inputs", "seed", "work", "withheld")
+                        if record.get(name)} | rows
+                lines = "".join(f"<tr><th>{name}</th><td>{escape(value if isinstance(value, str) else json.dumps(value))}</td>"
+                                "</tr>" for name, value in rows.items())
                 blocks.append(tables.folded(stage, f"<table>{lines}</table>"))
-        return HTML(f'<div class="sts-provenance"><p>Run <code>{html.escape(self.settings.name)}</code>, '
-                    f"{len(blocks)} stages.</p>{''.join(blocks)}</div>")
+        return HTML(tables.folded(f"Where the numbers come from: run {self.settings.name}, {len(blocks)} stages",
+                                  "".join(blocks), "sts-provenance"))
 
 
-def _numbers(found: claims.Evidence, form: str) -> str:
+def _number(claim: claims.Claim, found: claims.Evidence) -> str:
     """HTML: the number with its interval, n and seeds."""
-    n = f"n = {found.n:,} {found.of}" if found.n else ""
-    seeds = f"{found.seeds} seeds" if found.seeds > 1 else "1 seed"
-    return f"{html.escape(claims.shown(found, form))} <small>{html.escape(', '.join(filter(None, (n, seeds))))}</small>"
+    n = f"n = {found.n:,} {found.of}, " if found.n else ""
+    return f"{escape(claim.number(found))} <small>{escape(n)}{found.seeds} seed{'s' * (found.seeds > 1)}</small>"
 
 
-def _pill(word: str, *, small: bool = False) -> str:
+def _pill(word: str, more: str = "") -> str:
     """HTML: a verdict as a coloured word."""
-    return f'<span class="sts-verdict sts-{word.replace(" ", "-")}{" sts-small" * small}">{word}</span>'
+    return f'<span class="sts-verdict sts-{word.replace(" ", "-")} {more}">{word}</span>'
 
 
-def _title(chapter: str) -> str:
-    return html.escape(chapter.replace("_", " ").capitalize())
+def _cells(tag: str, contents: Iterable[str]) -> str:
+    return "".join(f"<{tag}>{content}</{tag}>" for content in contents)
