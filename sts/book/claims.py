@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from sts.book.tables import shown
 from sts.errors import ROOT, StsError, one_of
 
 HELD, IN_PART, NOT_HELD, NOT_TESTABLE, NOT_DONE = WORDS = (
@@ -174,8 +175,7 @@ class Claim:
 
     def number(self, one: Estimate) -> str:
         """A number with its interval, as text."""
-        value, *ends = ("" if end is None else format(round(end, 12) + 0.0, self.form)
-                        for end in (one.value, one.low, one.high))
+        value, *ends = (shown(f"{{end:{self.form}}}", end=end) for end in (one.value, one.low, one.high))
         return f"{value} ({ends[0]} to {ends[1]})" if all(ends) else value
 
 

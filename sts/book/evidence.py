@@ -11,7 +11,7 @@ from sts.book.claims import NOT_DONE, Claim, Estimate, Evidence, NotDone
 from sts.book.tables import rows_of, value_of
 from sts.errors import StsError
 from sts.measure import paper
-from sts.measure.crossed import crossed_mean_interval
+from sts.measure.items import crossed_mean_interval
 from sts.measure.items import MeanInterval, paired_mean_interval
 from sts.measure.shift import concentration, overlap, shifted_dimensions
 from sts.measure.shift_stats import concentrations, overlap_rows, same_fraction
@@ -76,7 +76,8 @@ def _learned(run: OpenRun | Stored, claim: Claim) -> bool:
         falls = sets.loc[(sets["training_set"] == own) | (own is None), "loss_fall"]
         return bool((falls >= SMALLEST_FALL).all())
     seeds = {"own": (), "every": run.other_seeds}.get(claim.learned)
-    return seeds is None or all(_fall(one) >= SMALLEST_FALL for one in (run, *map(run.with_seed, seeds)))
+    return seeds is None or all(fall >= SMALLEST_FALL for fall in (
+        _fall(run), *(_fall(run.with_seed(seed)) for seed in seeds)))
 
 
 def _fall(run: OpenRun | Stored) -> float:
@@ -159,10 +160,10 @@ def losses(run: OpenRun | Stored, published: bool = False) -> Evidence:
 
 def own_lists(run: OpenRun | Stored) -> Evidence:
     """Lead of lists by demonstrations on their own training set's change, and what it is more than by firing rate."""
-    from sts.stages.domains import beyond_rate
+    from sts.measure.training_sets import list_lead
 
     found = run.get("training_overlap")
-    own, beyond = found["lead"]["foreseen"], beyond_rate(found["rows"])
+    own, beyond = found["lead"]["foreseen"], list_lead(found["rows"], "foreseen", "by_rate")
     return Evidence(own.get("lead"), p=own.get("p"), n=len({one["trained"] for one in found["rows"]}), of="training sets",
                     unable=own.get("undefined", ""),
                     against={"more than by firing rate": Estimate(beyond.get("lead"), p=beyond.get("p"))})

@@ -1,0 +1,173 @@
+"""Cards, tables, tabs and the scorecard show what is stored, escaped; a changed result changes them."""
+
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import pandas
+import pytest
+from bs4 import BeautifulSoup
+
+from sts.book import claims, evidence, latent_cards, tables
+from sts.book.page import Page
+from sts.errors import ROOT, StsError
+
+
+def soup(shown):
+    return BeautifulSoup(shown if isinstance(shown, str) else shown.data, "html.parser")
+
+
+def texts(nodes):
+    return [" ".join(node.get_text(" ").split()) for node in nodes]
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Row:
+    name: str
+    r: float | None
+
+
+def test_a_table_has_the_columns_it_is_asked_for():
+    rows = [{"measure": "bits", "pearson": 0.5, "interval": {"low": -0.001, "high": 1234.5}, "n": 1400},
+            {"measure": "<b>", "pearson": None, "interval": None, "n": 3}]
+    found = soup(tables.table(rows, {"in": "measure", "r": "{pearson:+.2f}", "interval": "{interval[low]:.2f} to {interval[high]:.0f}",
+                                     "high": "interval.high", "twice": lambda row: 2 * row["n"], "n": "n"}))
+    assert texts(found.select("th")) == ["in", "r", "interval", "high", "twice", "n"]
+    assert texts(found.select("td")) == ["bits", "+0.50", "0.00 to 1234", "1,234", "2,800", "1,400", "<b>", "", "", "", "6", "3"]
+    assert not found.select("td b") and found.select("div.sts-scroll > table")
+
+
+def test_a_table_takes_frames_and_dataclasses_and_folds():
+    frame = pandas.DataFrame({"domain": ["law"], "shift": [float("nan")], "right": [True]})
+    assert texts(soup(tables.table(frame)).select("td")) == ["law", "", "yes"]
+    found = soup(tables.table([Row("a", 0.12345), Row("b", None)], fold="All <rows>"))
+    assert texts(found.select("td")) == ["a", "0.123", "b", ""] and found.summary.get_text() == "All <rows>"
+    assert "open" not in found.details.attrs
+
+
+# --- latent cards -------------------------------------------------------------------------------------------------
+
+def context(*tokens, peak, value=3.0):
+    return {"value": value, "peak": peak, "tokens": list(tokens),
+            "values": [value if place == peak else 0.0 for place in range(len(tokens))]}
+
+
+def test_cards_show_text_and_no_template():
+    card = {"latent": 7, "rate": 0.0123, "contexts": [
+        context("<|im_start|>", "user", "\n", "What", " is", " <b>", "?", "<|im_end|>", "\n", peak=4),
+        context("no", "<|im_start|>", "assistant", peak=1)]}
+    found = soup(latent_cards.cards([card], {7: {"promoted": [" maths", "\n"], "demoted": ["<i>"]}},
+                                    {7: {"histogram": [100, 10, 0, 1], "middling": [context("a", " mid", peak=1)]}},
+                                    sae="data/sae/x", texts=True))
+    said = texts(found.select("p"))
+    assert "What is <b>?" in said and "a mid" in said and not any("<|" in text or "user" in text for text in said)
+    assert texts(found.select("code")) == ["maths", "'\\n'", "<i>"] and not found.select("b, i, a")
+    assert texts(found.select(".sts-tok")) == ["is", "mid"]
+    heights = [float(bar["style"].removeprefix("height: ").removesuffix("%")) for bar in found.select(".sts-histogram span")]
+    assert heights == [100, 67, 0, 33]  # the number of digits
+    hidden = soup(latent_cards.cards([card], {}, {}, sae="data/sae/x", texts=False))
+    assert "What" not in hidden.get_text() and "fires on 1.23% of tokens, at most 3.0" in hidden.get_text()
+
+
+def test_public_saes_have_a_link_to_neuronpedia():
+    assert latent_cards.neuronpedia("data/sae/ours") == latent_cards.neuronpedia("train") == ""
+    assert latent_cards.neuronpedia("no-such-release/layer") == ""
+    known = latent_cards.neuronpedia("llama-3-8b-it-res-jh/blocks.25.hook_resid_post")
+    assert known.startswith("https://www.neuronpedia.org/llama3-8b-it/25-")
+
+
+# --- a page on a run ----------------------------------------------------------------------------------------------
+
+class Run:
+    """A run with given results, of which it computes nothing."""
+
+    def __init__(self, folder, **results):
+        (folder / "training.json").write_text(json.dumps({"held_out_before": 2.0, "held_out_after": 1.0}))
+        self.results = {"sft": folder} | results
+        self.settings = SimpleNamespace(name="stub", seed=0, description="a <run>", model="tiny", layer=1, top_n=2, sae="train")
+        self.changed, self.other_seeds, self.used = {"top_n": 2}, (), ("sft",)
+
+    def get(self, stage):
+        if stage not in self.results:
+            raise StsError(f"{stage} would have to be computed")
+        return self.results[stage]
+
+    def stored(self, stage):
+        return stage in self.results
+
+    def provenance(self, stage):
+        return {}
+
+
+def correlations(r=0.6):
+    return [{"measure": "bits", "variant": "paper", "score": score, "n": 14, "pearson": r, "p": 0.01,
+             "pearson_interval": {"low": r - 0.3, "high": r + 0.2}} for score in ("sts_act", "sts_icl")]
+
+
+def test_a_card_says_claim_numbers_verdict_and_folds_the_rule(tmp_path):
+    page = Page("transferability_score", Run(tmp_path, correlations=correlations()))
+    card = soup(page.claims("score-icl")).select_one(".sts-card")
+    claim = claims.read_claims()[1]["score-icl"]
+    assert texts(card.select(".sts-verdict")) == ["held"] and texts(card.select(".sts-says")) == [claim.says]
+    outside = " ".join(text for text in card.find_all(string=True) if not text.find_parent("details"))
+    assert "0.60 (0.30 to 0.80)" in outside and "n = 14 domains, 1 seed" in outside and claim.paper in outside
+    assert claim.rule_text in " ".join(card.details.get_text(" ").split()) and "95%" not in outside
+
+
+def test_a_changed_result_changes_card_row_and_count(tmp_path):
+    def shown(**results):
+        page = Page("scorecard", Run(tmp_path, **results))
+        card = texts(soup(page.claims("score-icl")).select(".sts-card > .sts-verdict"))[0]
+        board = soup(page.scorecard())
+        counts = {text.rsplit(" ", 1)[0]: int(text.rsplit(" ", 1)[1]) for text in texts(board.select(".sts-counts li"))}
+        rows = {cells[0]: cells for cells in (texts(row.select("td")) for row in board.select("tbody tr"))}
+        return card, counts, rows
+
+    card, counts, rows = shown(correlations=correlations())
+    assert len(rows) == 17 and sum(counts.values()) == 17
+    row = rows["Figure 3, Tables 6 and 9"]
+    assert (card, counts["held"], row[5]) == ("held", 1, "held") and row[4] == "stub" and "0.60 (0.30 to 0.80)" in row[3]
+    other, changed, moved = shown(correlations=correlations(0.2))
+    assert (other, changed["held"], changed["not held"]) == ("not held", 0, counts["not held"] + 1)
+    assert moved["Figure 3, Tables 6 and 9"][5] == "not held" and "0.20 (-0.10 to 0.40)" in moved["Figure 3, Tables 6 and 9"][3]
+    card, counts, rows = shown()
+    assert card == "not done yet" and counts["not done yet"] == 17 and counts["held"] == 0
+    assert rows["Figure 3, Tables 6 and 9"][5] == "not done yet" and rows["Figure 6"][6] == ""
+
+
+def test_every_row_of_the_scorecard_leads_to_its_chapter(tmp_path):
+    board = soup(Page("scorecard", Run(tmp_path)).scorecard())
+    linked = {link["href"].removesuffix(".html") for link in board.select("tbody a")}
+    assert linked and all((ROOT / "notebooks" / f"{name}.ipynb").is_file() for name in linked)
+
+
+def test_an_unknown_claim_is_named(tmp_path):
+    with pytest.raises(StsError, match="Did you mean 'score-act'"):
+        Page("x", Run(tmp_path)).claims("score-akt")
+
+
+def test_the_banner_names_run_and_changes_escaped(tmp_path):
+    said = soup(Page("x", Run(tmp_path)).banner()).get_text()
+    assert "a <run>" in said and "Changed from the profile: top_n = 2." in said
+
+
+def test_tabs_hold_a_figure_each_and_show_the_first(tmp_path):
+    page = Page("x", Run(tmp_path))
+    figure, _ = plt.subplots()
+    plt.close(figure)
+    found, again = (soup(page.tabs({"bits": figure, "acc<uracy": figure}, alt="A plot", caption="What it is"))
+                    for _ in range(2))
+    assert [tab.has_attr("checked") for tab in found.select("input")] == [True, False]
+    assert texts(found.select("label")) == ["bits", "acc<uracy"] and texts(found.select("figcaption")) == ["What it is"]
+    assert [image["alt"] for image in found.select("figure > img")] == ["A plot: bits", "A plot: acc<uracy"]
+    assert all(image["src"].startswith("data:image/png;base64,") for image in found.select("img"))
+    assert found.input["name"] != again.input["name"]  # two sets of tabs on a page do not switch each other
+
+
+def test_what_is_not_stored_is_none_and_measures_have_an_order(tmp_path):
+    page = Page("x", Run(tmp_path, domain_shift=pandas.DataFrame({"measure": ["accuracy", "bits", "bits", "p_right"]})))
+    assert page.stored("scores") is None and page.measures == ["bits", "p_right", "accuracy"] and page.primary == "bits"
+    assert not evidence.is_stored(page.run, "scores")
