@@ -1,14 +1,14 @@
 """Baselines beside the score: other numbers that might tell which domains move, one value a domain.
 
-Each function takes sums, texts or features and returns values; nothing here runs a model. Every baseline is oriented so
-that, if it forecasts at all, a larger value should go with a larger absolute change.
+A new one is an entry of `PREDICTORS` with its function of what is known of a run (`Known`). A larger value should go
+with a larger absolute change. Nothing here runs a model.
 
 Shape suffixes: L latents (or raw dimensions), D domains, R random sets, K latents of one set, F features, P targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,97 +20,91 @@ from sts.measure.score import score_domain
 from sts.measure.sets import matched_latents, random_latents
 from sts.measure.shift import shifted_dimensions
 
-Stats = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """One row of the chapter's table.
-
-    Attributes:
-        label: as tables and figures call it.
-        group: heading it stands under.
-        forecast: whether it is known before fine-tuning; the others need the tuned model.
-    """
-
-    label: str
-    group: str
-    forecast: bool = True
-
-
-_SCORE, _LATENTS, _RAW, _TRAINING = "the score", "other latents", "raw dimensions", "likeness to the training set"
-_DOMAIN, _PROBE, _AFTER = "the domain itself", "optimised probes", "after fine-tuning"
-
-#: Everything that has one value a domain and seed, in the order of the table.
-PREDICTORS = {
-    "sts_act": Predictor("STS_act", _SCORE),
-    "sts_icl": Predictor("STS_ICL", _SCORE),
-    "all_act": Predictor("STS_act, all latents", _LATENTS),
-    "all_icl": Predictor("STS_ICL, all latents", _LATENTS),
-    "raw_act": Predictor("STS_act, raw dimensions", _RAW),
-    "raw_square": Predictor("mean square, raw dimensions", _RAW),
-    "raw_icl": Predictor("STS_ICL, raw dimensions", _RAW),
-    "cosine_raw": Predictor("cosine, mean residual", _TRAINING),
-    "cosine_raw_centred": Predictor("cosine, mean residual, centred", _TRAINING),
-    "cosine_sae": Predictor("cosine, mean latents", _TRAINING),
-    "tfidf": Predictor("TF-IDF similarity of questions", _TRAINING),
-    "base_bits": Predictor("bits per character before", _DOMAIN),
-    "base_bits_answer": Predictor("bits per answer before", _DOMAIN),
-    "question_tokens": Predictor("length of the questions", _DOMAIN),
-    "answer_shortness": Predictor("1 / length of the answers", _DOMAIN),
-    "probe_raw": Predictor("probe on raw activations", _PROBE),
-    "probe_sae": Predictor("probe on SAE activations", _PROBE),
-    "actual_act": Predictor("STS_act, latents training moved", _AFTER, forecast=False),
-    "actual_icl": Predictor("STS_ICL, latents training moved", _AFTER, forecast=False),
-    "change_cosine": Predictor("1 - cosine, residual before and after", _AFTER, forecast=False),
-    "change_rms": Predictor("change of the residual, RMS", _AFTER, forecast=False),
-    "change_sae": Predictor("change of all latents, squared", _AFTER, forecast=False),
-}
+Stats = Mapping[str, torch.Tensor]
 #: What random sets of latents are matched to D_N in.
 RANDOM = {"uniform": "random latents", "rate": "random, like firing rates", "energy": "random, like energy"}
 SCORES = {"act": "sts_act", "icl": "sts_icl"}
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a run with one seed: sums by latent or raw dimension, and frames by domain.
+
+    Attributes:
+        shift, raw_shift: paired sums of the training questions; `moved`: those before and after fine-tuning.
+        domains, raw: domain -> paired sums; `change`: before and after fine-tuning, as in stage `domain_model_change`.
+        scores, texts: columns of stages `scores` (the paper's formulas) and `text_baselines`.
+        before: bits per character before training.
+        count, raw_count: how many latents and raw dimensions are chosen.
+    """
+
+    shift: Stats
+    raw_shift: Stats
+    moved: Stats
+    domains: Mapping[str, Stats]
+    raw: Mapping[str, Stats]
+    change: Mapping[str, Stats]
+    scores: pandas.DataFrame
+    texts: pandas.DataFrame
+    before: pandas.Series
+    count: int
+    raw_count: int
+
+    @property
+    def width(self) -> int:
+        """Number of latents."""
+        return len(self.shift["squared_difference_L"])
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Its label and group in tables, its values by domain (without: stage `probe_predictions`, as they differ between
+    measures), and whether it is known before fine-tuning."""
+
+    label: str
+    group: str
+    values: Callable[[Known], pandas.Series] | None = None
+    forecast: bool = True
+
+
+def split_domains(flat: Stats) -> dict[str, dict[str, torch.Tensor]]:
+    """domain/field tensors -> domain -> field -> tensor, domains in alphabetical order."""
+    domains: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in flat.items():
+        domain, _, field = name.rpartition("/")
+        domains.setdefault(domain, {})[field] = tensor
+    return dict(sorted(domains.items()))
+
+
 # --- scores on other dimensions -----------------------------------------------------------------------------------
 
-def dimension_scores(shift: Stats, domains: Mapping[str, Stats], count: int) -> pandas.DataFrame:
-    """The paper's scores on the `count` dimensions that `shift` moves most: columns act, icl, by domain.
-
-    Args:
-        shift: `PairedStats.to_tensors()` of latents or of raw dimensions; `count` may be their whole number.
-
-    Raises:
-        StsError: more dimensions than there are.
-    """
+def dimension_scores(shift: Stats, domains: Mapping[str, Stats], count: int, score: str) -> pandas.Series:
+    """One of the paper's scores on the `count` dimensions (all, at most) that `shift` moves most, by domain."""
     chosen = shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], count)
-    rows = {domain: score_domain("paper", stats, chosen) for domain, stats in domains.items()}
-    return pandas.DataFrame({name: {domain: row[score] for domain, row in rows.items()}
-                             for name, score in SCORES.items()})
+    return pandas.Series({domain: score_domain("paper", dict(stats), chosen)[score]
+                          for domain, stats in domains.items()})
 
 
 def mean_square(shift: Stats, domains: Mapping[str, Stats], count: int) -> pandas.Series:
-    """Squared values of the `count` most shifted dimensions, summed and averaged over tokens, by domain.
-
-    The score for dimensions with both signs, whose plain sum would cancel.
-    """
+    """Squared values of the chosen dimensions, summed and averaged over tokens, by domain: the score for dimensions
+    with both signs, whose plain sum would cancel."""
     chosen = shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], count)
     return pandas.Series({domain: (stats["base_square_sum_L"][chosen].sum() / stats["tokens"]).item()
                           for domain, stats in domains.items()})
 
+
+# --- likeness -----------------------------------------------------------------------------------------------------
 
 def mean_vectors(domains: Mapping[str, Stats]) -> torch.Tensor:
     """Mean activation of every domain without demonstrations, D x L, in float64."""
     return torch.stack([stats["base_sum_L"].double() / stats["tokens"] for stats in domains.values()])
 
 
-# --- likeness -----------------------------------------------------------------------------------------------------
-
 def training_cosine(domains: Mapping[str, Stats], training: Stats, *, centred: bool = False) -> pandas.Series:
     """Cosine of each domain's mean activation with the training set's, -1 to 1.
 
-    Args:
-        centred: take the mean over domains off both first. Residual streams share one large direction, so that all
-            plain cosines are close to 1.
+    Residual streams share one large direction, so that all plain cosines are close to 1; `centred` takes the mean over
+    domains off both first.
     """
     means_DL, own_L = mean_vectors(domains), training["base_sum_L"].double() / training["tokens"]
     if centred:
@@ -120,66 +114,92 @@ def training_cosine(domains: Mapping[str, Stats], training: Stats, *, centred: b
 
 
 def tfidf_similarity(domains: Mapping[str, Sequence[str]], training: Sequence[str]) -> pandas.Series:
-    """Cosine of each domain's mean TF-IDF vector with the training set's, 0 to 1.
-
-    Every text is one document (scikit-learn's `TfidfVectorizer`, its own defaults); document frequencies are counted
-    over all texts together.
-
-    Raises:
-        StsError: no text at all, or texts without a word of two letters.
-    """
+    """Cosine of each domain's mean TF-IDF vector (scikit-learn's, over all texts) with the training set's, 0 to 1."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
 
-    names, texts = list(domains), [text for own in domains.values() for text in own]
+    texts = [text for own in domains.values() for text in own]
     try:
         weights = TfidfVectorizer().fit_transform([*texts, *training])
     except ValueError as error:
         raise StsError(f"TF-IDF of {len(texts) + len(training)} texts: {error}. Texts with words of two letters or "
                        "more work.") from error
-    ends = np.cumsum([len(domains[name]) for name in names])
-    parts = [*np.split(np.arange(len(texts)), ends[:-1]), np.arange(len(texts), weights.shape[0])]
+    parts = np.split(np.arange(weights.shape[0]), np.cumsum([len(own) for own in domains.values()]))
     means = normalize(np.vstack([np.asarray(weights[rows].mean(axis=0)) for rows in parts]))
-    return pandas.Series(means[:-1] @ means[-1], index=names)
+    return pandas.Series(means[:-1] @ means[-1], index=list(domains))
 
 
-def model_change(domains: Mapping[str, Stats]) -> pandas.DataFrame:
-    """How far fine-tuning moved the residual stream on each domain's questions: no forecast.
+# --- after fine-tuning --------------------------------------------------------------------------------------------
 
-    Args:
-        domains: domain -> base_sum_L and tuned_sum_L, squared_difference_L (raw dimensions), latents_squared (of all
-            SAE latents together) and tokens.
+def change_cosine(domains: Mapping[str, Stats]) -> pandas.Series:
+    """1 - cosine of the mean residuals before and after fine-tuning, by domain."""
+    cosine = torch.nn.functional.cosine_similarity
+    return pandas.Series({domain: 1 - cosine(own["base_sum_L"], own["tuned_sum_L"], dim=0).item()
+                          for domain, own in domains.items()})
 
-    Returns:
-        By domain: change_cosine (1 - cosine of the two mean vectors), change_rms (root mean square length of a token's
-        change, in units of the residual stream), change_sae (squared change of the latents a token).
-    """
-    rows = {}
-    for domain, stats in domains.items():
-        cosine = torch.nn.functional.cosine_similarity(stats["base_sum_L"], stats["tuned_sum_L"], dim=0)
-        rows[domain] = {"change_cosine": 1 - cosine.item(),
-                        "change_rms": (stats["squared_difference_L"].sum() / stats["tokens"]).sqrt().item(),
-                        "change_sae": (stats["latents_squared"] / stats["tokens"]).item()}
-    return pandas.DataFrame(rows).T
+
+def change_size(domains: Mapping[str, Stats], field: str) -> pandas.Series:
+    """A summed squared change by fine-tuning a token, by domain."""
+    return pandas.Series({domain: (own[field].sum() / own["tokens"]).item() for domain, own in domains.items()})
+
+
+_SCORE, _LATENTS, _RAW, _TRAINING = "the score", "other latents", "raw dimensions", "likeness to the training set"
+_DOMAIN, _PROBE, _AFTER = "the domain itself", "optimised probes", "after fine-tuning"
+#: Everything that has one value a domain and seed, in the order of the table.
+PREDICTORS = {
+    "sts_act": Predictor("STS_act", _SCORE, lambda run: run.scores["sts_act"]),
+    "sts_icl": Predictor("STS_ICL", _SCORE, lambda run: run.scores["sts_icl"]),
+    "all_act": Predictor("STS_act, all latents", _LATENTS,
+                         lambda run: dimension_scores(run.shift, run.domains, run.width, "sts_act")),
+    "all_icl": Predictor("STS_ICL, all latents", _LATENTS,
+                         lambda run: dimension_scores(run.shift, run.domains, run.width, "sts_icl")),
+    "raw_act": Predictor("STS_act, raw dimensions", _RAW,
+                         lambda run: dimension_scores(run.raw_shift, run.raw, run.raw_count, "sts_act")),
+    "raw_square": Predictor("mean square, raw dimensions", _RAW,
+                            lambda run: mean_square(run.raw_shift, run.raw, run.raw_count)),
+    "raw_icl": Predictor("STS_ICL, raw dimensions", _RAW,
+                         lambda run: dimension_scores(run.raw_shift, run.raw, run.raw_count, "sts_icl")),
+    "cosine_raw": Predictor("cosine, mean residual", _TRAINING, lambda run: training_cosine(run.raw, run.raw_shift)),
+    "cosine_raw_centred": Predictor("cosine, mean residual, centred", _TRAINING,
+                                    lambda run: training_cosine(run.raw, run.raw_shift, centred=True)),
+    "cosine_sae": Predictor("cosine, mean latents", _TRAINING, lambda run: training_cosine(run.domains, run.shift)),
+    "tfidf": Predictor("TF-IDF similarity of questions", _TRAINING, lambda run: run.texts["tfidf"]),
+    "base_bits": Predictor("bits per character before", _DOMAIN, lambda run: run.before),
+    "question_tokens": Predictor("length of the questions", _DOMAIN, lambda run: run.texts["question_tokens"]),
+    "probe_raw": Predictor("probe on raw activations", _PROBE),
+    "probe_sae": Predictor("probe on SAE activations", _PROBE),
+    "actual_act": Predictor("STS_act, latents training moved", _AFTER,
+                            lambda run: dimension_scores(run.moved, run.domains, run.count, "sts_act"), False),
+    "actual_icl": Predictor("STS_ICL, latents training moved", _AFTER,
+                            lambda run: dimension_scores(run.moved, run.domains, run.count, "sts_icl"), False),
+    "change_cosine": Predictor("1 - cosine, residual before and after", _AFTER,
+                               lambda run: change_cosine(run.change), False),
+    "change_rms": Predictor("change of the residual, RMS", _AFTER,
+                            lambda run: change_size(run.change, "squared_difference_L") ** 0.5, False),
+    "change_sae": Predictor("change of all latents, squared", _AFTER,
+                            lambda run: change_size(run.change, "latents_squared"), False),
+}
+
+
+def values_of(run: Known) -> pandas.DataFrame:
+    """One row a domain, one column a predictor; NaN where one has no value, probes left out."""
+    return pandas.DataFrame({name: own.values(run) for name, own in PREDICTORS.items() if own.values},
+                            index=pandas.Index(run.domains, name="domain"), dtype=float)
 
 
 # --- random latents -----------------------------------------------------------------------------------------------
 
 def random_set_scores(kind: str, shift: Stats, domains: Mapping[str, Stats], count: int, draws: int,
                       seed: int) -> dict[str, torch.Tensor]:
-    """Scores with random sets of latents in place of D_N.
+    """Scores with random sets of latents in place of D_N, none of which holds a latent of D_N.
 
     Args:
         kind: `uniform`, or what the sets imitate of D_N on the training questions: `rate` (share of tokens on which a
             latent fires) or `energy` (mean square).
-        draws: number of sets, none of which holds a latent of D_N.
 
     Returns:
         act_RD and icl_RD (scores), matched_R (mean rate or energy of each set), chosen (that of D_N, one value), shared
         (`shared_share` of the sets, one value).
-
-    Raises:
-        StsError: an unknown kind, or fewer latents left than chosen.
     """
     if kind not in RANDOM:
         raise one_of("Kind of random latents", kind, RANDOM)
@@ -193,24 +213,18 @@ def random_set_scores(kind: str, shift: Stats, domains: Mapping[str, Stats], cou
     seeds = [100_000 * seed + draw for draw in range(draws)]
     sets_RK = torch.stack([random_latents(width, chosen, count, own) if kind == "uniform"
                            else matched_latents(like_L, chosen, own) for own in seeds])
-    sums = {"act": mean_vectors(domains),
-            "icl": torch.stack([stats["squared_difference_L"] / stats["tokens"] for stats in domains.values()])}
-    return {f"{name}_RD": torch.stack([values_L[sets_RK].sum(-1) for values_L in values_DL], dim=1)
-            for name, values_DL in sums.items()} | {
+    scored = [[score_domain("paper", dict(stats), own_K) for stats in domains.values()] for own_K in sets_RK]
+    return {f"{name}_RD": torch.tensor([[own[score] for own in row] for row in scored], dtype=torch.float64)
+            for name, score in SCORES.items()} | {
         "matched_R": like_L[sets_RK].mean(-1), "chosen": like_L[chosen].mean()[None],
         "shared": torch.tensor([shared_share(sets_RK, width)])}
 
 
 def shared_share(sets_RK: torch.Tensor, width: int) -> float:
-    """Share of their latents that two of R sets have in common, mean over all pairs; 1 if there is but one set.
-
-    Sets that share most of their latents are one comparison, and not R.
-    """
+    """Share of their latents that two of R sets have in common, mean over pairs; 1 if there is but one set."""
     draws, count = sets_RK.shape
-    if draws < 2:
-        return 1.0
     times_L = torch.bincount(sets_RK.flatten(), minlength=width).double()  # in how many sets each latent is
-    return (times_L * (times_L - 1)).sum().item() / (draws * (draws - 1) * count)
+    return (times_L * (times_L - 1)).sum().item() / (draws * (draws - 1) * count) if draws > 1 else 1.0
 
 
 # --- probes -------------------------------------------------------------------------------------------------------
@@ -222,21 +236,11 @@ FEWEST_DOMAINS = 5
 
 
 def held_out_predictions(features_DF: np.ndarray, targets_DP: np.ndarray,
-                         alphas: Sequence[float] = ALPHAS) -> np.ndarray:
-    """Ridge regression's prediction for each domain from the others: nested leave-one-domain-out.
+                         alphas: Sequence[float] = ALPHAS) -> np.ndarray:  # pyright: ignore
+    """Ridge regression's prediction for each domain from the others, D x P: nested leave-one-domain-out.
 
-    Outer loop: a domain is left out; scaling, penalty and weights come from the others. Inner loop: the penalty is
-    chosen by leave-one-out within them (scikit-learn's `RidgeCV`), for each target by itself.
-
-    Args:
-        features_DF: a row of features a domain; there may be far more features than domains.
-        targets_DP: one or more targets, predicted independently.
-
-    Returns:
-        Predictions, D x P, each made without the domain's own target.
-
-    Raises:
-        StsError: fewer than five domains, or values that are not finite.
+    Scaling, penalty and weights come from the other domains; the penalty is chosen by leave-one-out within them
+    (scikit-learn's `RidgeCV`), for each target by itself.
     """
     from sklearn.decomposition import PCA
     from sklearn.linear_model import RidgeCV
@@ -256,19 +260,12 @@ def held_out_predictions(features_DF: np.ndarray, targets_DP: np.ndarray,
     predictions_DP = np.empty_like(targets_DP)
     for left in range(len(features_DF)):
         others = np.arange(len(features_DF)) != left
-        probe.fit(features_DF[others], targets_DP[others])
-        predictions_DP[left] = probe.predict(features_DF[left:left + 1])
+        predictions_DP[left] = probe.fit(features_DF[others], targets_DP[others]).predict(features_DF[left:left + 1])
     return predictions_DP
 
 
 def out_of_sample_r_squared(actual_D: np.ndarray, predicted_D: np.ndarray) -> float:
-    """1 - squared error over that of the mean of the other domains; 0 for no better than that mean, at most 1.
-
-    Unlike a correlation it is not biased by leaving one out: the mean of the others scores exactly 0.
-
-    Raises:
-        StsError: a constant target.
-    """
+    """1 - squared error over that of the mean of the other domains; 0 for no better than that mean, at most 1."""
     actual_D = np.asarray(actual_D, float)
     others_D = (actual_D.sum() - actual_D) / (len(actual_D) - 1)
     total = ((actual_D - others_D) ** 2).sum()

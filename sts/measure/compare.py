@@ -1,129 +1,370 @@
-"""How the values of all sweeps compare: their correlations, differences from the run's own, the ends, the best.
+"""How predictors compare beside the absolute change of the domains: one engine for baselines, ablations and rivals.
 
-What stage `sweep_correlations` stores, from tables of scores and differences of items.
+Predictors and changes in, typed rows out; what is reported is the mean over seeds.
+
+Shape suffixes: N domains, I items, S seeds, K controls or scores, R random draws, B resamples or orders.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas
 
 from sts.errors import StsError
-from sts.measure import sweeps
-from sts.measure.correlation import pearson
-from sts.measure.resampling import hierarchical_resamples, permutation_p_over_seeds
-from sts.run.settings import Run
-from sts.stages.comparison import _interval
+from sts.measure.correlation import (
+    Line,
+    correlation_rows,
+    fit_line,
+    leave_one_out,
+    pearson,
+    permutation_tests,
+    plain,
+    points,
+    random_orders,
+    spearman,
+    units,
+)
+from sts.measure.resampling import (
+    Interval,
+    Resamples,
+    bootstrap_interval,
+    hierarchical_resamples,
+    percentile_interval,
+    swap_tests,
+)
 
-#: What is found for a measure; see stage `sweep_correlations`.
-KINDS = ("values", "claims", "best", "saes")
-Place = tuple[str, str]  # axis and value
+SCORES = ("sts_act", "sts_icl")
 
 
-def compared(measure: str, frames: list[pandas.DataFrame], differences: dict[str, np.ndarray],
-             settings: Run) -> dict[str, list[dict]]:
+# --- one scatter plot ---------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """Lowest and highest Pearson correlation after leaving out one point, and the point left out each time."""
+
+    low: float
+    low_without: str
+    high: float
+    high_without: str
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Everything the book says about one scatter plot; `leave_one_out` is None where no point can be left out."""
+
+    n: int
+    pearson: float
+    pearson_interval: Interval
+    p: float
+    exact: bool
+    permutations: int
+    spearman: float
+    r_squared: float
+    line: Line
+    leave_one_out: LeaveOneOut | None
+
+
+def correlate(x: Sequence[float], y: Sequence[float], names: Sequence[str], *, seed: int = 0,
+              permutations: int = 100_000, resamples: int = 5000) -> Correlation:
+    """One predictor and one seed: r with a bootstrap over points and a permutation p. Raises as `pearson`."""
+    x_N, y_N = points(x, y)
+    test, = permutation_tests(x_N[None, None], y_N[None], resamples=permutations, seed=seed)
+    others = leave_one_out(x_N, y_N, names) if x_N.size > 3 else {}
+    others = {name: value for name, value in others.items() if math.isfinite(value)}
+    low, high = (pick(others, key=others.__getitem__, default="") for pick in (min, max))
+    r = pearson(x_N, y_N)
+    return Correlation(
+        x_N.size, r, bootstrap_interval(x_N, y_N, resamples=resamples, seed=seed), test.p, test.exact, test.resamples,
+        spearman(x_N, y_N), r**2, fit_line(x_N, y_N),
+        LeaveOneOut(others[low], low, others[high], high) if others else None)
+
+
+# --- many predictors ----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Span:
+    """A 95% interval and the number of resamples that it stands on."""
+
+    low: float
+    high: float
+    resamples: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """r of one predictor less r of another, from the same resamples; p by swapping them within domains."""
+
+    mean: float
+    interval: Span | None
+    p: float | None = None
+    p_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Correlated:
+    """r of a predictor with the absolute change, mean over seeds, or why there is none; None: not asked for.
+
+    `less`: r of each other predictor less this one's, or of this one less the run's own.
+    """
+
+    n: int
+    seeds: int
+    by_seed: list[float] | None = None
+    pearson: float | None = None
+    pearson_interval: Span | None = None
+    p: float | None = None
+    spearman: float | None = None
+    exact: bool | None = None
+    permutations: int | None = None
+    less: dict[str, Difference] | Difference | None = None
+    undefined: str | None = None
+
+
+@dataclass(frozen=True)
+class Null:
+    """Central 95% of r by chance, and the one-sided share of draws that reach the observed r, which counts as one."""
+
+    draws: int
+    observed: float | None
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    undefined: str | None = None
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """The largest of `scores` correlations, and how large the largest is by chance.
+
+    Attributes:
+        index, pearson: which it is, and its r.
+        chance_mean, chance_high: mean over orders of the largest correlation, and what it exceeds in 5% of them.
+        single_high: the same for one score that was fixed beforehand (mean over the scores).
+        p: share of orders whose largest reaches the observed one, which counts as one of them.
+    """
+
+    index: int
+    pearson: float
+    scores: int
+    chance_mean: float
+    chance_high: float
+    single_high: float
+    p: float
+    orders: int
+
+
+class Comparison:
+    """Predictors beside the absolute change of one measure.
+
+    Args:
+        differences: domain -> after minus before of its questions, items x seeds.
+        predictors: name -> values, seeds x domains (alphabetical).
+        reasons: name -> why it has no values, where that is known.
+    """
+
+    def __init__(self, differences: Mapping[str, np.ndarray], predictors: Mapping[Any, np.ndarray], *, bootstrap: int,
+                 permutations: int, seed: int, reasons: Mapping[Any, str] | None = None):
+        self.domains, self.seed, self.permutations = sorted(differences), seed, permutations
+        self._parts, self._bootstrap, self.values = [differences[own] for own in self.domains], bootstrap, predictors
+        self.change_SN = np.abs(np.stack([own.mean(0) for own in self._parts], axis=1))
+        self.r: dict[Any, list[float]] = {}
+        self.undefined: dict[Any, str] = {}
+        for name, x_SN in predictors.items():
+            try:
+                self.r[name] = [pearson(*pair) for pair in zip(x_SN, self.change_SN, strict=True)]
+            except StsError as error:
+                self.undefined[name] = (reasons or {}).get(name) or str(error)
+
+    @cached_property
+    def _resamples(self) -> Resamples:
+        return hierarchical_resamples(self._parts, resamples=self._bootstrap, seed=self.seed)
+
+    @cached_property
+    def _drawn(self) -> dict[Any, np.ndarray]:
+        return {name: self._resamples.correlations(self.values[name]) for name in self.r}
+
+    def rows(self, against: Sequence[Hashable] = (), untested: Sequence[Hashable] = ()) -> dict[Any, Correlated]:
+        """r of every predictor with interval and p; beside others to set it `against`, also all else."""
+        rows = {name: Correlated(len(self.domains), len(self.change_SN), undefined=self.undefined.get(name))
+                for name in self.values}
+        tests = permutation_tests(np.stack([self.values[name] for name in self.r]), self.change_SN,
+                                  resamples=self.permutations, seed=self.seed) if self.r else []
+        for (name, by_seed), test in zip(self.r.items(), tests, strict=True):
+            row = replace(rows[name], by_seed=by_seed, pearson=float(np.mean(by_seed)),
+                          pearson_interval=_span(self._drawn[name]))
+            if against:
+                ranks = [spearman(*pair) for pair in zip(self.values[name], self.change_SN, strict=True)]
+                row = replace(row, spearman=float(np.mean(ranks)))
+            if name not in untested:
+                row = replace(row, p=test.p)
+                if against:
+                    row = replace(row, exact=test.exact, permutations=test.resamples, less={
+                        other: self.difference(other, name) for other in against if other in self.r and other != name})
+            rows[name] = row
+        return rows
+
+    def difference(self, one: Hashable, other: Hashable) -> Difference:
+        """r of one less r of the other."""
+        return Difference(float(np.mean(self.r[one]) - np.mean(self.r[other])),
+                          _span(self._drawn[one] - self._drawn[other]))
+
+    def swapped(self, pairs: Sequence[tuple[Hashable, Hashable]]) -> dict[tuple[Any, Any], Difference]:
+        """The differences of pairs, with p."""
+        if not pairs:
+            return {}
+        first, second = (np.stack([self.values[name] for name in names]) for names in zip(*pairs, strict=True))
+        tests = swap_tests(first, second, self.change_SN, seed=self.seed)
+        return {pair: replace(self.difference(*pair), p=test.p) for pair, test in zip(pairs, tests, strict=True)}
+
+    def partial(self, names: Sequence[str], controls: Sequence[str]) -> list[Correlated]:
+        """Partial r given controls, which keep their measured values in resamples; p by Freedman and Lane."""
+        rows = [Correlated(len(self.domains), len(self.change_SN))] * len(names)
+        controls_SNK = np.stack([self.values[name] for name in controls], axis=-1)
+        if len(self.domains) < len(controls) + 3 or not np.isfinite(controls_SNK).all():
+            return [replace(row, undefined="too few domains, or a control without values") for row in rows]
+        x_PSN = np.stack([self.values[name] for name in names])
+        tests = permutation_tests(x_PSN, self.change_SN, controls_SNK, resamples=self.permutations, seed=self.seed)
+        found_PS = correlation_rows(x_PSN, self.change_SN, controls_SNK)
+        for place, (x_SN, found_S, test) in enumerate(zip(x_PSN, found_PS, tests, strict=True)):
+            span = (_span(self._resamples.correlations(x_SN, controls_SNK)) if np.isfinite(found_S).all() else None)
+            rows[place] = (replace(rows[place], by_seed=found_S.tolist(), pearson=float(found_S.mean()), p=test.p,
+                                   pearson_interval=span) if span else
+                           replace(rows[place], undefined="nothing left to correlate"))
+        return rows
+
+    def best(self, names: Sequence[Hashable]) -> BestOf:
+        """The best of several predictors, beside what the best of so many is by chance."""
+        return best_of(np.stack([self.values[name] for name in names]), self.change_SN, seed=self.seed,
+                       orders=min(self.permutations, 20_000))
+
+
+def _span(values_B: np.ndarray) -> Span | None:
+    found = percentile_interval(values_B)
+    return found and Span(found.low, found.high, found.resamples)
+
+
+def null(values_R: np.ndarray, observed: float | None) -> Null:
+    """What chance gives beside an observed r."""
+    kept_R = values_R[np.isfinite(values_R)]
+    if observed is None or not len(kept_R):
+        return Null(len(kept_R), observed, undefined="no correlation is defined")
+    low, high = np.quantile(kept_R, [0.025, 0.975])
+    p = (1 + (kept_R >= observed - 1e-12).sum()) / (1 + len(kept_R))
+    return Null(len(kept_R), observed, float(kept_R.mean()), float(low), float(high), float(p))
+
+
+def best_of(scores_KSN: np.ndarray, change_SN: np.ndarray, *, orders: int = 10_000, seed: int = 0) -> BestOf:
+    """What picking the best of K scores gives by chance: the largest r over scores when domains are shuffled.
+
+    The same orders for all scores and seeds, so that scores that are alike count as alike (the maximum statistic of
+    Westfall and Young 1993). Large positive values count, as in the paper's claim.
+    """
+    units_KSN, goal_SN = units(scores_KSN), units(change_SN)
+    observed_K = (units_KSN * goal_SN).sum(-1).mean(-1)
+    if not np.isfinite(observed_K).all():
+        raise StsError("A score or the change is the same in every domain, so that no correlation is defined; leave "
+                       "it out first.")
+    seeds, n = goal_SN.shape
+    flat_KM = units_KSN.reshape(len(units_KSN), -1) / seeds
+    found_BK = np.concatenate([goal_SN[:, order_BN].swapaxes(0, 1).reshape(len(order_BN), -1) @ flat_KM.T
+                               for order_BN in random_orders(n, orders, np.random.default_rng(seed))])
+    largest_B, best = found_BK.max(1), int(observed_K.argmax())
+    reached = int((largest_B >= observed_K[best] - 1e-12).sum())
+    return BestOf(best, float(observed_K[best]), len(observed_K), float(largest_B.mean()),
+                  float(np.quantile(largest_B, 0.95)), float(np.quantile(found_BK, 0.95, axis=0).mean()),
+                  (reached + 1) / (orders + 1), orders)
+
+
+# --- ablations ----------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Axis:
+    """One setting that is varied; `ends`: whether the paper says that its last value predicts worse than its first."""
+
+    label: str
+    ends: bool = False
+
+
+#: Every axis, in the order of the page.
+AXES = {
+    "bands": Axis("ranks of the latents", True), "top_n": Axis("number of latents, N"), "variant": Axis("formulas"),
+    "width": Axis("SAE width", True), "width_share": Axis("SAE width, N in proportion"), "layer": Axis("layer"),
+    "k": Axis("active latents a token, k", True), "norms": Axis("decoder norms"),
+    "demonstrations": Axis("demonstrations, domain (m)"),
+    "shift_demonstrations": Axis("demonstrations, training set"), "score_tokens": Axis("tokens a domain"),
+    "shift_tokens": Axis("tokens, training set"), "masks": Axis("tokens that count"),
+}
+#: Those whose values are SAEs of the sweep; the run's own SAE has no place in them.
+SAE_AXES = ("width", "width_share", "layer", "k", "norms")
+
+
+def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], differences: Mapping[str, np.ndarray],
+                    **numbers: int) -> dict[str, list[dict]]:
     """The rows of stage `sweep_correlations` for one measure.
 
     Args:
         frames: for each seed the scores of every axis, value and domain, in the same order.
-        differences: domain -> after minus before of its questions, items x seeds.
+        differences, numbers: of `Comparison`.
     """
-    domains = sorted(differences)
-    change_SN = np.abs(np.stack([differences[domain].mean(0) for domain in domains], axis=1))
-    places = frames[0][["axis", "value", "own"]].drop_duplicates().itertuples(index=False)
-    values = {(axis, value): own for axis, value, own in places}
+    places = frames[0][["axis", "value", "own"]].drop_duplicates()
+    owns = {(axis, value): bool(own) for axis, value, own in places.itertuples(index=False)}
     tables = [frame.set_index(["axis", "value", "domain"]).sort_index() for frame in frames]
-    resamples = None
-    found: dict[str, list[dict]] = {name: [] for name in KINDS}
-    for score in sweeps.SCORES:
-        x, by_seed, rows, about = {}, {}, {}, {"measure": measure, "score": score}
-        for axis, value in values:
-            x_SN = np.stack([table.loc[(axis, value)].loc[domains, score].to_numpy(float) for table in tables])
-            rows[axis, value] = {**about, "axis": axis, "value": value, "own": bool(values[axis, value]),
-                                 "n": len(domains), "seeds": len(frames)}
-            try:
-                by_seed[axis, value] = [pearson(*pair) for pair in zip(x_SN, change_SN, strict=True)]
-                x[axis, value] = x_SN
-            except StsError as error:
-                rows[axis, value]["undefined"] = str(error)
-        found["values"] += rows.values()
-        if not x:
-            continue
-        if resamples is None:
-            resamples = hierarchical_resamples([differences[domain] for domain in domains],
-                                               resamples=settings.bootstrap, seed=settings.seed)
-        drawn = {place: resamples.correlations(x_SN) for place, x_SN in x.items()}
-        tests = permutation_p_over_seeds(np.stack(list(x.values())), change_SN, resamples=settings.permutations,
-                                         seed=settings.seed)
-        for place, test in zip(x, tests, strict=True):
-            rows[place] |= {"by_seed": by_seed[place], "pearson": float(np.mean(by_seed[place])),
-                            "pearson_interval": _interval(drawn[place]), "p": test.p}
-        pairs, ends, (own, middle), (best, place) = _pairs(values, x), _ends(values, x), _owns(values, x), _best(
-            x, change_SN, settings)
-        # A score that is the run's own under another name is not compared with itself.
-        picked = [(place, own)] if own and not np.array_equal(x[place], x[own]) else []
-        saes = [(middle, own)] if own and middle else []
-        every = list(dict.fromkeys([*pairs.items(), *ends.values(), *picked, *saes]))
-        less = dict(zip(every, _differences(every, x, drawn, change_SN, settings), strict=True))
-        for pair in pairs.items():
-            rows[pair[0]]["less"] = dict(less[pair])
-        found["claims"] += [{**about, "axis": axis, "first": first[1], "last": last[1], **less[last, first]}
-                            for axis, (last, first) in ends.items()]
-        found["best"].append({**about, "axis": place[0], "value": place[1], **vars(best),
-                              "less_own": less[picked[0]] if picked else None})
-        found["saes"] += [{**about, "own": rows[own]["pearson"], "middle": rows[middle]["pearson"], **less[pair]}
-                          for pair in saes]
-    correct([row["less"] for row in found["values"] if "less" in row])
+    compared = Comparison(differences, {
+        (score, *place): np.stack([table.loc[place].loc[sorted(differences), score].to_numpy(float)
+                                   for table in tables]) for score in SCORES for place in owns}, **numbers)
+    rows, found = compared.rows(), {"values": [], "claims": [], "best": [], "saes": []}
+    for score in SCORES:
+        about = {"measure": measure, "score": score}
+        keys = [(score, *place) for place in owns]
+        known = [key for key in keys if key in compared.r]
+        own_of = {key[1]: key for key in keys if owns[key[1:]]}
+        pairs = {key: own_of[key[1]] for key in known if not owns[key[1:]] and own_of[key[1]] in compared.r}
+        ends = {axis: (of[-1], of[0]) for axis in AXES if AXES[axis].ends
+                and len(of := [key for key in keys if key[1] == axis]) > 1 and {of[0], of[-1]} <= compared.r.keys()}
+        own, middle = (next((key for key in known if owns[key[1:]] and (key[1] in SAE_AXES) == sae), None)
+                       for sae in (False, True))
+        if known:
+            tried = different({key: compared.values[key] for key in known})
+            best = compared.best(tried)
+            top = tried[best.index]
+            # A score that is the run's own under another name is not compared with itself.
+            picked = bool(own) and not np.array_equal(compared.values[top], compared.values[own])
+            less = compared.swapped(list(dict.fromkeys([
+                *pairs.items(), *ends.values(), *[(top, own)] * picked, *[(middle, own)] * bool(own and middle)])))
+            rows |= {key: replace(rows[key], less=less[pair]) for key, pair in zip(pairs, pairs.items(), strict=True)}
+            found["claims"] += [about | {"axis": axis, "first": pair[1][2], "last": pair[0][2], **plain(less[pair])}
+                                for axis, pair in ends.items()]
+            found["best"].append(about | {"axis": top[1], "value": top[2], **vars(best),
+                                          "less_own": plain(less[top, own]) if picked else None})
+            if own and middle:
+                found["saes"].append(about | {"own": rows[own].pearson, "middle": rows[middle].pearson,
+                                              **plain(less[middle, own])})
+    rows = holm(rows)
+    found["values"] = [{"measure": measure, "score": key[0], "axis": key[1], "value": key[2], "own": owns[key[1:]],
+                        **plain(row)} for key, row in rows.items()]
     return found
 
 
-def _pairs(values: dict[Place, bool], x: dict[Place, np.ndarray]) -> dict[Place, Place]:
-    """Each other value -> the run's own one on the same axis; where both have a correlation."""
-    owns = {place[0]: place for place, own in values.items() if own}
-    return {place: owns[place[0]] for place in x if not values[place] and owns[place[0]] in x}
-
-
-def _ends(values: dict[Place, bool], x: dict[Place, np.ndarray]) -> dict[str, tuple[Place, Place]]:
-    """axis -> (last, first) value, for axes whose ends the paper's claim compares; where both have a correlation."""
-    ends = {}
-    for axis in (name for name, own in sweeps.AXES.items() if own.ends):
-        own = [place for place in values if place[0] == axis]
-        if len(own) > 1 and own[0] in x and own[-1] in x:
-            ends[axis] = (own[-1], own[0])
-    return ends
-
-
-def _owns(values: dict[Place, bool], x: dict[Place, np.ndarray]) -> tuple[Place | None, Place | None]:
-    """A place of the run's own score, and one of the middle SAE's; None without, or without a correlation."""
-    owns = [place for place, own in values.items() if own and place in x]
-    return (next((place for place in owns if place[0] not in sweeps.SAE_AXES), None),
-            next((place for place in owns if place[0] in sweeps.SAE_AXES), None))
-
-
-def _best(x: dict[Place, np.ndarray], change_SN: np.ndarray, settings: Run) -> tuple[sweeps.BestOf, Place]:
-    tried = sweeps.different(x)
-    best = sweeps.best_of(np.stack(list(tried.values())), change_SN, seed=settings.seed,
-                          orders=min(settings.permutations, 20_000))
-    return best, list(tried)[best.index]
-
-
-def _differences(pairs: list[tuple[Place, Place]], x: dict[Place, np.ndarray], drawn: dict[Place, np.ndarray],
-                 change_SN: np.ndarray, settings: Run) -> list[dict]:
-    """For each pair of scores, r of the first minus r of the second: mean, interval, p."""
-    if not pairs:
-        return []
-    tests = sweeps.swap_tests(np.stack([x[one] for one, _ in pairs]), np.stack([x[two] for _, two in pairs]), change_SN,
-                              seed=settings.seed)
-    means = {place: float(np.mean([pearson(*pair) for pair in zip(x[place], change_SN, strict=True)]))
-             for place in {place for pair in pairs for place in pair}}
-    return [{"mean": means[one] - means[two], "interval": _interval(drawn[one] - drawn[two]), "p": test.p}
-            for (one, two), test in zip(pairs, tests, strict=True)]
-
-
-def correct(differences: list[dict]) -> None:
-    """Add p_holm to differences: p corrected by Holm's method for all of them together."""
+def holm(rows: dict[Any, Correlated]) -> dict[Any, Correlated]:
+    """The rows with p_holm: p of their differences, corrected by Holm's method for all of them together."""
     from statsmodels.stats.multitest import multipletests
 
-    if differences:
-        for one, p in zip(differences, multipletests([one["p"] for one in differences], method="holm")[1], strict=True):
-            one["p_holm"] = float(p)
+    own = {key: row for key, row in rows.items() if isinstance(row.less, Difference)}
+    adjusted = multipletests([row.less.p for row in own.values()], method="holm")[1] if own else []
+    return rows | {key: replace(row, less=replace(row.less, p_holm=float(p)))
+                   for (key, row), p in zip(own.items(), adjusted, strict=True)}
+
+
+def different(scores: Mapping[Any, np.ndarray]) -> list[Any]:
+    """Names of the scores without those that equal an earlier one: a run's own value stands in several sweeps."""
+    seen: dict[bytes, Any] = {}
+    for name, values in scores.items():
+        seen.setdefault(np.ascontiguousarray(values, float).tobytes(), name)
+    return list(seen.values())

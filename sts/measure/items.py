@@ -1,26 +1,40 @@
-"""Statistics of paired test items: the mean of their differences with an interval, and McNemar's test."""
+"""What is measured of every question and domain: from log-likelihoods to measures, changes and their intervals.
+
+Shape suffixes: N items, D sets drawn, P problems.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas
 from scipy import stats as scipy_stats
 
 from sts.errors import StsError
-from sts.measure.correlation import _block_sizes, _check_settings, _vector
+from sts.measure.correlation import block_sizes, vector
 
-#: Fewest items for a bootstrap interval of a mean. Resampling a few items understates their spread, by (n - 1) / n in
-#: the variance, and takes no account of that spread being an estimate: with five normal items, a nominal 95% interval
-#: leaves the true mean out in 16% of samples.
+#: What the domain shift is measured in -> label with units.
+MEASURES = {
+    "accuracy": "accuracy (percentage points)",
+    "p_right": "probability of the right option (percentage points)",
+    "bits": "bits per character of the right answer",
+    "accuracy_generated": "accuracy of generated answers (percentage points)",
+}
+#: The measures that say of an item only whether it is right.
+BINARY = ("accuracy", "accuracy_generated")
+#: Fewest items for a bootstrap interval of a mean. Resampling a few understates their spread: with five normal items, a
+#: nominal 95% interval leaves the true mean out in 16% of samples.
 BOOTSTRAP_FROM = 16
 
 
+# --- means with intervals -----------------------------------------------------------------------------------------
+
 @dataclass(frozen=True)
 class MeanInterval:
-    """Mean of `n` values, its standard error (sample standard deviation over sqrt(n)) and an interval.
+    """Mean of `n` values, its standard error and an interval.
 
     `kind` is "bootstrap" (percentiles of `resamples` resamples), "t" (Student's) or "none" (one value; ends are NaN).
     """
@@ -35,51 +49,159 @@ class MeanInterval:
     resamples: int = 0
 
 
-def paired_mean_interval(differences: Sequence[float], *, level: float = 0.95, resamples: int = 5_000,
+def paired_mean_interval(differences: Sequence[float], *, level: float = 0.95, resamples: int = 5000,
                          seed: int = 0) -> MeanInterval:
-    """Mean of paired differences (after minus before, one a test item), in their units, with an interval over items.
-
-    From 16 items (`BOOTSTRAP_FROM`) the interval is the percentile bootstrap; for 2 to 15 it is Student's t, mean
-    +- t(n - 1) * standard error. That is exact for normal differences and too narrow for skewed ones (five exponential
-    items: it leaves the true mean out in 12% of samples, the bootstrap in 23%). One item says nothing about spread:
-    for n = 1 the standard error and both ends of the interval are NaN, and the sign counts as not resolved.
-
-    Raises:
-        StsError: no items, NaN or infinite values, or settings out of range.
-    """
-    differences_N = _vector("differences", differences)
-    _check_settings(resamples, level)
+    """Mean of paired differences, one a test item, in their units: the percentile bootstrap from `BOOTSTRAP_FROM` items
+    on, Student's t for fewer. One item says nothing about spread: then error and ends are NaN."""
+    differences_N = vector("differences", differences)
     n = differences_N.size
     if n == 0:
         raise StsError("No differences given; at least one paired item is needed, two for an interval.")
     mean = float(differences_N.mean())
     if n == 1:
         return MeanInterval(mean, math.nan, math.nan, math.nan, level, 1, "none")
-    standard_error = float(differences_N.std(ddof=1) / math.sqrt(n))
+    error = float(differences_N.std(ddof=1) / math.sqrt(n))
     if n < BOOTSTRAP_FROM:
-        reach = float(scipy_stats.t.ppf((1 + level) / 2, n - 1)) * standard_error
-        return MeanInterval(mean, standard_error, mean - reach, mean + reach, level, n, "t")
+        reach = float(scipy_stats.t.ppf((1 + level) / 2, n - 1)) * error
+        return MeanInterval(mean, error, mean - reach, mean + reach, level, n, "t")
     generator = np.random.default_rng(seed)
     means = np.concatenate([differences_N[generator.integers(0, n, (size, n))].mean(axis=1)
-                            for size in _block_sizes(n, resamples)])
+                            for size in block_sizes(n, resamples)])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return MeanInterval(mean, standard_error, float(low), float(high), level, n, "bootstrap", resamples)
+    return MeanInterval(mean, error, float(low), float(high), level, n, "bootstrap", resamples)
+
+
+def crossed_mean_interval(values_DP: Sequence[Sequence[float]], *, level: float = 0.95,
+                          against_one: bool = False) -> MeanInterval:
+    """Mean of a complete table of sets by problems, with Student's interval over both, as both are drawn at random.
+
+    The half-width is the root of the summed squares of Student's half-widths over row means and over column means
+    (Banerjee 1960), which covers the mean at least as often as `level` says.
+
+    Args:
+        against_one: the values are differences of a single set from each of these. Its own scatter counts as well: the
+            variance of sets is taken 1 + 1 / D times, as in a prediction interval.
+    """
+    table_DP = np.asarray(values_DP, dtype=float)
+    if table_DP.ndim != 2 or not table_DP.size or not np.isfinite(table_DP).all():
+        raise StsError(f"A table of shape {table_DP.shape} was given; a mean over sets and problems needs a finite "
+                       "value for every set and problem, and at least one of each.")
+    mean, (rows, columns) = float(table_DP.mean()), table_DP.shape
+    if columns == 1:
+        return MeanInterval(mean, math.nan, math.nan, math.nan, level, 1, "none")
+    parts = [(table_DP.mean(axis=axis).var(ddof=1) * weight, number)
+             for axis, number, weight in ((0, columns, 1 / columns), (1, rows, 1 / rows + against_one)) if number > 1]
+    reach = math.sqrt(sum(variance * scipy_stats.t.ppf((1 + level) / 2, number - 1)**2 for variance, number in parts))
+    return MeanInterval(mean, math.sqrt(sum(variance for variance, _ in parts)), mean - reach, mean + reach, level,
+                        columns, "t")
 
 
 def mcnemar_p(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """McNemar's exact test: whether items turn from wrong to right as often as from right to wrong.
-
-    Two-sided binomial test on the items that changed (`scipy.stats.binomtest`); 1 if none did.
-
-    Args:
-        before, after: whether each item is right, one pair an item.
-
-    Raises:
-        StsError: lengths differ, or no items.
-    """
+    """McNemar's exact test, two-sided: do items turn from wrong to right as often as from right to wrong? 1 if none."""
     before_N, after_N = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
     if before_N.shape != after_N.shape or before_N.ndim != 1 or not before_N.size:
         raise StsError(f"before has shape {before_N.shape} and after {after_N.shape}; two lists of equal length, one "
                        "value an item, work.")
     gained, lost = int((after_N & ~before_N).sum()), int((before_N & ~after_N).sum())
     return float(scipy_stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+# --- from log-likelihoods to measures -----------------------------------------------------------------------------
+
+def item_measures(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """Every measure of every item, from rows of `engine.evaluate.evaluate`.
+
+    accuracy: the right option's letter is the likeliest, the first of those that tie; p_right: its share of the
+    letters' probability; both 0 to 100. bits: of the right answer, per character.
+
+    Returns:
+        index example_id; columns domain and the keys of `MEASURES`; NaN where an item was not evaluated that way.
+    """
+    items = rows.groupby("example_id", sort=False)["domain"].first().to_frame()
+    items[list(MEASURES)] = np.nan
+    letters = rows[rows["kind"] == "letter"]
+    if len(letters):
+        by_item = letters.groupby("example_id")["loglikelihood"]
+        weight = np.exp(letters["loglikelihood"] - by_item.transform("max"))
+        p = weight / weight.groupby(letters["example_id"]).transform("sum")
+        items["p_right"] = 100 * p[letters["is_right"]].set_axis(letters.loc[letters["is_right"], "example_id"])
+        items["accuracy"] = 100.0 * rows.loc[by_item.idxmax()].set_index("example_id")["is_right"].astype(float)
+    solutions = rows[rows["kind"] == "solution"].set_index("example_id")
+    items["bits"] = -solutions["loglikelihood"] / math.log(2) / solutions["characters"]
+    return items
+
+
+def tied_share(rows: pandas.DataFrame) -> float:
+    """Share of the items with letters in which two or more tie for the likeliest, as many do in bf16; NaN without."""
+    letters = rows[rows["kind"] == "letter"]
+    best = letters["loglikelihood"] == letters.groupby("example_id")["loglikelihood"].transform("max")
+    return float((best.groupby(letters["example_id"]).sum() > 1).mean()) if len(letters) else math.nan
+
+
+def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, *, resamples: int = 5000,
+                  seed: int = 0) -> pandas.DataFrame:
+    """`item_shifts` of what `engine.evaluate.evaluate` returned for the same examples."""
+    return item_shifts(item_measures(before), item_measures(after), resamples=resamples, seed=seed)
+
+
+def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples: int = 5000,
+                seed: int = 0) -> pandas.DataFrame:
+    """Change of every measure in every domain, paired by item, with an interval over items.
+
+    Args:
+        first, second: index example_id, columns domain and any of `MEASURES`.
+
+    Returns:
+        One row a domain and measure: domain, measure, n, before, after, shift, low, high, interval (`MeanInterval`'s
+        kind), standard_error, mcnemar_p (NaN unless the measure is in `BINARY`).
+    """
+    if set(first.index) != set(second.index):
+        raise StsError("Before and after hold different items; evaluate the same examples with both models.")
+    rows = []
+    for domain, items in first.groupby("domain"):
+        for measure in (measure for measure in MEASURES if measure in items):
+            old = items[measure].dropna()
+            new = second.loc[old.index, measure]
+            if old.empty:
+                continue
+            change = paired_mean_interval((new - old).to_numpy(), resamples=resamples, seed=seed)
+            rows.append({"domain": domain, "measure": measure, "n": len(old), "before": old.mean(),
+                         "after": new.mean(), "shift": change.mean, "low": change.low, "high": change.high,
+                         "interval": change.kind, "standard_error": change.standard_error,
+                         "mcnemar_p": mcnemar_p(old > 0, new > 0) if measure in BINARY else math.nan})
+    return pandas.DataFrame(rows)
+
+
+def item_differences(evaluations: Mapping[int, tuple[pandas.DataFrame, pandas.DataFrame]]
+                     ) -> dict[str, dict[str, np.ndarray]]:
+    """measure -> domain -> after minus before of its questions in every seed, items x seeds; what was evaluated.
+
+    Args:
+        evaluations: seed -> what was evaluated before and after.
+    """
+    changes, domains = {}, {}
+    for seed, own in evaluations.items():
+        before, after = (item_measures(rows) for rows in own)
+        changes[seed] = after.loc[before.index, list(MEASURES)] - before[list(MEASURES)]
+        domains |= before["domain"].to_dict()
+    frames = {measure: pandas.DataFrame({seed: change[measure] for seed, change in changes.items()}).dropna()
+              for measure in MEASURES}
+    return {measure: {str(domain): rows.to_numpy() for domain, rows in frame.groupby(frame.index.map(domains))}
+            for measure, frame in frames.items() if len(frame)}
+
+
+def reliability(changes: Sequence[float], standard_errors: Sequence[float]) -> float:
+    """Share of the variance of measured changes over domains that is not noise of the questions, 0 to 1.
+
+    1 - mean squared standard error / variance. No forecast can be expected to correlate beyond its square root.
+    """
+    changes_N, errors_N = np.asarray(changes, float), np.asarray(standard_errors, float)
+    if changes_N.shape != errors_N.shape or len(changes_N) < 3:
+        raise StsError(f"{changes_N.size} changes and {errors_N.size} standard errors given; as many of both, at least "
+                       "three, work.")
+    if not np.isfinite(errors_N).any():
+        raise StsError("Every domain has one question, so the noise of its change is not known; raise eval_limit.")
+    variance = changes_N.var(ddof=1)
+    if not variance > 0:
+        raise StsError("The changes do not differ, so there is no variance to divide.")
+    return float(np.clip(1 - np.nanmean(errors_N**2) / variance, 0, 1))

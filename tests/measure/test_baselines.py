@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from scipy.stats import pearsonr
@@ -34,15 +35,15 @@ DOMAINS = {name: stats(seed)[0] for seed, name in enumerate(("art", "law", "math
 
 def test_all_dimensions_give_total_activation_and_total_change():
     _, base, icl = stats(2)
-    frame = baselines.dimension_scores(SHIFT, DOMAINS, 40)
-    assert frame.loc["law", "act"] == pytest.approx(base.sum(1).mean().item())
-    assert frame.loc["law", "icl"] == pytest.approx(((icl - base)**2).sum(1).mean().item())
+    act, changed = (baselines.dimension_scores(SHIFT, DOMAINS, 40, score)["law"] for score in ("sts_act", "sts_icl"))
+    assert act == pytest.approx(base.sum(1).mean().item())
+    assert changed == pytest.approx(((icl - base)**2).sum(1).mean().item())
 
 
 def test_fewer_dimensions_are_those_that_the_training_set_moves_most():
     _, base, _ = stats(1)
     most = np.argsort(-SHIFT["squared_difference_L"].numpy())[:5]
-    assert baselines.dimension_scores(SHIFT, DOMAINS, 5).loc["art", "act"] == pytest.approx(
+    assert baselines.dimension_scores(SHIFT, DOMAINS, 5, "sts_act")["art"] == pytest.approx(
         base[:, most.copy()].sum(1).mean().item())
     assert baselines.mean_square(SHIFT, DOMAINS, 5)["art"] == pytest.approx(
         (base[:, most.copy()]**2).sum(1).mean().item())
@@ -88,12 +89,45 @@ def test_texts_without_words_are_refused():
 
 def test_change_of_the_model_is_measured_on_tokens_and_on_means():
     before, after = torch.tensor([[1.0, 0.0], [3.0, 0.0]]).double(), torch.tensor([[1.0, 1.0], [3.0, 7.0]]).double()
-    found = baselines.model_change({"law": {
+    change = {"law": {
         "base_sum_L": before.sum(0), "tuned_sum_L": after.sum(0), "squared_difference_L": ((after - before)**2).sum(0),
-        "latents_squared": torch.tensor([6.0]), "tokens": torch.tensor([2.0])}}).loc["law"]
-    assert found["change_cosine"] == pytest.approx(1 - 4 / math.sqrt(4**2 + 8**2))
-    assert found["change_rms"] == pytest.approx(math.sqrt((1 + 49) / 2))
-    assert found["change_sae"] == pytest.approx(3)
+        "latents_squared": torch.tensor([6.0]), "tokens": torch.tensor([2.0])}}
+    assert baselines.change_cosine(change)["law"] == pytest.approx(1 - 4 / math.sqrt(4**2 + 8**2))
+    assert baselines.change_size(change, "squared_difference_L")["law"] == pytest.approx((1 + 49) / 2)
+    assert baselines.change_size(change, "latents_squared")["law"] == pytest.approx(3)
+
+
+# --- all of them --------------------------------------------------------------------------------------------------
+
+def known():
+    raw = {name: stats(seed, latents=8)[0] for seed, name in enumerate(DOMAINS, 11)}
+    change = {name: {"tokens": own["tokens"], "base_sum_L": own["base_sum_L"], "tuned_sum_L": own["base_sum_L"] + 1,
+                     "squared_difference_L": own["squared_difference_L"], "latents_squared": torch.tensor([5.0])}
+              for name, own in raw.items()}
+    frame = pandas.DataFrame({"sts_act": [1.0, 2, 3], "sts_icl": [4.0, 5, 6], "tfidf": [0.1, 0.2, 0.3],
+                              "question_tokens": [7.0, 8, 9]}, index=list(DOMAINS))
+    return baselines.Known(SHIFT, stats(10, latents=8)[0], stats(5)[0], DOMAINS, raw, change, frame, frame,
+                           pandas.Series({"law": 1.5, "math": 2.5}), 6, 2)
+
+
+def test_every_predictor_but_the_probes_has_a_value_in_every_domain():
+    run = known()
+    found = baselines.values_of(run)
+    assert set(found) == set(baselines.PREDICTORS) - {"probe_raw", "probe_sae"} and found.index.name == "domain"
+    assert np.isfinite(found.drop(columns="base_bits").to_numpy()).all()
+    assert found["base_bits"].tolist()[1:] == [1.5, 2.5] and np.isnan(found["base_bits"].iloc[0])  # not evaluated
+    assert found["sts_icl"].tolist() == [4, 5, 6] and found["question_tokens"].tolist() == [7, 8, 9]
+    assert found["all_icl"].tolist() == baselines.dimension_scores(SHIFT, DOMAINS, 40, "sts_icl").tolist()
+    assert found["raw_square"].tolist() == baselines.mean_square(run.raw_shift, run.raw, 2).tolist()
+    assert found["actual_act"].tolist() == baselines.dimension_scores(run.moved, DOMAINS, 6, "sts_act").tolist()
+    size = baselines.change_size(run.change, "squared_difference_L")
+    assert found["change_rms"].tolist() == pytest.approx([math.sqrt(one) for one in size])
+
+
+def test_a_new_predictor_is_one_entry(monkeypatch):
+    monkeypatch.setitem(baselines.PREDICTORS, "twice", baselines.Predictor(
+        "twice the length", "the domain itself", lambda run: 2 * run.texts["question_tokens"]))
+    assert baselines.values_of(known())["twice"].tolist() == [14, 16, 18]
 
 
 # --- random latents -----------------------------------------------------------------------------------------------

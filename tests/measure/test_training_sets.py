@@ -3,12 +3,13 @@
 import itertools
 
 import numpy as np
+import pandas
 import pytest
 from scipy.stats import pearsonr, rankdata, spearmanr
 
-from sts.book.verdicts_domains import specific_verdict
 from sts.errors import StsError
 from sts.measure import training_sets
+from sts.measure.correlation import plain
 
 GENERATOR = np.random.default_rng(5)
 X, Y = GENERATOR.normal(size=(2, 4, 6)), np.abs(GENERATOR.normal(size=(2, 4, 6)))  # seeds, training sets, domains
@@ -86,8 +87,8 @@ def test_a_forecast_of_the_very_cells_is_found_by_all_tests():
     found = training_sets.specificity(change**3, change, resamples=2000, bootstrap=300)
     assert found.within == pytest.approx(1) and found.interaction == pytest.approx(1) and found.hits == 1
     assert found.p_within < 0.001 and found.p_sets == pytest.approx(1 / 24) and found.p_opposite == 1
-    assert specific_verdict(found.to_dict()) == "held"
-    assert specific_verdict(training_sets.specificity(-change, change, resamples=500).to_dict()) == "reversed"
+    opposite = training_sets.specificity(-change, change, resamples=500)
+    assert opposite.p_opposite == pytest.approx(1 / 24) and opposite.p_sets == 1
     assert found.low == pytest.approx(1)
 
 
@@ -108,11 +109,10 @@ def test_effects_on_one_kind_of_domain_are_seldom_taken_for_knowledge_of_domains
     def drawn():
         return 10 * generator.normal(size=(1, 4, 1)) * science + generator.normal(size=(1, 4, 14))
 
-    verdicts = [specific_verdict(training_sets.specificity(drawn(), drawn(), resamples=200, bootstrap=100).to_dict())
-                for _ in range(400)]
-    wrong = {verdict: verdicts.count(verdict) / len(verdicts) for verdict in ("held", "reversed", "in step only")}
-    assert wrong["held"] <= 0.06 and wrong["reversed"] <= 0.06  # at most 1 / 24 each in the long run
-    assert wrong["in step only"] > 0.1  # what the domains say as if they were independent
+    found = [training_sets.specificity(drawn(), drawn(), resamples=200, bootstrap=100) for _ in range(400)]
+    for p in ([one.p_sets for one in found], [one.p_opposite for one in found]):
+        assert np.mean(np.array(p) <= 0.05) <= 0.06  # at most 1 / 24 in the long run
+    assert np.mean([one.p_within <= 0.05 for one in found]) > 0.1  # as if the domains were independent
 
 
 def test_domains_that_move_in_any_case_say_nothing_of_training_sets():
@@ -134,7 +134,8 @@ def test_noise_is_seldom_significant():
 def test_domains_without_a_difference_are_left_out():
     y = Y.copy()
     y[1, :, 2] = 0.5  # in one seed no training set moved it more than another
-    found = training_sets.specificity(X, y, resamples=200, bootstrap=200).to_dict()
+    found = training_sets.specificity(X, y, resamples=200, bootstrap=200)
+    found = plain(found)
     assert found["by_domain"][2] is None and found["defined"] == 5
     assert found["within"] == pytest.approx(np.delete(naive_within(X, Y), 2).mean())
 
@@ -146,6 +147,12 @@ def test_hits_share_ties_and_skip_what_does_not_differ():
     three = np.array([[[3.0] * 3, [1] * 3, [2] * 3]])
     tied = np.array([[[5.0] * 3, [5] * 3, [1] * 3]])
     assert training_sets.hits(three, tied) == pytest.approx(0.5)
+
+
+def test_ties_in_the_forecast_are_shared_whatever_the_order_of_the_sets():
+    x, y = np.array([[[3.0] * 3, [3] * 3, [2] * 3]]), np.array([[[9.0] * 3, [5] * 3, [1] * 3]])
+    orders = [list(order) for order in itertools.permutations(range(3))]
+    assert {training_sets.hits(x[:, order], y[:, order]) for order in orders} == {0.5}
 
 
 def test_without_any_difference_there_is_nothing_to_compare():
@@ -180,3 +187,48 @@ def test_lists_that_any_training_moves_have_no_lead():
     assert found["lead"] == pytest.approx(0) and found["p"] == 1
     with pytest.raises(StsError, match="One training set"):
         training_sets.own_list_lead(np.ones((1, 1, 1)))
+
+
+def test_the_lead_beyond_another_kind_of_list_is_taken_pair_by_pair():
+    generator, names = np.random.default_rng(0), ("code", "maths", "law")
+    rows = [{"estimated": one, "trained": other, "foreseen": int(generator.integers(50)),
+             "by_rate": int(generator.integers(50))} for one in names for other in names]
+    kinds = {name: np.array([row[name] for row in rows], float).reshape(1, 3, 3) for name in ("foreseen", "by_rate")}
+    assert training_sets.list_lead(rows, "foreseen") == training_sets.own_list_lead(kinds["foreseen"])
+    beyond = training_sets.list_lead(rows, "foreseen", "by_rate")
+    assert beyond == training_sets.own_list_lead(kinds["foreseen"] - kinds["by_rate"])
+    assert "One training set" in training_sets.list_lead(rows[:1], "foreseen")["undefined"]
+
+
+# --- tables of cells ----------------------------------------------------------------------------------------------
+
+SETS, DOMAINS = ("code", "maths", "law"), ("d", "a", "c", "b", "e")
+CELLS = pandas.DataFrame([
+    {"training_set": name, "seed": seed, "domain": domain, "sts_act": GENERATOR.normal(), "shift": GENERATOR.normal()}
+    for seed in (0, 1) for name in SETS for domain in DOMAINS])
+
+
+def test_a_cube_keeps_the_order_of_the_training_sets():
+    values = training_sets.cube(CELLS, "shift")
+    assert values.shape == (2, 3, 5)
+    for (seed, name), own in CELLS.groupby(["seed", "training_set"]):
+        assert values[seed, SETS.index(name)].tolist() == own.sort_values("domain")["shift"].tolist()
+
+
+def test_likeness_is_the_correlation_of_absolute_changes():
+    found = training_sets.likeness(CELLS, 1)
+    one, other = (CELLS[(CELLS["training_set"] == name) & (CELLS["seed"] == 1)]["shift"].abs()
+                  for name in ("code", "law"))
+    assert found["code", "law"] == pytest.approx(pearsonr(one, other)[0]) and len(found) == 3
+    flat = CELLS.assign(shift=CELLS["shift"].where(CELLS["training_set"] != "law", 1.0))
+    assert list(training_sets.likeness(flat, 0)) == [("code", "maths")]
+
+
+def test_each_training_set_is_left_out_in_turn():
+    found = training_sets.without_each(CELLS, "sts_act")
+    for left in SETS:
+        own = CELLS[CELLS["training_set"] != left]
+        by_hand = [spearmanr(part["sts_act"], part["shift"].abs())[0] for _, part in own.groupby(["domain", "seed"])]
+        assert found[left] == pytest.approx(np.mean(by_hand))
+    assert list(found) == list(SETS) and len(set(found.values())) > 1
+    assert training_sets.without_each(CELLS[CELLS["training_set"] != "law"], "sts_act") == {}
