@@ -6,7 +6,7 @@
 import os
 import warnings
 
-# Progress goes to the terminal through sts.progress; libraries' own bars would pollute notebooks and pages.
+# Progress goes to the terminal through sts.run.log; libraries' own bars would pollute notebooks and pages.
 # tqdm and transformers read these when they are imported, so they are set before anything else.
 for _name, _value in {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error",
                       "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 
 def open_run(run="laptop", **overrides):
     """Open a run profile with overrides; see `sts.run.run.open_run`."""
+    import sts.stages  # registers every stage
     from sts.run.run import open_run as opened
 
     return opened(run, **overrides)

@@ -129,3 +129,17 @@ def matched_latents(energy_L: torch.Tensor, chosen: torch.Tensor, seed: int | Se
         owed += own - energies[left[place]]
         left = np.delete(left, place)
     return torch.from_numpy(np.sort(np.array(found, dtype=np.int64)))
+
+
+def latent_activity(stats: dict[str, torch.Tensor], *, tuned: bool, norms_L: torch.Tensor) -> tuple[torch.Tensor,
+                                                                                                  torch.Tensor]:
+    """Firing rates, and energies: mean over tokens of the squared length of what a latent adds to the residual stream.
+
+    Args:
+        stats: paired statistics of the untuned and the tuned model.
+        tuned: which of the two.
+        norms_L: lengths of the decoder vectors.
+    """
+    side = "icl" if tuned else "base"
+    return (stats[f"{side}_fired_L"] / stats["tokens"],
+            stats[f"{side}_square_sum_L"] / stats["tokens"] * norms_L.square())

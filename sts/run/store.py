@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sts.engine.models import sha256_of_file
 from sts.errors import StsError
 
 SUFFIX = {"json": ".json", "parquet": ".parquet", "tensors": ".safetensors", "folder": ""}
@@ -60,6 +61,22 @@ class Store:
         path = self.folder / "unfinished" / f"{stage}-{key}"
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    @contextmanager
+    def lease(self, stage: str, key: str, *, shared: bool = False) -> Iterator[None]:
+        """While it is held, no other process computes this result; a second one waits until it is given back.
+
+        The lock is the operating system's own, so that of a process that died nothing is left to expire.
+
+        Args:
+            shared: for the processes of one launch, which compute a result together.
+        """
+        import fcntl
+
+        (self.folder / "unfinished").mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "unfinished" / f"{stage}-{key}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            yield
 
     def write(self, stage: str, key: str, kind: str, value: Any, provenance: dict[str, Any]) -> Path:
         """Store a result: to a temporary name, flushed, then renamed; the provenance last, as the commit mark.
@@ -122,10 +139,11 @@ def _dump(value: Any, kind: str, path: Path) -> None:
 def checksum(path: Path) -> str:
     """SHA-256 of a file, or of all file names and contents below a folder."""
     if path.is_file():
-        return sha256_of_file(path)
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     digest = hashlib.sha256()
     for file in sorted(item for item in path.rglob("*") if item.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_of_file(file)}\n".encode())
+        digest.update(f"{file.relative_to(path).as_posix()}\0{checksum(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ import pandas
 import torch
 
 from sts.errors import StsError
-from sts.run.provenance import environment
+from sts.run.log import environment
 from sts.run.recorded import as_recorded
 from sts.run.run import OpenRun
 from sts.run.store import SUFFIX, Store, read

@@ -1,265 +1,293 @@
-"""Stages that compare forecasts over domains and seeds: correlations with intervals, chance, confounds and power.
+"""Stages that compare forecasts over domains and seeds: the score, the baselines, chance, confounds and power.
 
-Nothing here runs a model. Every seed of a run gives its own values (pipeline_baselines.py); what is reported is the
-mean over seeds.
+Two run the model, `domain_raw_stats` and `domain_model_change`; all others work from what is stored.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Iterator
 
 import numpy as np
 import pandas
 
-from sts.engine.evaluate import MEASURES, item_measures
+from sts.data.prompts import question_text
+from sts.engine.extract import model_paired_stats, paired_stats
+from sts.engine.saes import SideBySide, identity_sae
 from sts.errors import StsError
 from sts.measure import baselines
-from sts.measure.correlation import pearson, spearman
-from sts.measure.resampling import (
-    Resamples,
-    correlation_rows,
-    hierarchical_resamples,
-    percentile_interval,
-    permutation_p_over_seeds,
-    power_of_design,
-    reliability,
-)
-from sts.run.run import OpenRun, stage
-from sts.run.settings import Run
-from sts.stages.baselines import SCORES
-from sts.stages.forecast import split_domains
+from sts.measure.compare import SCORES, Comparison, correlate, null
+from sts.measure.correlation import correlation_rows, plain
+from sts.measure.items import MEASURES, item_differences, reliability
+from sts.measure.paper import extremes, spread_ratio, with_selection
+from sts.measure.resampling import power_of_design
+from sts.measure.score import VARIANTS
+from sts.run.stage import stage
 
-#: What the score is corrected for besides hardness.
-LENGTHS = ("question_tokens", "answer_shortness")
-#: What the stages below need of every seed: predictors that are no probes, and what they predict.
+#: Domains at either end that the paper's Figure 3 keeps.
+EXTREMES = 4
+#: What the score is corrected for: how hard a domain is, and how long its questions are.
+CONTROLS = ("base_bits", "question_tokens")
+PROBES = ("probe_raw", "probe_sae")
+#: Stages that the ones over all seeds read of every seed.
 EVERY_SEED = ("baseline_values", "evaluation_before", "evaluation_after")
 
 
-def item_differences(run: OpenRun) -> dict[str, dict[str, np.ndarray]]:
-    """measure -> domain -> after minus before of its questions in every seed, items x seeds; what was evaluated."""
-    changes, domains = {}, {}
-    for seed in (run.settings.seed, *run.other_seeds):
-        own = run.with_seed(seed)
-        before, after = (item_measures(own.get(f"evaluation_{when}")) for when in ("before", "after"))
-        changes[seed] = after.loc[before.index, list(MEASURES)] - before[list(MEASURES)]
-        domains |= before["domain"].to_dict()
-    found = {}
+# --- the score ----------------------------------------------------------------------------------------------------
+
+def _scatters(scores: pandas.DataFrame, domain_shift: pandas.DataFrame) -> Iterator[tuple[dict, pandas.DataFrame]]:
+    """Every measure, variant and score, with forecast (x) and absolute change (y) by domain."""
     for measure in MEASURES:
-        frame = pandas.DataFrame({seed: change[measure] for seed, change in changes.items()}).dropna()
-        if len(frame):
-            found[measure] = {str(domain): rows.to_numpy()
-                              for domain, rows in frame.groupby(frame.index.map(domains))}
-    return found
+        change = domain_shift[domain_shift["measure"] == measure].set_index("domain")["shift"].abs()
+        for variant in VARIANTS if len(change) else ():
+            own = scores[scores["variant"] == variant].set_index("domain").loc[change.index]
+            for score in SCORES:
+                yield ({"measure": measure, "variant": variant, "score": score},
+                       pandas.DataFrame({"x": own[score], "y": change}))
 
 
-class _Experiment:
-    """Predictors and changes of one measure in all seeds of a run; domains in alphabetical order."""
-
-    def __init__(self, run: OpenRun, measure: str, differences: dict[str, np.ndarray]):
-        self.measure, self.domains, self._differences = measure, sorted(differences), differences
-        self._settings = run.settings
-        self.runs = [run.with_seed(seed) for seed in (run.settings.seed, *run.other_seeds)]
-        self.values = [own.get("baseline_values").set_index("domain") for own in self.runs]
-        self.change_SN = np.abs(np.stack([differences[domain].mean(0) for domain in self.domains], axis=1))
-
-    @cached_property
-    def resamples(self) -> Resamples:
-        return hierarchical_resamples([self._differences[domain] for domain in self.domains],
-                                      resamples=self._settings.bootstrap, seed=self._settings.seed)
-
-    def predictor(self, name: str) -> np.ndarray:
-        """S x N; NaN where it has no value."""
-        if name.startswith("probe_"):
-            rows = [probe_row(own, self.measure, name.removeprefix("probe_")) for own in self.runs]
-            return np.array([row.get("predicted", [np.nan] * len(self.domains)) for row in rows])
-        return np.stack([own.loc[self.domains, name].to_numpy(float) for own in self.values])
-
-    def why_undefined(self, name: str) -> str:
-        """The reason that a probe's own stage gives; "" if it gives none."""
-        if not name.startswith("probe_"):
-            return ""
-        rows = (probe_row(own, self.measure, name.removeprefix("probe_")) for own in self.runs)
-        return next((row["undefined"] for row in rows if "undefined" in row), "")
-
-
-def probe_row(run: OpenRun, measure: str, features: str) -> dict:
-    """The row of stage `probe_predictions` for a measure and kind of features."""
-    return next(row for row in run.get("probe_predictions") if (row["measure"], row["features"]) == (measure, features))
-
-
-def _experiments(run: OpenRun) -> list[_Experiment]:
-    return [_Experiment(run, measure, own) for measure, own in item_differences(run).items()]
-
-
-def _interval(values_B: np.ndarray) -> dict | None:
-    found = percentile_interval(values_B)
-    return None if found is None else {"low": found.low, "high": found.high, "resamples": found.resamples}
-
-
-# --- correlations -------------------------------------------------------------------------------------------------
-
-@stage("json", version=2, uses=("seeds", "seed", "bootstrap", "permutations"),
-       needs=(*EVERY_SEED, "probe_predictions"), inputs=("seeds",))
-def baseline_correlations(run: OpenRun, report) -> list[dict]:
-    """Correlation of every predictor with the absolute change, mean over seeds; and how far the score exceeds it.
-
-    One row a measure and predictor: n, seeds, by_seed (r of each), pearson (their mean), pearson_interval
-    (hierarchical bootstrap), p (permutation), spearman, less (score -> r of the score minus this one's, with interval
-    from the same resamples); or `undefined`. Of probes neither p nor less: leaving a domain out pulls their r down, so
-    that only `baseline_nulls` can judge it.
-    """
-    rows, experiments = [], _experiments(run)
-    for done, one in enumerate(experiments, 1):
-        x = {name: one.predictor(name) for name in baselines.PREDICTORS}
-        defined, reasons = {}, {}
-        for name, x_SN in x.items():
-            try:
-                defined[name] = [pearson(x_N, y_N) for x_N, y_N in zip(x_SN, one.change_SN, strict=True)]
-            except StsError as error:
-                reasons[name] = one.why_undefined(name) or str(error)
-        drawn = {name: one.resamples.correlations(x[name]) for name in defined}
-        tests = dict(zip(defined, permutation_p_over_seeds(
-            np.stack([x[name] for name in defined]), one.change_SN, resamples=run.settings.permutations,
-            seed=run.settings.seed) if defined else (), strict=True))
-        for name in baselines.PREDICTORS:
-            base = {"measure": one.measure, "predictor": name, "n": len(one.domains), "seeds": len(one.runs)}
-            if name in reasons:
-                rows.append(base | {"undefined": reasons[name]})
-                continue
-            row = base | {"by_seed": defined[name], "pearson": float(np.mean(defined[name])),
-                          "pearson_interval": _interval(drawn[name]), "spearman": float(np.mean([
-                              spearman(*pair) for pair in zip(x[name], one.change_SN, strict=True)]))}
-            if not name.startswith("probe_"):
-                less = {score: {"mean": float(np.mean(defined[score]) - np.mean(defined[name])),
-                                "interval": _interval(drawn[score] - drawn[name])}
-                        for score in SCORES if score in defined and score != name}
-                row |= {"p": tests[name].p, "exact": tests[name].exact, "permutations": tests[name].resamples,
-                        "less": less}
-            rows.append(row)
-        report(done / len(experiments))
+@stage("json")
+def correlations(scores, domain_shift, bootstrap, permutations, seed):
+    """Correlation of each score with the absolute shift in each measure, over all domains."""
+    rows = []
+    for about, points in _scatters(scores, domain_shift):
+        try:
+            rows.append(about | plain(correlate(points["x"], points["y"], points.index, seed=seed,
+                                                permutations=permutations, resamples=bootstrap)))
+        except StsError as error:  # e.g. no domain's accuracy moved: a fact to report, not a crash
+            rows.append(about | {"undefined": str(error)})
     return rows
 
 
-# --- chance -------------------------------------------------------------------------------------------------------
+@stage("json", version=2)
+def extreme_correlations(scores, domain_shift, bootstrap, permutations, seed):
+    """Stage `correlations` on the four domains of largest and the four of smallest absolute shift, as in Figure 3.
 
-def _share_at_least(values: np.ndarray, observed: float) -> float:
-    """One-sided Monte Carlo p: the observed value counts as one of the draws, so that it is never zero."""
-    return float((1 + (values >= observed - 1e-12).sum()) / (1 + len(values)))
+    Also `domains`, `spread_ratio` (of the absolute shift, extremes over all) and `all_domains`, what Thorndike's
+    formula makes of the correlation without the selection.
+    """
+    rows = []
+    for about, points in _scatters(scores, domain_shift):
+        named = points.rename(columns={"y": "abs_shift_pct"}).rename_axis("domain").reset_index()
+        try:
+            kept = points.loc[extremes(named, EXTREMES)["domain"]]
+            found = correlate(kept["x"], kept["y"], kept.index, seed=seed, permutations=permutations,
+                              resamples=bootstrap)
+        except StsError as error:
+            rows.append(about | {"undefined": str(error)})
+            continue
+        ratio = spread_ratio(points["y"], EXTREMES)
+        rows.append(about | plain(found) | {"domains": list(kept.index), "spread_ratio": ratio,
+                                            "all_domains": with_selection(found.pearson, 1 / ratio)})
+    return rows
 
 
-@stage("json", uses=("seeds", "seed"), inputs=("seeds",),
-       needs=(*EVERY_SEED, "probe_predictions", "random_latent_scores", "baseline_correlations"))
-def baseline_nulls(run: OpenRun, report) -> list[dict]:
+@stage("json", also=("correlations", "extreme_correlations"))
+def correlations_by_seed(each_seed):
+    """Correlations of this seed and of the others in `seeds`, over all domains and over the extremes."""
+    return [{"seed": own.seed, "domains": which, **{name: row.get(name) for name in (
+                "measure", "variant", "score", "n", "pearson", "p", "r_squared", "undefined")}}
+            for own in each_seed for which, stored in (("all", "correlations"), ("extremes", "extreme_correlations"))
+            for row in own.get(stored)]
+
+
+# --- baselines: passes through the model --------------------------------------------------------------------------
+
+@stage("tensors")
+def domain_raw_stats(lm, layer, domain_groups, masks, tokens_per_batch, report, work):
+    """Stage `domain_stats` on the residual stream's own dimensions, behind the first draw of demonstrations alone."""
+    flat = {}
+    for done, (domain, groups) in enumerate(domain_groups.items()):
+        stats = paired_stats(lm, identity_sae(lm), layer, groups[:1], masks, tokens_per_batch=tokens_per_batch,
+                             work=work, report=lambda f, done=done: report((done + f) / len(domain_groups)))
+        own = stats.to_tensors()
+        flat |= {f"{domain}/{name}": own[name] for name in ("tokens", "base_sum_L", "base_square_sum_L",
+                                                            "squared_difference_L")}
+    return flat
+
+
+@stage("tensors")
+def domain_model_change(lm, tuned, reader, layer, domain_groups, masks, tokens_per_batch, report, work):
+    """The same questions, without demonstrations, in the untuned and the tuned model; also all latents' change."""
+    codes, flat = SideBySide({"sae": reader, "raw": identity_sae(lm)}), {}
+    for done, (domain, groups) in enumerate(domain_groups.items()):
+        own = codes.split(model_paired_stats(
+            lm, tuned, codes, layer, list(groups[0].base), masks, work=work, tokens_per_batch=tokens_per_batch,
+            report=lambda f, done=done: report((done + f) / len(domain_groups))).to_tensors())
+        flat |= {f"{domain}/{name}": tensor for name, tensor in (
+            ("tokens", own["raw/tokens"]), ("base_sum_L", own["raw/base_sum_L"]),
+            ("tuned_sum_L", own["raw/icl_sum_L"]), ("squared_difference_L", own["raw/squared_difference_L"]),
+            ("latents_squared", own["sae/squared_difference_L"].sum()[None]))}
+    return flat
+
+
+# --- baselines: one value a domain --------------------------------------------------------------------------------
+
+@stage("parquet")
+def text_baselines(tokenizer, train, questions):
+    """What the texts alone say: columns domain, questions, question_tokens (mean), tfidf (to the training set)."""
+    texts = {domain: [question_text(example) for example in own] for domain, own in questions.items()}
+    similar = baselines.tfidf_similarity(texts, [question_text(example) for example in train])
+    return pandas.DataFrame([{
+        "domain": domain, "questions": len(own), "tfidf": similar[domain],
+        "question_tokens": np.mean([len(ids) for ids in tokenizer(own, add_special_tokens=False)["input_ids"]])}
+        for domain, own in texts.items()])
+
+
+@stage("parquet", version=2, also=("evaluation_before",))
+def baseline_values(scores, shift, shift_controls, sft_shift, domain_stats, domain_raw_stats, domain_model_change,
+                    text_baselines, domain_shift, top_n):
+    """Every baseline that is the same for all measures, for this seed: column domain, and one column a predictor."""
+    split = baselines.split_domains
+    domains, raw_shift = split(domain_stats), split(shift_controls)["raw"]
+    bits = domain_shift[domain_shift["measure"] == "bits"].set_index("domain")["before"]
+    widths = [len(own["squared_difference_L"]) for own in (shift, raw_shift)]
+    return baselines.values_of(baselines.Known(
+        shift, raw_shift, split(sft_shift)["sae"], domains, split(domain_raw_stats), split(domain_model_change),
+        scores[scores["variant"] == "paper"].set_index("domain"), text_baselines.set_index("domain"), bits,
+        top_n, max(1, round(top_n / widths[0] * widths[1])))).reset_index()
+
+
+@stage("tensors", version=2)
+def random_latent_scores(shift, domain_stats, top_n, baseline_draws, seed, report):
+    """`baselines.random_set_scores` with `baseline_draws` sets of latents of each kind, named kind/act_RD and so on."""
+    flat, domains = {}, baselines.split_domains(domain_stats)
+    for done, kind in enumerate(baselines.RANDOM, 1):
+        own = baselines.random_set_scores(kind, shift, domains, top_n, baseline_draws, seed)
+        flat |= {f"{kind}/{name}": tensor.float() for name, tensor in own.items()}
+        report(done / len(baselines.RANDOM))
+    return flat
+
+
+@stage("json")
+def probe_predictions(domain_stats, domain_raw_stats, domain_shift, baseline_draws, report):
+    """Held-out predictions of ridge probes on mean activations, for every measure, and what shuffled targets give.
+
+    One row a measure and kind of features (raw, sae): domains, actual, predicted, r_squared (out of sample),
+    shuffled (r of held-out predictions with the target, for targets shuffled over domains); or `undefined`.
+    """
+    rows, features = [], {"raw": baselines.split_domains(domain_raw_stats),
+                          "sae": baselines.split_domains(domain_stats)}
+    measures = [measure for measure in MEASURES if (domain_shift["measure"] == measure).any()]
+    for done, measure in enumerate(measures, 1):
+        actual = domain_shift[domain_shift["measure"] == measure].set_index("domain")["shift"].abs().sort_index()
+        # Orders are the same for every seed of a run, so that seeds can be averaged order by order.
+        orders_BN = np.random.default_rng(0).permuted(np.tile(np.arange(len(actual)), (baseline_draws, 1)), axis=1)
+        targets_DP = np.column_stack([actual, actual.to_numpy()[orders_BN].T])
+        for kind, stats in features.items():
+            row = {"measure": measure, "features": kind, "domains": list(actual.index), "actual": actual.tolist()}
+            own = baselines.mean_vectors({domain: stats[domain] for domain in actual.index}).numpy()
+            try:
+                predicted_DP = baselines.held_out_predictions(own, targets_DP)
+                r_squared = baselines.out_of_sample_r_squared(actual.to_numpy(), predicted_DP[:, 0])
+            except StsError as error:
+                rows.append(row | {"undefined": str(error)})
+                continue
+            rows.append(row | {"r_squared": r_squared, "predicted": predicted_DP[:, 0].tolist(),
+                               "shuffled": correlation_rows(predicted_DP.T[1:], targets_DP.T[1:]).tolist()})
+        report(done / len(measures))
+    return plain(rows)
+
+
+# --- baselines: compared over seeds -------------------------------------------------------------------------------
+
+def _differences(each_seed) -> dict[str, dict[str, np.ndarray]]:
+    return item_differences({own.seed: (own.get("evaluation_before"), own.get("evaluation_after"))
+                             for own in each_seed})
+
+
+def _probes(each_seed, measure: str, features: str) -> list[dict]:
+    """Each seed's row of stage `probe_predictions`."""
+    return [row for own in each_seed for row in own.get("probe_predictions")
+            if (row["measure"], row["features"]) == (measure, features)]
+
+
+def _predictors(each_seed, names, domains: list[str]) -> dict[str, np.ndarray]:
+    """Name -> seeds x domains; NaN for one that is newer than the stored values."""
+    frames = [own.get("baseline_values").set_index("domain").reindex(index=domains, columns=names) for own in each_seed]
+    return {name: np.stack([frame[name].to_numpy(float) for frame in frames]) for name in names}
+
+
+@stage("json", version=2, also=(*EVERY_SEED, "probe_predictions"))
+def baseline_correlations(each_seed, bootstrap, permutations, seed, report):
+    """Correlation of every predictor with the absolute change, mean over seeds; and how far the score exceeds it.
+
+    One row a measure and predictor: `compare.Correlated`. Of probes neither p nor less: leaving a domain out pulls
+    their r down, so that only `baseline_nulls` can judge it.
+    """
+    rows, changes = [], _differences(each_seed)
+    for done, (measure, differences) in enumerate(changes.items(), 1):
+        domains, reasons = sorted(differences), {}
+        values = _predictors(each_seed, list(baselines.PREDICTORS), domains)
+        for name in PROBES:
+            own = _probes(each_seed, measure, name.removeprefix("probe_"))
+            values[name] = np.array([row.get("predicted", [np.nan] * len(domains)) for row in own], float)
+            reasons[name] = next((row["undefined"] for row in own if "undefined" in row), "")
+        compared = Comparison(differences, values, bootstrap=bootstrap, permutations=permutations, seed=seed,
+                              reasons=reasons)
+        rows += [{"measure": measure, "predictor": name, **plain(row)}
+                 for name, row in compared.rows(against=SCORES, untested=PROBES).items()]
+        report(done / len(changes))
+    return rows
+
+
+@stage("json", also=(*EVERY_SEED, "probe_predictions", "random_latent_scores"))
+def baseline_nulls(baseline_correlations, each_seed):
     """What chance gives: random sets of latents against the score's, shuffled targets against the probes'.
 
     One row a measure and null: null (kind of random latents, or `shuffled`), predictor (that it is to be compared
-    with), draws, mean, low, high (central 95% of r, mean over seeds), observed, p (share of draws with at least the
-    observed r, one-sided); of random sets also matched and chosen (mean firing rate or energy of the sets and of D_N)
-    and shared (share of latents that two sets have in common), of probes r_squared (out of sample, mean over seeds).
+    with), the fields of `compare.Null`; of random sets also matched and chosen (mean firing rate or energy of the sets
+    and of D_N) and shared (share of latents that two sets have in common), of probes r_squared (out of sample).
     """
-    rows = []
-    observed = {(row["measure"], row["predictor"]): row.get("pearson") for row in run.get("baseline_correlations")}
-    for one in _experiments(run):
+    observed = {(row["measure"], row["predictor"]): row.get("pearson") for row in baseline_correlations}
+    sets, rows = [own.get("random_latent_scores") for own in each_seed], []
+    names = list(each_seed[0].get("baseline_values")["domain"])
+    for measure, differences in _differences(each_seed).items():
+        domains = sorted(differences)
+        change_SN = np.abs(np.stack([differences[domain].mean(0) for domain in domains], axis=1))
+        places = [names.index(domain) for domain in domains]
         for kind in baselines.RANDOM:
-            sets = [own.get("random_latent_scores") for own in one.runs]
-            names = list(split_domains(run.get("domain_stats")))
-            places = [names.index(domain) for domain in one.domains]
+            about = {name: float(np.mean([own[f"{kind}/{field}"].mean() for own in sets])) for name, field in (
+                ("matched", "matched_R"), ("chosen", "chosen"), ("shared", "shared"))}
             for score, name in baselines.SCORES.items():
-                found_SR = [correlation_rows(own[f"{kind}/{score}_RD"].double().numpy()[:, places], y_N[None])
-                            for own, y_N in zip(sets, one.change_SN, strict=True)]
-                rows.append(_null(one.measure, kind, name, np.mean(found_SR, axis=0), observed) | {
-                    "matched": float(np.mean([own[f"{kind}/matched_R"].mean() for own in sets])),
-                    "chosen": float(np.mean([own[f"{kind}/chosen"].mean() for own in sets])),
-                    "shared": float(np.mean([own[f"{kind}/shared"].mean() for own in sets]))})
+                found_SR = [correlation_rows(own[f"{kind}/{score}_RD"].double().numpy()[:, places], y_N)
+                            for own, y_N in zip(sets, change_SN, strict=True)]
+                rows.append({"measure": measure, "null": kind, "predictor": name,
+                             **plain(null(np.mean(found_SR, axis=0), observed[measure, name])), **about})
         for features in ("raw", "sae"):
-            own = [probe_row(seed, one.measure, features) for seed in one.runs]
+            own = _probes(each_seed, measure, features)
             if all("shuffled" in row for row in own):
-                null = np.mean([np.array(row["shuffled"], float) for row in own], axis=0)
-                rows.append(_null(one.measure, "shuffled", f"probe_{features}", null, observed) | {
-                    "r_squared": float(np.mean([row["r_squared"] for row in own]))})
+                found_R = np.mean([np.array(row["shuffled"], float) for row in own], axis=0)
+                rows.append({"measure": measure, "null": "shuffled", "predictor": f"probe_{features}",
+                             **plain(null(found_R, observed[measure, f"probe_{features}"])),
+                             "r_squared": float(np.mean([row["r_squared"] for row in own]))})
     return rows
 
 
-def _null(measure: str, null: str, name: str, values_R: np.ndarray, observed: dict) -> dict:
-    kept_R, own = values_R[np.isfinite(values_R)], observed[measure, name]
-    row = {"measure": measure, "null": null, "predictor": name, "draws": len(kept_R), "observed": own}
-    if own is None or not len(kept_R):
-        return row | {"undefined": "no correlation is defined"}
-    low, high = np.quantile(kept_R, [0.025, 0.975])
-    return row | {"mean": float(kept_R.mean()), "low": float(low), "high": float(high),
-                  "p": _share_at_least(kept_R, own)}
+@stage("json", version=3, also=EVERY_SEED)
+def baseline_confounds(each_seed, bootstrap, permutations, seed):
+    """The score's partial correlation with the absolute change given each of `CONTROLS`, and both.
 
-
-# --- confounds and power ------------------------------------------------------------------------------------------
-
-def hardness_of(measure: str) -> str:
-    """The predictor that says how hard a domain is before training, in the unit of a measure if it is one of bits."""
-    return "base_bits_answer" if measure == "bits_answer" else "base_bits"
-
-
-def controls_of(measure: str) -> tuple[str, ...]:
-    """Everything that the score is corrected for at once: hardness, and both lengths."""
-    return hardness_of(measure), *LENGTHS
-
-
-def first_controls_of(measure: str) -> tuple[str, ...]:
-    """What the score was to be corrected for before the length of the answers was seen to matter."""
-    return hardness_of(measure), "question_tokens"
-
-
-def partial_rows(x_PSN: np.ndarray, change_SN: np.ndarray, controls_SNK: np.ndarray,
-                 resamples: Resamples | None, settings: Run) -> list[dict]:
-    """Partial correlations with the absolute change given controls, mean over seeds; one row a predictor.
-
-    Args:
-        resamples: of the experiment; None with fewer than three domains, for which nothing is defined.
-
-    Returns:
-        pearson, by_seed, pearson_interval (hierarchical bootstrap; the controls keep their measured values), p
-        (Freedman and Lane's permutations); or `undefined` alone.
-    """
-    reason = {"undefined": "too few domains, bits that were not evaluated, or nothing left to correlate"}
-    if controls_SNK.shape[1] < controls_SNK.shape[2] + 3 or not np.isfinite(controls_SNK).all():
-        return [reason for _ in x_PSN]
-    found_PS = correlation_rows(x_PSN, change_SN, controls_SNK)
-    tests = permutation_p_over_seeds(x_PSN, change_SN, controls_SNK, resamples=settings.permutations,
-                                     seed=settings.seed)
-    rows = []
-    for x_SN, found_S, test in zip(x_PSN, found_PS, tests, strict=True):
-        interval = _interval(resamples.correlations(x_SN, controls_SNK)) if np.isfinite(found_S).all() else None
-        rows.append({"pearson": float(found_S.mean()), "by_seed": found_S.tolist(), "pearson_interval": interval,
-                     "p": test.p} if interval else reason)
-    return rows
-
-
-@stage("json", version=3, uses=("seeds", "seed", "bootstrap", "permutations"), needs=EVERY_SEED, inputs=("seeds",))
-def baseline_confounds(run: OpenRun, report) -> list[dict]:
-    """The score's partial correlation with the absolute change given hardness, each length, and several of them.
-
-    One row a measure, score and list of controls (each of `controls_of`, `first_controls_of`, all): measure, score,
-    controls, n, seeds and the fields of `partial_rows`.
+    One row a measure, score and list of controls: `compare.Correlated`.
     """
     rows = []
-    for one in _experiments(run):
-        every, resamples = controls_of(one.measure), one.resamples if len(one.domains) >= 3 else None
-        for controls in (*((name,) for name in every), first_controls_of(one.measure), every):
-            controls_SNK = np.stack([one.predictor(name) for name in controls], axis=-1)
-            x_PSN = np.stack([one.predictor(score) for score in SCORES])
-            found = partial_rows(x_PSN, one.change_SN, controls_SNK, resamples, run.settings)
-            rows += [{"measure": one.measure, "score": score, "controls": list(controls), "n": len(one.domains),
-                      "seeds": len(one.runs)} | row for score, row in zip(SCORES, found, strict=True)]
+    for measure, differences in _differences(each_seed).items():
+        compared = Comparison(differences, _predictors(each_seed, [*SCORES, *CONTROLS], sorted(differences)),
+                              bootstrap=bootstrap, permutations=permutations, seed=seed)
+        for controls in (*((name,) for name in CONTROLS), CONTROLS):
+            rows += [{"measure": measure, "score": score, "controls": list(controls), **plain(row)}
+                     for score, row in zip(SCORES, compared.partial(SCORES, controls), strict=True)]
     return rows
 
 
-@stage("json", needs=("domain_shift",))
-def baseline_power(run: OpenRun, report) -> list[dict]:
-    """What this design could have found: one row a measure, `stats_domains.Power` and the changes' reliability.
+@stage("json")
+def baseline_power(domain_shift):
+    """What this design could have found: one row a measure, `resampling.Power` and the changes' reliability.
 
     The reliability is that of absolute changes, as they are what is forecast; where a change is not clearly apart from
     zero, its noise is a little smaller than assumed.
     """
-    shifts, rows = run.get("domain_shift"), []
-    for measure, own in shifts.groupby("measure"):
+    rows = []
+    for measure, own in domain_shift.groupby("measure"):
         try:
             rows.append({"measure": measure, **vars(power_of_design(len(own))),
                          "reliability": reliability(own["shift"].abs(), own["standard_error"])})

@@ -1,14 +1,16 @@
 """Stages of the chapter on ablations: the score with other values of single settings, and what they change.
 
-`sweep_latents` works from stored sums. `sweep_settings` reads the domains again for each value, `sweep_saes` with SAEs
-that `sweep_sae_training` trains on the same text; both are empty where the run lists no values.
+What was forecast, the absolute change of each domain, stays the same. `sweep_latents` works from stored sums,
+`sweep_settings` reads the domains again for each value, `sweep_saes` with SAEs that `sweep_sae_training` trains on the
+same text; the last two are empty where the run lists no values.
 """
 
 from __future__ import annotations
 
 import json
-import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas
 import torch
@@ -19,22 +21,37 @@ from sts.engine.sae_quality import reconstruction_quality
 from sts.engine.sae_training import SaeTraining, collect_layers, save_sae, shard_paths, train_sae
 from sts.engine.saes import SideBySide, check_fits, load_sae
 from sts.errors import StsError
-from sts.measure import sweeps
-from sts.measure.compare import KINDS, compared
-from sts.measure.shift import check_top_n
-from sts.measure.shift_stats import same_fraction
-from sts.run.run import OpenRun, stage
-from sts.stages.comparison import item_differences
-from sts.stages.forecast import DOMAIN, MASKS, SHIFT, domain_groups, masks, shift_groups, split_domains
-from sts.stages.sae import MODEL, sae_documents, token_pieces
+from sts.measure.baselines import split_domains
+from sts.measure.compare import AXES, SCORES, sweeps_compared
+from sts.measure.items import item_differences
+from sts.measure.score import score_domain
+from sts.measure.shift import check_top_n, shifted_dimensions
+from sts.run.stage import stage
 
 #: Seed of the sweep's text and SAEs, the same in every seed of a run.
 SAE_SEED = 0
-#: A file in the folder of each SAE of the sweep.
+#: Files in the folder of each SAE of the sweep.
 QUALITY, NORMS = "quality.json", "decoder_norms.safetensors"
-COLUMNS = ("axis", "value", "own", "domain", "sts_act", "sts_icl")
-SWEPT_SAES = ("sae_latents", "sae_k", "sweep_widths", "sweep_layers", "sweep_k")
-SWEPT_SETTINGS = (*sweeps.SETTINGS, "sweep_masks")
+COLUMNS = ("axis", "value", "own", "domain", *SCORES)
+#: Names in `sweep_masks` -> what a table calls it, and which settings of the masks are switched off.
+MASKS_OFF = {"whole_prompt": ("template too", {"question_tokens_only": False}),
+             "first_positions": ("template and first positions too",
+                                 {"question_tokens_only": False, "drop_first_positions": 0}),
+             "outliers": ("outlier norms too", {"outlier_norm": 0.0}),
+             "none": ("all tokens", {"question_tokens_only": False, "drop_first_positions": 0, "outlier_norm": 0.0})}
+Stats = Mapping[str, torch.Tensor]
+
+
+def ranking(shift: Stats) -> torch.Tensor:
+    """All latents, most shifted first."""
+    return shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], len(shift["squared_difference_L"]))
+
+
+def score_rows(axis: str, value: str, own: bool, chosen: torch.Tensor, domains: Mapping[str, Stats]) -> list[dict]:
+    """The paper's scores of every domain with chosen latents, under the axis and value they belong to."""
+    return [{"axis": axis, "value": value, "own": own, "domain": domain,
+             **{name: row[name] for name in SCORES}} for domain, stats in domains.items()
+            for row in (score_domain("paper", dict(stats), chosen),)]
 
 
 def _frame(rows: list[dict], *more: str) -> pandas.DataFrame:
@@ -43,200 +60,219 @@ def _frame(rows: list[dict], *more: str) -> pandas.DataFrame:
 
 # --- from stored sums ---------------------------------------------------------------------------------------------
 
-@stage("parquet", uses=("top_n", "sweep_bands", "sweep_top_n"), needs=("shift", "domain_stats", "scores"))
-def sweep_latents(run: OpenRun, report) -> pandas.DataFrame:
+@stage("parquet")
+def sweep_latents(shift, domain_stats, scores, top_n, sweep_bands, sweep_top_n):
     """Scores by rank band of the latents, by their number N, and by the formulas: axis, value, own, domain, scores."""
-    settings, shifted, domains = run.settings, run.get("shift"), split_domains(run.get("domain_stats"))
-    rows = sweeps.band_rows(shifted, domains, settings.top_n, settings.sweep_bands)
-    rows += sweeps.number_rows(shifted, domains, settings.top_n, settings.sweep_top_n)
+    order, domains = ranking(shift), split_domains(domain_stats)
+    if top_n > len(order):
+        raise StsError(f"A band of {top_n} ranks was asked for; the SAE has {len(order)} latents. Set top_n lower.")
+    rows = [row for first in range(0, min(sweep_bands, len(order) // top_n) * top_n, top_n)
+            for row in score_rows("bands", f"{first + 1:,}-{first + top_n:,}", first == 0, order[first:first + top_n],
+                                  domains)]
+    rows += [row for number in sorted({top_n, *sweep_top_n}) if number <= len(order)
+             for row in score_rows("top_n", f"{number:,}", number == top_n, order[:number], domains)]
     rows += [{"axis": "variant", "value": row["variant"].replace("_", " "), "own": row["variant"] == "paper", **row}
-             for row in run.get("scores").to_dict("records")]
+             for row in scores.to_dict("records")]
     return _frame(rows)
 
 
 # --- other settings of the forecast -------------------------------------------------------------------------------
 
-@stage("parquet", uses=("top_n", *SHIFT, *DOMAIN, *MASKS, *SWEPT_SETTINGS), needs=("shift", "domain_stats"),
-       inputs=("model", "sae", "sft_train", "domain_data", "demonstrations"))
-def sweep_settings(run: OpenRun, report) -> pandas.DataFrame:
+def forecast_values(own: Mapping[str, int], listed: Mapping[str, list[int]],
+                    masks: list[str]) -> list[tuple[str, str, dict]]:
+    """The values that a run sweeps: setting, what a table calls the value, what to change for it.
+
+    A setting whose list is empty is left out; the run's own value changes nothing and stands in its place in the order.
+    """
+    found = [(name, f"{value:,}", {} if value == own[name] else {name: value})
+             for name, values in listed.items() if values for value in sorted({own[name], *values})]
+    masked = [("as in this run", {}), *(MASKS_OFF[name] for name in masks)] if masks else []
+    return found + [("masks", *each) for each in masked]
+
+
+@stage("parquet", also=("lm", "reader", "layer", "shift_groups", "domain_groups", "masks"))
+def sweep_settings(variant, shift, domain_stats, top_n, demonstrations, shift_demonstrations, score_tokens,
+                   shift_tokens, sweep_demonstrations, sweep_shift_demonstrations, sweep_tokens, sweep_shift_tokens,
+                   sweep_masks, report):
     """Scores with other demonstrations, numbers of tokens and masks; each value's sums are stages of their own."""
-    rows, values = [], list(sweeps.forecast_values(run.settings))
+    own = {"demonstrations": demonstrations, "shift_demonstrations": shift_demonstrations,
+           "score_tokens": score_tokens, "shift_tokens": shift_tokens}
+    listed = dict(zip(own, (sweep_demonstrations, sweep_shift_demonstrations, sweep_tokens, sweep_shift_tokens),
+                      strict=True))
+    rows, values = [], forecast_values(own, listed, sweep_masks)
     for done, (axis, value, changes) in enumerate(values, 1):
-        own = run.with_forecast(**changes) if changes else run
-        chosen = sweeps.ranking(own.get("shift"))[:run.settings.top_n]
-        rows += sweeps.rows_of(axis, value, not changes, chosen, split_domains(own.get("domain_stats")))
+        sums = variant(**changes) if changes else {"shift": shift, "domain_stats": domain_stats}
+        rows += score_rows(axis, value, not changes, ranking(sums["shift"])[:top_n],
+                           split_domains(sums["domain_stats"]))
         report(done / len(values))
     return _frame(rows)
 
 
 # --- other SAEs ---------------------------------------------------------------------------------------------------
 
-def sweep_text(run: OpenRun) -> tuple[list[list[int]], list[list[int]]]:
-    """Pieces of `sae_text` to train on and held-out ones, `sweep_text_tokens` together with sources in proportion."""
-    settings, train, held_out = run.settings, [], []
-    whole = sum(settings.sae_text.values())
-    for name, tokens in settings.sae_text.items():
-        documents = sae_documents(run, name)
-        random.Random(SAE_SEED).shuffle(documents)
-        cut = max(1, len(documents) // 50)
-        share = max(1, round(tokens / whole * settings.sweep_text_tokens))
-        held_out += token_pieces(run, documents[:cut], max(1000, share // 20))
-        train += token_pieces(run, documents[cut:], share)
-    if not train:
-        raise StsError("sae_text holds too little text: one document is held out, and nothing is left to train on.")
-    random.Random(SAE_SEED).shuffle(train)
-    return train, held_out
+class SaeSpec(NamedTuple):
+    """An SAE of the sweep: its site and size."""
+
+    layer: int
+    latents: int
+    k: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"layer{self.layer}-latents{self.latents}-k{self.k}"
 
 
-@stage("folder", uses=(*MODEL, "sae_text", "sae_lr", "context", "sweep_sae_samples", "sweep_text_tokens", *SWEPT_SAES),
-       inputs=("model", "sae_text"))
-def sweep_sae_training(run: OpenRun, report) -> Path:
+def sae_values(own: SaeSpec, widths: list[int], layers: list[int], ks: list[int]) -> dict[str, list[SaeSpec]]:
+    """axis -> SAEs of the sweep in the order of its values; empty if the run sweeps none.
+
+    The one in the middle, `own`, stands in every axis. It is trained as the others are: the run's own SAE may have seen
+    more text, and would not be comparable.
+    """
+    axes = {"width": [own._replace(latents=width) for width in sorted({own.latents, *widths})],
+            "layer": [own._replace(layer=layer) for layer in sorted({own.layer, *layers})],
+            "k": [own._replace(k=k) for k in sorted({own.k, *ks})]}
+    return {axis: specs for axis, specs in axes.items() if len(specs) > 1}
+
+
+def _distinct(axes: dict[str, list[SaeSpec]]) -> list[SaeSpec]:
+    return list(dict.fromkeys(spec for own in axes.values() for spec in own))
+
+
+@stage("folder")
+def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_text_tokens, sae_latents, sae_k,
+                       sweep_widths, sweep_layers, sweep_k, report, work, scratch):
     """SAEs of several widths, layers and sparsities, trained on the same activations: one folder each, with quality.
 
     Layers are collected in one pass. A killed run goes on with the next shard or the next SAE.
     """
-    settings, work = run.settings, run.scratch("sweep_sae_training")
-    specs = list(dict.fromkeys(spec for own in sweeps.sae_values(settings).values() for spec in own))
-    (work / "plan.json").write_text(json.dumps([spec.name for spec in specs]) + "\n", encoding="utf-8")
-    if any(not (work / spec.name / QUALITY).is_file() for spec in specs):
+    specs = _distinct(sae_values(SaeSpec(layer, sae_latents, sae_k), sweep_widths, sweep_layers, sweep_k))
+    (scratch / "plan.json").write_text(json.dumps([spec.name for spec in specs]) + "\n", encoding="utf-8")
+    activations = scratch / "activations"
+    if any(not (scratch / spec.name / QUALITY).is_file() for spec in specs):
         layers = sorted({spec.layer for spec in specs})
-        for part, pieces in zip(("held_out", "train"), sweep_text(run), strict=True):
-            collect_layers(run.lm, {layer: work / "activations" / part / str(layer) for layer in layers}, pieces,
-                           pieces_per_shard=max(32, 512 // len(layers)), work=report.work,
-                           report=lambda f, part=part: report(0.2 * f if part == "train" else 0))
+        train, held_out = sae_texts.pieces(sweep_text_tokens, seed=SAE_SEED)
+        for part, pieces, share in (("held_out", held_out, 0.0), ("train", train, 0.2)):
+            collect_layers(lm, {one: activations / part / str(one) for one in layers}, pieces, work=work,
+                           pieces_per_shard=max(32, 512 // len(layers)),
+                           report=lambda f, share=share: report(share * f))
     for place, spec in enumerate(specs):
-        if not (work / spec.name / QUALITY).is_file():
-            _train(run, spec, work, lambda f, place=place: report(0.2 + 0.8 * (place + f) / len(specs)))
-    for path in (work / "activations").glob("*/*"):  # gigabytes that nothing needs any more
+        folder = scratch / spec.name
+        if (folder / QUALITY).is_file():
+            continue
+        trained, _ = train_sae(
+            activations / "train" / str(spec.layer),
+            SaeTraining(spec.latents, spec.k, sweep_sae_samples, lr=sae_lr, seed=SAE_SEED), model_name=lm.name,
+            layer=spec.layer, device=lm.device,
+            report=lambda fraction, row, place=place: report(0.2 + 0.8 * (place + fraction) / len(specs)))
+        norms_L = trained.W_dec.detach().norm(dim=-1).float().cpu()  # saving folds them
+        folder.mkdir(exist_ok=True)
+        save_sae(trained, folder, dtype=torch.bfloat16)
+        save_file({"norms_L": norms_L}, folder / NORMS)
+        quality = reconstruction_quality(load_sae(str(folder), device=lm.device),
+                                         activations / "held_out" / str(spec.layer))
+        (folder / QUALITY).write_text(json.dumps(quality) + "\n", encoding="utf-8")  # last, as the mark of its end
+    for path in activations.glob("*/*"):  # gigabytes that nothing needs any more
         for shard in shard_paths(path):
             shard.unlink()
+    for path in sorted((*activations.glob("*/*"), *activations.glob("*"), *scratch.glob("activations")), reverse=True):
         path.rmdir()
-    for path in (*(work / "activations").glob("*"), work / "activations"):
-        if path.is_dir():
-            path.rmdir()
-    return work
+    return scratch
 
 
-def _train(run: OpenRun, spec: sweeps.SaeSpec, work: Path, report) -> None:
-    """Train one SAE of the sweep; its quality is written last, as the mark that it is finished."""
-    settings, folder = run.settings, work / spec.name
-    trained, _ = train_sae(
-        work / "activations" / "train" / str(spec.layer),
-        SaeTraining(spec.latents, spec.k, settings.sweep_sae_samples, lr=settings.sae_lr, seed=SAE_SEED),
-        model_name=settings.model, layer=spec.layer, device=run.device, report=lambda fraction, row: report(fraction))
-    norms_L = trained.W_dec.detach().norm(dim=-1).float().cpu()  # saving folds them
-    folder.mkdir(exist_ok=True)
-    save_sae(trained, folder, dtype=torch.bfloat16)
-    save_file({"norms_L": norms_L}, folder / NORMS)
-    quality = reconstruction_quality(load_sae(str(folder), device=run.device),
-                                     work / "activations" / "held_out" / str(spec.layer))
-    (folder / QUALITY).write_text(json.dumps(quality) + "\n", encoding="utf-8")
-
-
-@stage("parquet", uses=("top_n", *SHIFT, *DOMAIN, *MASKS, *SWEPT_SAES), needs=("sweep_sae_training",),
-       inputs=("model", "sft_train", "domain_data", "demonstrations"))
-def sweep_saes(run: OpenRun, report) -> pandas.DataFrame:
+@stage("parquet", also=("fold_norms",))
+def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_groups, masks, top_n, sae_latents, sae_k,
+               sweep_widths, sweep_layers, sweep_k, tokens_per_batch, report, work, scratch):
     """Scores with each SAE of the sweep; also layer, latents, k, l0, explained and silent (shares, held-out text).
 
     The domains are read once for each layer, for all SAEs there; a killed run goes on with the next layer.
     """
-    axes, folder = sweeps.sae_values(run.settings), run.scratch("sweep_saes")
-    layers = list(dict.fromkeys(spec.layer for own in axes.values() for spec in own))
-    found: dict[sweeps.SaeSpec, dict[str, list[dict]]] = {}
-    for place, layer in enumerate(layers):
-        path = folder / f"layer-{layer}.json"
-        specs = list(dict.fromkeys(spec for own in axes.values() for spec in own if spec.layer == layer))
+    own = SaeSpec(layer, sae_latents, sae_k)
+    axes = sae_values(own, sweep_widths, sweep_layers, sweep_k)
+    found, layers = {}, list(dict.fromkeys(spec.layer for spec in _distinct(axes)))
+    groups = {"": shift_groups, **domain_groups} if axes else {}
+    for place, one in enumerate(layers):
+        path, specs = scratch / f"layer-{one}.json", [spec for spec in _distinct(axes) if spec.layer == one]
         if not path.is_file():
-            rows = _layer_rows(run, layer, specs, lambda f, place=place: report((place + f) / len(layers)), report.work)
+            saes = {spec.name: load_sae(str(sweep_sae_training / spec.name), device=lm.device, dtype=sae_dtype)
+                    for spec in specs}
+            for spec in specs:
+                check_top_n(top_n, spec.latents)
+                check_fits(saes[spec.name], lm, one)
+            together, sums, steps = SideBySide(saes), {}, len(groups) * len(layers)
+            for done, (name, group) in enumerate(groups.items(), place * len(groups)):
+                stats = paired_stats(lm, together, one, group, masks, tokens_per_batch=tokens_per_batch, work=work,
+                                     report=lambda f, done=done, steps=steps: report((done + f) / steps)).to_tensors()
+                sums[name] = split_domains(together.split({field: stats[field] for field in (
+                    "tokens", "base_sum_L", "squared_difference_L")}))
+            rows = [_scored(spec, sweep_sae_training / spec.name, {name: own[spec.name] for name, own in sums.items()},
+                            top_n, sae_latents) for spec in specs]
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(rows), encoding="utf-8")
             partial.rename(path)
         found |= zip(specs, json.loads(path.read_text(encoding="utf-8")), strict=True)
-    rows, own = [], sweeps.own_sae(run.settings)
-    for axis, specs in axes.items():
-        rows += [{"axis": axis, "value": f"{getattr(spec, 'latents' if axis == 'width' else axis):,}",
-                  "own": spec == own, **row} for spec in specs for row in found[spec]["number"]]
-    if "width" in axes:
-        rows += [{"axis": "width_share", "value": f"{spec.latents:,}", "own": spec == own, **row}
-                 for spec in axes["width"] for row in found[spec]["share"]]
-    if axes:
-        rows += [{"axis": "norms", "value": value, "own": kind == "number", **row}
-                 for kind, value in (("number", "folded"), ("unfolded", "as trained")) for row in found[own][kind]]
+    rows = [{"axis": axis, "value": f"{getattr(spec, 'latents' if axis == 'width' else axis):,}", "own": spec == own,
+             **row} for axis, specs in axes.items() for spec in specs for row in found[spec]["number"]]
+    rows += [{"axis": "width_share", "value": f"{spec.latents:,}", "own": spec == own, **row}
+             for spec in axes.get("width", ()) for row in found[spec]["share"]]
+    rows += [{"axis": "norms", "value": value, "own": kind == "number", **row}
+             for kind, value in (("number", "folded"), ("unfolded", "as trained")) if axes for row in found[own][kind]]
     return _frame(rows, "layer", "latents", "k", "l0", "explained", "silent")
 
 
-def _layer_rows(run: OpenRun, layer: int, specs: list[sweeps.SaeSpec], report, work) -> list[dict[str, list[dict]]]:
-    """For each SAE of a layer its scores by domain, with N latents, with N in proportion, and without folded norms."""
-    trained, settings = run.get("sweep_sae_training"), run.settings
-    parts = {}
-    for spec in specs:
-        check_top_n(settings.top_n, spec.latents)
-        parts[spec.name] = load_sae(str(trained / spec.name), device=run.device, dtype=settings.sae_dtype)
-        check_fits(parts[spec.name], run.lm, layer)
-    together, groups = SideBySide(parts), {"": shift_groups(run), **domain_groups(run)}
-    sums = {}
-    for place, (name, own) in enumerate(groups.items()):
-        stats = paired_stats(run.lm, together, layer, own, masks(run), tokens_per_batch=settings.tokens_per_batch,
-                             work=work, report=lambda f, place=place: report((place + f) / len(groups))).to_tensors()
-        kept = {field: stats[field] for field in ("tokens", "base_sum_L", "squared_difference_L")}
-        sums[name] = split_domains(together.split(kept))
-    found = []
-    for spec in specs:
-        shifted, domains = sums[""][spec.name], {name: own[spec.name] for name, own in sums.items() if name}
-        norms_L = load_file(trained / spec.name / NORMS)["norms_L"].double()
-        quality = json.loads((trained / spec.name / QUALITY).read_text(encoding="utf-8"))
-        about = {"layer": spec.layer, "latents": spec.latents, "k": spec.k, "l0": quality["l0"],
-                 "explained": quality["fraction_of_variance_explained"], "silent": quality["dead"] / spec.latents}
-        as_trained = {name: sweeps.unfolded(stats, norms_L) for name, stats in domains.items()}
-        number, order = settings.top_n, sweeps.ranking(shifted)
-        share = same_fraction(number, settings.sae_latents, spec.latents)
-        scored = {"number": (order[:number], domains), "share": (order[:share], domains),
-                  "unfolded": (sweeps.ranking(sweeps.unfolded(shifted, norms_L))[:number], as_trained)}
-        found.append({kind: [about | {key: row[key] for key in ("domain", *sweeps.SCORES)}
-                             for row in sweeps.rows_of("", "", False, *own)] for kind, own in scored.items()})
-    return found
+def unfolded(stats: Stats, norms_L: torch.Tensor) -> Stats:
+    """The sums that latents would have without decoder norms folded in.
+
+    Args:
+        norms_L: decoder norms before folding, up to one common factor, which no correlation notices.
+    """
+    return {**stats, "base_sum_L": stats["base_sum_L"] / norms_L,
+            "squared_difference_L": stats["squared_difference_L"] / norms_L**2}
+
+
+def _scored(spec: SaeSpec, folder: Path, sums: dict[str, Stats], top_n: int, sae_latents: int) -> dict[str, list[dict]]:
+    """Scores by domain with N latents, with N in proportion to the width, and without folded norms."""
+    norms_L = load_file(folder / NORMS)["norms_L"].double()
+    quality = json.loads((folder / QUALITY).read_text(encoding="utf-8"))
+    about = {**spec._asdict(), "l0": quality["l0"], "explained": quality["fraction_of_variance_explained"],
+             "silent": quality["dead"] / spec.latents}
+    before = {name: unfolded(stats, norms_L) for name, stats in sums.items()}
+    share = max(1, round(top_n / sae_latents * spec.latents))
+    return {kind: [{**about, "domain": name, **{score: row[score] for score in SCORES}}
+                   for name, stats in of.items() if name
+                   for row in (score_domain("paper", dict(stats), ranking(of[""])[:count]),)]
+            for kind, of, count in (("number", sums, top_n), ("share", sums, share), ("unfolded", before, top_n))}
 
 
 # --- what they change ---------------------------------------------------------------------------------------------
 
-def repeated(run: OpenRun) -> OpenRun:
-    """The run with the seeds that its sweeps are repeated at: setting `sweep_seeds`."""
-    seeds = run.settings.sweep_seeds
-    return run if seeds is None else run.with_seeds(seeds)
-
-
-def swept(run: OpenRun) -> pandas.DataFrame:
-    """All sweeps of a run's own seed in the order of the page; the columns that every sweep has."""
-    parts = [run.get(name)[list(COLUMNS)] for name in ("sweep_latents", "sweep_saes", "sweep_settings")]
-    return pandas.concat([part for part in parts if len(part)], ignore_index=True).sort_values(
-        "axis", key=lambda axis: axis.map({name: place for place, name in enumerate(sweeps.AXES)}), kind="stable",
-        ignore_index=True)
-
-
-@stage("json", version=2, uses=("seeds", "sweep_seeds", "seed", "bootstrap", "permutations"),
-       needs=("sweep_latents", "sweep_settings", "sweep_saes", "evaluation_before", "evaluation_after"),
-       inputs=("seeds",))
-def sweep_correlations(run: OpenRun, report) -> dict[str, list[dict]]:
+@stage("json", version=2, also=("sweep_latents", "sweep_settings", "sweep_saes", "evaluation_before",
+                                "evaluation_after"))
+def sweep_correlations(each_seed, sweep_seeds, seed, bootstrap, permutations, report):
     """Correlation of each value's scores with the absolute change, mean over seeds; differences; the best by chance.
 
     Returns:
-        values: one row a measure, score, axis and value: own, n, seeds, by_seed, pearson, pearson_interval
-            (hierarchical bootstrap), p (permutation); unless own also less (mean, interval, p, p_holm: r of this value
-            minus r of the run's own, over the same resamples); or `undefined`.
+        values: one row a measure, score, axis and value: own and the fields of `compare.Correlated`, where less is r of
+            this value minus r of the run's own, with p_holm.
         claims: one row a measure, score and axis whose ends the paper compares: first, last, mean, interval, p (last
             minus first).
-        best: one row a measure and score: `sweeps.BestOf`, with the axis and value of the best, and less_own (mean,
-            interval, p: r of the best minus r of the run's own score; None if the best is that score, or if that has
-            no correlation).
+        best: one row a measure and score: `compare.BestOf`, with the axis and value of the best, and less_own (r of the
+            best minus r of the run's own score; None if the best is that score, or if that has no correlation).
         saes: one row a measure and score if the run sweeps SAEs: own and middle (r with the run's own SAE and with the
             middle one of the sweep), mean, interval, p (middle minus own).
     """
-    run = repeated(run)
-    frames = [swept(run.with_seed(seed)) for seed in (run.settings.seed, *run.other_seeds)]
-    found: dict[str, list[dict]] = {name: [] for name in KINDS}
-    changes = item_differences(run)
+    views = [own for own in each_seed if sweep_seeds is None or own.seed in (seed, *sweep_seeds)]
+    places, frames = {axis: place for place, axis in enumerate(AXES)}, []
+    for own in views:
+        parts = [own.get(name)[list(COLUMNS)] for name in ("sweep_latents", "sweep_saes", "sweep_settings")]
+        frames.append(pandas.concat([part for part in parts if len(part)], ignore_index=True).sort_values(
+            "axis", key=lambda axis: axis.map(places), kind="stable", ignore_index=True))
+    changes = item_differences({own.seed: (own.get("evaluation_before"), own.get("evaluation_after"))
+                                for own in views})
+    found: dict[str, list[dict]] = {}
     for done, (measure, differences) in enumerate(changes.items(), 1):
-        for name, rows in compared(measure, frames, differences, run.settings).items():
-            found[name] += rows
+        for name, rows in sweeps_compared(measure, frames, differences, bootstrap=bootstrap,
+                                          permutations=permutations, seed=seed).items():
+            found[name] = found.get(name, []) + rows
         report(done / len(changes))
     return found

@@ -1,32 +1,41 @@
-"""Progress with time left, on the terminal and never in a notebook.
+"""What a stage says while it runs, on the terminal and never in a notebook, and what its provenance says afterwards.
 
-A stage reports the fraction it has done. Inside a notebook the kernel appends the reports to the file named by
-STS_PROGRESS, and the command that runs the notebook shows them; elsewhere they go straight to the terminal.
+Inside a notebook the kernel appends progress to the file named by STS_PROGRESS, and the command that runs the notebook
+shows it; elsewhere it goes straight to the terminal.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
+import resource
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-from sts.engine.work import Work
+from sts.errors import ROOT
+
+PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math-verify", "reasoning-gym", "scipy",
+            "scikit-learn")
 
 
 class Reporter:
-    """Reports one stage's progress: call it with a fraction between 0 and 1. `work` counts what the stage runs.
+    """One stage's progress: call it with a fraction between 0 and 1. `work` counts what the stage runs.
 
     Args:
         shown: whether anyone is told; of several processes at one stage, one does.
     """
 
     def __init__(self, stage: str, *, shown: bool = True):
-        self.shown = shown
-        self.stage, self.started, self.last = stage, time.monotonic(), 0.0
-        self.work = Work()
+        from sts.engine.work import Work
+
+        self.stage, self.shown, self.work = stage, shown, Work()
+        self.started, self.last = time.monotonic(), 0.0
         self._send("start", 0.0)
 
     def __call__(self, fraction: float) -> None:
@@ -43,10 +52,8 @@ class Reporter:
     def _send(self, event: str, fraction: float) -> None:
         if not self.shown:
             return
-        report = {"event": event, "stage": self.stage, "fraction": fraction,
-                  "seconds": time.monotonic() - self.started}
-        target = os.environ.get("STS_PROGRESS", "")
-        if target:
+        report = {"event": event, "stage": self.stage, "fraction": fraction, "seconds": time.monotonic() - self.started}
+        if target := os.environ.get("STS_PROGRESS", ""):
             with open(target, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(report) + "\n")
         else:
@@ -81,9 +88,8 @@ def show(report: dict, stream=None) -> None:
         return
     text = line(report)
     if stream.isatty():
-        padding = " " * max(0, _shown["width"] - len(text))
         end = "\n" if report["event"] == "done" else ""
-        stream.write(f"\r  {text}{padding}{end}")
+        stream.write(f"\r  {text}{' ' * max(0, _shown['width'] - len(text))}{end}")
         _shown["width"] = 0 if end else len(text)
     elif report["event"] != "progress" or time.monotonic() - _shown["at"] > 60:
         _shown["at"] = time.monotonic()
@@ -121,3 +127,39 @@ class Follower:
                     show(json.loads(text))
             if ended:
                 return
+
+
+# --- provenance ---------------------------------------------------------------------------------------------------
+
+def peak_memory_mb() -> int:
+    """The process's largest resident memory so far; the unit that the system reports differs."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1024**2 if sys.platform == "darwin" else 1024))
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device, Python, package versions and commit, as provenance records them."""
+    import torch
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": hardware, "python": platform.python_version(),
+            "versions": {package: version(package) for package in PACKAGES}, "commit": commit()}
+
+
+def commit() -> str:
+    """The repository's commit, with "+changes" if the code differs from it; "" outside git."""
+    def git(*command: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, timeout=10)
+
+    try:
+        head, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--", "sts", "runs",
+                                                                   "notebooks")
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "") if head.returncode == 0 else ""

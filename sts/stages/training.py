@@ -1,0 +1,74 @@
+"""What really happens: fine-tuning, and every domain's questions before and after it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+from sts.engine.evaluate import evaluate
+from sts.engine.finetune import FineTuning, fine_tune
+from sts.errors import StsError
+from sts.measure.items import domain_shifts
+from sts.run.stage import stage
+
+
+@stage("folder", version=2, parallel=True)
+def sft(fresh_lm, train, held_out, sft_epochs, sft_lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank,
+        lora_alpha, seed, report, work, scratch):
+    """Fine-tune on the training domain's worked solutions: adapter, loss curve, held-out loss before and after."""
+    # All weights in bf16 would round most updates away; adapters are float32 in any case.
+    log = fine_tune(fresh_lm("" if lora_rank else "float32"), train, held_out,
+                    FineTuning(sft_epochs, sft_lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank, lora_alpha,
+                               seed), scratch, report=report, work=work)
+    if log:  # the main process alone has one
+        (scratch / "training.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+        # Renamed first: killed halfway through the removal, nobody takes the rest for checkpoints.
+        shutil.rmtree((scratch / "checkpoints").rename(scratch / "finished"))
+    return scratch
+
+
+@stage("json")
+def sft_trials(fresh_lm, trial, sft_lr_tried, sft_epochs, sft_batch, sft_micro_batch, sft_max_length, lora_rank,
+               lora_alpha, report, work, scratch):
+    """Held-out training-domain loss after a short fine-tuning with each rate in `sft_lr_tried`, at a seed of its own.
+
+    One row a rate: lr, train and held_out (numbers of problems), steps, held_out_before, held_out_after (nats per
+    solution token, averaged over problems). Run by hand before a profile is fixed.
+    """
+    if not sft_lr_tried:
+        raise StsError("sft_lr_tried is empty: name the learning rates to compare, such as [1.0e-4, 3.0e-4].")
+    (train, held_out, seed), rows = trial, []
+    for place, lr in enumerate(sft_lr_tried):
+        finished = scratch / f"{lr:g}" / "row.json"
+        if not finished.is_file():  # else done before the stage was killed
+            log = fine_tune(fresh_lm("" if lora_rank else "float32"), train, held_out,
+                            FineTuning(sft_epochs, lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank,
+                                       lora_alpha, seed), finished.parent, work=work,
+                            report=lambda fraction, place=place: report((place + fraction) / len(sft_lr_tried)))
+            finished.write_text(json.dumps({"lr": lr} | {
+                name: log[name] for name in ("train", "held_out", "steps", "held_out_before", "held_out_after")}))
+        rows.append(json.loads(finished.read_text()))
+    return rows
+
+
+def _evaluated(lm, questions, limit, kinds, batch, report, work):
+    chosen = [example for group in questions.values() for example in (group[:limit] if limit else group)]
+    return evaluate(lm, chosen, kinds=kinds, batch=batch, report=report, work=work)
+
+
+@stage("parquet", version=2)
+def evaluation_before(lm, questions, eval_limit, eval_batch, eval_kinds, report, work):
+    """Log-likelihoods of `eval_kinds` (option letters, worked solutions) under the untuned model."""
+    return _evaluated(lm, questions, eval_limit, eval_kinds, eval_batch, report, work)
+
+
+@stage("parquet", version=2)
+def evaluation_after(tuned, questions, eval_limit, eval_batch, eval_kinds, report, work):
+    """The same under the tuned model."""
+    return _evaluated(tuned, questions, eval_limit, eval_kinds, eval_batch, report, work)
+
+
+@stage("parquet", version=4)
+def domain_shift(evaluation_before, evaluation_after, bootstrap, seed):
+    """Change of every measure that was evaluated, by domain, with intervals and McNemar's test."""
+    return domain_shifts(evaluation_before, evaluation_after, resamples=bootstrap, seed=seed)
