@@ -28,13 +28,13 @@ SCORES = {"act": "sts_act", "icl": "sts_icl"}
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a run with one seed: sums by latent or raw dimension, and frames by domain.
+    """What is known of a run with one seed.
 
     Attributes:
-        shift, raw_shift: paired sums of the training questions; `moved`: those before and after fine-tuning.
-        domains, raw: domain -> paired sums; `change`: before and after fine-tuning, as in stage `domain_model_change`.
-        scores, texts: columns of stages `scores` (the paper's formulas) and `text_baselines`.
-        before: bits per character before training.
+        shift, raw_shift, moved: sums by latent or raw dimension of the training questions, without and behind
+            demonstrations, and (`moved`) before and after fine-tuning.
+        domains, raw, change: domain -> the same sums of its questions.
+        scores, texts, before: stages `scores` (the paper's formulas) and `text_baselines`, and bits before training.
         count, raw_count: how many latents and raw dimensions are chosen.
     """
 
@@ -50,10 +50,17 @@ class Known:
     count: int
     raw_count: int
 
-    @property
-    def width(self) -> int:
-        """Number of latents."""
-        return len(self.shift["squared_difference_L"])
+    def with_all(self, score: str) -> pandas.Series:
+        """A score on all latents."""
+        return dimension_scores(self.shift, self.domains, len(self.shift["squared_difference_L"]), score)
+
+    def with_raw(self, score: str) -> pandas.Series:
+        """A score on raw dimensions."""
+        return dimension_scores(self.raw_shift, self.raw, self.raw_count, score)
+
+    def with_moved(self, score: str) -> pandas.Series:
+        """A score on the latents that fine-tuning moved most."""
+        return dimension_scores(self.moved, self.domains, self.count, score)
 
 
 @dataclass(frozen=True)
@@ -76,36 +83,32 @@ def split_domains(flat: Stats) -> dict[str, dict[str, torch.Tensor]]:
     return dict(sorted(domains.items()))
 
 
-# --- scores on other dimensions -----------------------------------------------------------------------------------
+def chosen_by(shift: Stats, count: int) -> torch.Tensor:
+    """The `count` dimensions (all, at most) that `shift` moves most, most first."""
+    return shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], count)
+
 
 def dimension_scores(shift: Stats, domains: Mapping[str, Stats], count: int, score: str) -> pandas.Series:
-    """One of the paper's scores on the `count` dimensions (all, at most) that `shift` moves most, by domain."""
-    chosen = shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], count)
-    return pandas.Series({domain: score_domain("paper", dict(stats), chosen)[score]
-                          for domain, stats in domains.items()})
+    """One of the paper's scores on the dimensions that `shift` moves most, by domain."""
+    chosen = chosen_by(shift, count)
+    return pandas.Series({domain: score_domain("paper", dict(own), chosen)[score] for domain, own in domains.items()})
 
 
-def mean_square(shift: Stats, domains: Mapping[str, Stats], count: int) -> pandas.Series:
-    """Squared values of the chosen dimensions, summed and averaged over tokens, by domain: the score for dimensions
-    with both signs, whose plain sum would cancel."""
-    chosen = shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], count)
-    return pandas.Series({domain: (stats["base_square_sum_L"][chosen].sum() / stats["tokens"]).item()
-                          for domain, stats in domains.items()})
+def mean_square(run: Known) -> pandas.Series:
+    """Squared raw dimensions, summed and averaged over tokens: both signs would cancel in the plain sum."""
+    chosen = chosen_by(run.raw_shift, run.raw_count)
+    return pandas.Series({domain: (own["base_square_sum_L"][chosen].sum() / own["tokens"]).item()
+                          for domain, own in run.raw.items()})
 
-
-# --- likeness -----------------------------------------------------------------------------------------------------
 
 def mean_vectors(domains: Mapping[str, Stats]) -> torch.Tensor:
     """Mean activation of every domain without demonstrations, D x L, in float64."""
     return torch.stack([stats["base_sum_L"].double() / stats["tokens"] for stats in domains.values()])
 
 
-def training_cosine(domains: Mapping[str, Stats], training: Stats, *, centred: bool = False) -> pandas.Series:
-    """Cosine of each domain's mean activation with the training set's, -1 to 1.
-
-    Residual streams share one large direction, so that all plain cosines are close to 1; `centred` takes the mean over
-    domains off both first.
-    """
+def cosine(domains: Mapping[str, Stats], training: Stats, *, centred: bool = False) -> pandas.Series:
+    """Cosine of each domain's mean activation with the training set's; `centred` takes the mean over domains off first,
+    as residual streams share one large direction, so that all plain cosines are close to 1."""
     means_DL, own_L = mean_vectors(domains), training["base_sum_L"].double() / training["tokens"]
     if centred:
         means_DL, own_L = means_DL - means_DL.mean(0), own_L - means_DL.mean(0)
@@ -129,8 +132,6 @@ def tfidf_similarity(domains: Mapping[str, Sequence[str]], training: Sequence[st
     return pandas.Series(means[:-1] @ means[-1], index=list(domains))
 
 
-# --- after fine-tuning --------------------------------------------------------------------------------------------
-
 def change_cosine(domains: Mapping[str, Stats]) -> pandas.Series:
     """1 - cosine of the mean residuals before and after fine-tuning, by domain."""
     cosine = torch.nn.functional.cosine_similarity
@@ -149,29 +150,22 @@ _DOMAIN, _PROBE, _AFTER = "the domain itself", "optimised probes", "after fine-t
 PREDICTORS = {
     "sts_act": Predictor("STS_act", _SCORE, lambda run: run.scores["sts_act"]),
     "sts_icl": Predictor("STS_ICL", _SCORE, lambda run: run.scores["sts_icl"]),
-    "all_act": Predictor("STS_act, all latents", _LATENTS,
-                         lambda run: dimension_scores(run.shift, run.domains, run.width, "sts_act")),
-    "all_icl": Predictor("STS_ICL, all latents", _LATENTS,
-                         lambda run: dimension_scores(run.shift, run.domains, run.width, "sts_icl")),
-    "raw_act": Predictor("STS_act, raw dimensions", _RAW,
-                         lambda run: dimension_scores(run.raw_shift, run.raw, run.raw_count, "sts_act")),
-    "raw_square": Predictor("mean square, raw dimensions", _RAW,
-                            lambda run: mean_square(run.raw_shift, run.raw, run.raw_count)),
-    "raw_icl": Predictor("STS_ICL, raw dimensions", _RAW,
-                         lambda run: dimension_scores(run.raw_shift, run.raw, run.raw_count, "sts_icl")),
-    "cosine_raw": Predictor("cosine, mean residual", _TRAINING, lambda run: training_cosine(run.raw, run.raw_shift)),
+    "all_act": Predictor("STS_act, all latents", _LATENTS, lambda run: run.with_all("sts_act")),
+    "all_icl": Predictor("STS_ICL, all latents", _LATENTS, lambda run: run.with_all("sts_icl")),
+    "raw_act": Predictor("STS_act, raw dimensions", _RAW, lambda run: run.with_raw("sts_act")),
+    "raw_square": Predictor("mean square, raw dimensions", _RAW, lambda run: mean_square(run)),
+    "raw_icl": Predictor("STS_ICL, raw dimensions", _RAW, lambda run: run.with_raw("sts_icl")),
+    "cosine_raw": Predictor("cosine, mean residual", _TRAINING, lambda run: cosine(run.raw, run.raw_shift)),
     "cosine_raw_centred": Predictor("cosine, mean residual, centred", _TRAINING,
-                                    lambda run: training_cosine(run.raw, run.raw_shift, centred=True)),
-    "cosine_sae": Predictor("cosine, mean latents", _TRAINING, lambda run: training_cosine(run.domains, run.shift)),
+                                    lambda run: cosine(run.raw, run.raw_shift, centred=True)),
+    "cosine_sae": Predictor("cosine, mean latents", _TRAINING, lambda run: cosine(run.domains, run.shift)),
     "tfidf": Predictor("TF-IDF similarity of questions", _TRAINING, lambda run: run.texts["tfidf"]),
     "base_bits": Predictor("bits per character before", _DOMAIN, lambda run: run.before),
     "question_tokens": Predictor("length of the questions", _DOMAIN, lambda run: run.texts["question_tokens"]),
     "probe_raw": Predictor("probe on raw activations", _PROBE),
     "probe_sae": Predictor("probe on SAE activations", _PROBE),
-    "actual_act": Predictor("STS_act, latents training moved", _AFTER,
-                            lambda run: dimension_scores(run.moved, run.domains, run.count, "sts_act"), False),
-    "actual_icl": Predictor("STS_ICL, latents training moved", _AFTER,
-                            lambda run: dimension_scores(run.moved, run.domains, run.count, "sts_icl"), False),
+    "actual_act": Predictor("STS_act, latents training moved", _AFTER, lambda run: run.with_moved("sts_act"), False),
+    "actual_icl": Predictor("STS_ICL, latents training moved", _AFTER, lambda run: run.with_moved("sts_icl"), False),
     "change_cosine": Predictor("1 - cosine, residual before and after", _AFTER,
                                lambda run: change_cosine(run.change), False),
     "change_rms": Predictor("change of the residual, RMS", _AFTER,
@@ -187,19 +181,12 @@ def values_of(run: Known) -> pandas.DataFrame:
                             index=pandas.Index(run.domains, name="domain"), dtype=float)
 
 
-# --- random latents -----------------------------------------------------------------------------------------------
-
 def random_set_scores(kind: str, shift: Stats, domains: Mapping[str, Stats], count: int, draws: int,
                       seed: int) -> dict[str, torch.Tensor]:
-    """Scores with random sets of latents in place of D_N, none of which holds a latent of D_N.
+    """Scores (act_RD, icl_RD) with random sets of latents in place of D_N, none of which holds a latent of D_N.
 
-    Args:
-        kind: `uniform`, or what the sets imitate of D_N on the training questions: `rate` (share of tokens on which a
-            latent fires) or `energy` (mean square).
-
-    Returns:
-        act_RD and icl_RD (scores), matched_R (mean rate or energy of each set), chosen (that of D_N, one value), shared
-        (`shared_share` of the sets, one value).
+    By `kind` they imitate on the training questions its `rate` (share of tokens on which a latent fires), its `energy`
+    (mean square), or nothing (`uniform`). Also matched_R (each set's mean), chosen (that of D_N), and `shared_share`.
     """
     if kind not in RANDOM:
         raise one_of("Kind of random latents", kind, RANDOM)
@@ -207,7 +194,7 @@ def random_set_scores(kind: str, shift: Stats, domains: Mapping[str, Stats], cou
     if 2 * count > width:
         raise StsError(f"Random sets of {count} latents beside the {count} chosen ones were asked of {width} latents. "
                        f"Set top_n to at most {width // 2}.")
-    chosen = shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], count)
+    chosen = chosen_by(shift, count)
     like_L = shift["base_square_sum_L" if kind == "energy" else "base_fired_L"] / shift["tokens"]
     # Seeds of one draw and the next must not meet those of another run's seed.
     seeds = [100_000 * seed + draw for draw in range(draws)]
@@ -226,8 +213,6 @@ def shared_share(sets_RK: torch.Tensor, width: int) -> float:
     times_L = torch.bincount(sets_RK.flatten(), minlength=width).double()  # in how many sets each latent is
     return (times_L * (times_L - 1)).sum().item() / (draws * (draws - 1) * count) if draws > 1 else 1.0
 
-
-# --- probes -------------------------------------------------------------------------------------------------------
 
 #: Penalties that the inner cross-validation chooses from, for features scaled to a mean square length of one.
 ALPHAS = 10.0 ** np.arange(-4, 4.5, 0.5)

@@ -7,8 +7,7 @@ Shape suffixes: N domains, I items, S seeds, K controls or scores, R random draw
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,75 +16,11 @@ import numpy as np
 import pandas
 
 from sts.errors import StsError
-from sts.measure.correlation import (
-    Line,
-    correlation_rows,
-    fit_line,
-    leave_one_out,
-    pearson,
-    permutation_tests,
-    plain,
-    points,
-    random_orders,
-    spearman,
-    units,
-)
-from sts.measure.resampling import (
-    Interval,
-    Resamples,
-    bootstrap_interval,
-    hierarchical_resamples,
-    percentile_interval,
-    swap_tests,
-)
+from sts.measure import correlation, resampling
+from sts.measure.correlation import correlation_rows, pearson, plain, spearman, units
 
 SCORES = ("sts_act", "sts_icl")
 
-
-# --- one scatter plot ---------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class LeaveOneOut:
-    """Lowest and highest Pearson correlation after leaving out one point, and the point left out each time."""
-
-    low: float
-    low_without: str
-    high: float
-    high_without: str
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """Everything the book says about one scatter plot; `leave_one_out` is None where no point can be left out."""
-
-    n: int
-    pearson: float
-    pearson_interval: Interval
-    p: float
-    exact: bool
-    permutations: int
-    spearman: float
-    r_squared: float
-    line: Line
-    leave_one_out: LeaveOneOut | None
-
-
-def correlate(x: Sequence[float], y: Sequence[float], names: Sequence[str], *, seed: int = 0,
-              permutations: int = 100_000, resamples: int = 5000) -> Correlation:
-    """One predictor and one seed: r with a bootstrap over points and a permutation p. Raises as `pearson`."""
-    x_N, y_N = points(x, y)
-    test, = permutation_tests(x_N[None, None], y_N[None], resamples=permutations, seed=seed)
-    others = leave_one_out(x_N, y_N, names) if x_N.size > 3 else {}
-    others = {name: value for name, value in others.items() if math.isfinite(value)}
-    low, high = (pick(others, key=others.__getitem__, default="") for pick in (min, max))
-    r = pearson(x_N, y_N)
-    return Correlation(
-        x_N.size, r, bootstrap_interval(x_N, y_N, resamples=resamples, seed=seed), test.p, test.exact, test.resamples,
-        spearman(x_N, y_N), r**2, fit_line(x_N, y_N),
-        LeaveOneOut(others[low], low, others[high], high) if others else None)
-
-
-# --- many predictors ----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Span:
@@ -141,14 +76,8 @@ class Null:
 
 @dataclass(frozen=True)
 class BestOf:
-    """The largest of `scores` correlations, and how large the largest is by chance.
-
-    Attributes:
-        index, pearson: which it is, and its r.
-        chance_mean, chance_high: mean over orders of the largest correlation, and what it exceeds in 5% of them.
-        single_high: the same for one score that was fixed beforehand (mean over the scores).
-        p: share of orders whose largest reaches the observed one, which counts as one of them.
-    """
+    """The largest of `scores` correlations; over random orders the mean of the largest, what it exceeds in 5% of them,
+    the same for one score fixed beforehand, and the share whose largest reaches it (it counts as one)."""
 
     index: int
     pearson: float
@@ -183,18 +112,18 @@ class Comparison:
                 self.undefined[name] = (reasons or {}).get(name) or str(error)
 
     @cached_property
-    def _resamples(self) -> Resamples:
-        return hierarchical_resamples(self._parts, resamples=self._bootstrap, seed=self.seed)
+    def _resamples(self) -> resampling.Resamples:
+        return resampling.hierarchical_resamples(self._parts, resamples=self._bootstrap, seed=self.seed)
 
     @cached_property
     def _drawn(self) -> dict[Any, np.ndarray]:
         return {name: self._resamples.correlations(self.values[name]) for name in self.r}
 
-    def rows(self, against: Sequence[Hashable] = (), untested: Sequence[Hashable] = ()) -> dict[Any, Correlated]:
+    def rows(self, against: Sequence[Any] = (), untested: Sequence[Any] = ()) -> dict[Any, Correlated]:
         """r of every predictor with interval and p; beside others to set it `against`, also all else."""
         rows = {name: Correlated(len(self.domains), len(self.change_SN), undefined=self.undefined.get(name))
                 for name in self.values}
-        tests = permutation_tests(np.stack([self.values[name] for name in self.r]), self.change_SN,
+        tests = correlation.permutation_tests(np.stack([self.values[name] for name in self.r]), self.change_SN,
                                   resamples=self.permutations, seed=self.seed) if self.r else []
         for (name, by_seed), test in zip(self.r.items(), tests, strict=True):
             row = replace(rows[name], by_seed=by_seed, pearson=float(np.mean(by_seed)),
@@ -210,17 +139,17 @@ class Comparison:
             rows[name] = row
         return rows
 
-    def difference(self, one: Hashable, other: Hashable) -> Difference:
+    def difference(self, one: Any, other: Any) -> Difference:
         """r of one less r of the other."""
         return Difference(float(np.mean(self.r[one]) - np.mean(self.r[other])),
                           _span(self._drawn[one] - self._drawn[other]))
 
-    def swapped(self, pairs: Sequence[tuple[Hashable, Hashable]]) -> dict[tuple[Any, Any], Difference]:
+    def swapped(self, pairs: Sequence[tuple[Any, Any]]) -> dict[tuple[Any, Any], Difference]:
         """The differences of pairs, with p."""
         if not pairs:
             return {}
         first, second = (np.stack([self.values[name] for name in names]) for names in zip(*pairs, strict=True))
-        tests = swap_tests(first, second, self.change_SN, seed=self.seed)
+        tests = resampling.swap_tests(first, second, self.change_SN, seed=self.seed)
         return {pair: replace(self.difference(*pair), p=test.p) for pair, test in zip(pairs, tests, strict=True)}
 
     def partial(self, names: Sequence[str], controls: Sequence[str]) -> list[Correlated]:
@@ -230,23 +159,24 @@ class Comparison:
         if len(self.domains) < len(controls) + 3 or not np.isfinite(controls_SNK).all():
             return [replace(row, undefined="too few domains, or a control without values") for row in rows]
         x_PSN = np.stack([self.values[name] for name in names])
-        tests = permutation_tests(x_PSN, self.change_SN, controls_SNK, resamples=self.permutations, seed=self.seed)
-        found_PS = correlation_rows(x_PSN, self.change_SN, controls_SNK)
-        for place, (x_SN, found_S, test) in enumerate(zip(x_PSN, found_PS, tests, strict=True)):
-            span = (_span(self._resamples.correlations(x_SN, controls_SNK)) if np.isfinite(found_S).all() else None)
-            rows[place] = (replace(rows[place], by_seed=found_S.tolist(), pearson=float(found_S.mean()), p=test.p,
-                                   pearson_interval=span) if span else
-                           replace(rows[place], undefined="nothing left to correlate"))
+        tests = correlation.permutation_tests(x_PSN, self.change_SN, controls_SNK, resamples=self.permutations,
+                                              seed=self.seed)
+        for place, (x_SN, test) in enumerate(zip(x_PSN, tests, strict=True)):
+            r_S, span = correlation_rows(x_SN, self.change_SN, controls_SNK), None
+            if np.isfinite(r_S).all():
+                span = _span(self._resamples.correlations(x_SN, controls_SNK))
+            found = {"by_seed": r_S.tolist(), "pearson": float(r_S.mean()), "p": test.p, "pearson_interval": span}
+            rows[place] = replace(rows[place], **found if span else {"undefined": "nothing left to correlate"})
         return rows
 
-    def best(self, names: Sequence[Hashable]) -> BestOf:
+    def best(self, names: Sequence[Any]) -> BestOf:
         """The best of several predictors, beside what the best of so many is by chance."""
         return best_of(np.stack([self.values[name] for name in names]), self.change_SN, seed=self.seed,
                        orders=min(self.permutations, 20_000))
 
 
 def _span(values_B: np.ndarray) -> Span | None:
-    found = percentile_interval(values_B)
+    found = resampling.percentile_interval(values_B)
     return found and Span(found.low, found.high, found.resamples)
 
 
@@ -261,11 +191,8 @@ def null(values_R: np.ndarray, observed: float | None) -> Null:
 
 
 def best_of(scores_KSN: np.ndarray, change_SN: np.ndarray, *, orders: int = 10_000, seed: int = 0) -> BestOf:
-    """What picking the best of K scores gives by chance: the largest r over scores when domains are shuffled.
-
-    The same orders for all scores and seeds, so that scores that are alike count as alike (the maximum statistic of
-    Westfall and Young 1993). Large positive values count, as in the paper's claim.
-    """
+    """What picking the best of K scores gives by chance: the largest r when domains are shuffled alike for all scores
+    and seeds, so that scores that are alike count as alike (the maximum statistic of Westfall and Young 1993)."""
     units_KSN, goal_SN = units(scores_KSN), units(change_SN)
     observed_K = (units_KSN * goal_SN).sum(-1).mean(-1)
     if not np.isfinite(observed_K).all():
@@ -274,7 +201,7 @@ def best_of(scores_KSN: np.ndarray, change_SN: np.ndarray, *, orders: int = 10_0
     seeds, n = goal_SN.shape
     flat_KM = units_KSN.reshape(len(units_KSN), -1) / seeds
     found_BK = np.concatenate([goal_SN[:, order_BN].swapaxes(0, 1).reshape(len(order_BN), -1) @ flat_KM.T
-                               for order_BN in random_orders(n, orders, np.random.default_rng(seed))])
+                               for order_BN in correlation.random_orders(n, orders, np.random.default_rng(seed))])
     largest_B, best = found_BK.max(1), int(observed_K.argmax())
     reached = int((largest_B >= observed_K[best] - 1e-12).sum())
     return BestOf(best, float(observed_K[best]), len(observed_K), float(largest_B.mean()),
@@ -282,37 +209,19 @@ def best_of(scores_KSN: np.ndarray, change_SN: np.ndarray, *, orders: int = 10_0
                   (reached + 1) / (orders + 1), orders)
 
 
-# --- ablations ----------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Axis:
-    """One setting that is varied; `ends`: whether the paper says that its last value predicts worse than its first."""
-
-    label: str
-    ends: bool = False
-
-
-#: Every axis, in the order of the page.
-AXES = {
-    "bands": Axis("ranks of the latents", True), "top_n": Axis("number of latents, N"), "variant": Axis("formulas"),
-    "width": Axis("SAE width", True), "width_share": Axis("SAE width, N in proportion"), "layer": Axis("layer"),
-    "k": Axis("active latents a token, k", True), "norms": Axis("decoder norms"),
-    "demonstrations": Axis("demonstrations, domain (m)"),
-    "shift_demonstrations": Axis("demonstrations, training set"), "score_tokens": Axis("tokens a domain"),
-    "shift_tokens": Axis("tokens, training set"), "masks": Axis("tokens that count"),
-}
-#: Those whose values are SAEs of the sweep; the run's own SAE has no place in them.
-SAE_AXES = ("width", "width_share", "layer", "k", "norms")
+#: Every setting that is varied -> its label, in the order of the page.
+AXES = {"bands": "ranks of the latents", "top_n": "number of latents, N", "variant": "formulas", "width": "SAE width",
+        "width_share": "SAE width, N in proportion", "layer": "layer", "k": "active latents a token, k",
+        "norms": "decoder norms", "demonstrations": "demonstrations, domain (m)",
+        "shift_demonstrations": "demonstrations, training set", "score_tokens": "tokens a domain",
+        "shift_tokens": "tokens, training set", "masks": "tokens that count"}
+#: Those whose values are SAEs of the sweep, and those of which the paper says that the last value predicts worst.
+SAE_AXES, ENDS = ("width", "width_share", "layer", "k", "norms"), ("bands", "width", "k")
 
 
 def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], differences: Mapping[str, np.ndarray],
                     **numbers: int) -> dict[str, list[dict]]:
-    """The rows of stage `sweep_correlations` for one measure.
-
-    Args:
-        frames: for each seed the scores of every axis, value and domain, in the same order.
-        differences, numbers: of `Comparison`.
-    """
+    """The rows of stage `sweep_correlations` for one measure, from each seed's scores by axis, value and domain."""
     places = frames[0][["axis", "value", "own"]].drop_duplicates()
     owns = {(axis, value): bool(own) for axis, value, own in places.itertuples(index=False)}
     tables = [frame.set_index(["axis", "value", "domain"]).sort_index() for frame in frames]
@@ -326,8 +235,8 @@ def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], difference
         known = [key for key in keys if key in compared.r]
         own_of = {key[1]: key for key in keys if owns[key[1:]]}
         pairs = {key: own_of[key[1]] for key in known if not owns[key[1:]] and own_of[key[1]] in compared.r}
-        ends = {axis: (of[-1], of[0]) for axis in AXES if AXES[axis].ends
-                and len(of := [key for key in keys if key[1] == axis]) > 1 and {of[0], of[-1]} <= compared.r.keys()}
+        ends = {axis: (of[-1], of[0]) for axis in ENDS
+                if len(of := [key for key in keys if key[1] == axis]) > 1 and {of[0], of[-1]} <= compared.r.keys()}
         own, middle = (next((key for key in known if owns[key[1:]] and (key[1] in SAE_AXES) == sae), None)
                        for sae in (False, True))
         if known:
@@ -364,7 +273,5 @@ def holm(rows: dict[Any, Correlated]) -> dict[Any, Correlated]:
 
 def different(scores: Mapping[Any, np.ndarray]) -> list[Any]:
     """Names of the scores without those that equal an earlier one: a run's own value stands in several sweeps."""
-    seen: dict[bytes, Any] = {}
-    for name, values in scores.items():
-        seen.setdefault(np.ascontiguousarray(values, float).tobytes(), name)
-    return list(seen.values())
+    seen = {np.ascontiguousarray(scores[name], float).tobytes(): name for name in reversed(scores)}
+    return [name for name in scores if name in seen.values()]

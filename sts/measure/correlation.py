@@ -53,8 +53,6 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- checks -------------------------------------------------------------------------------------------------------
-
 def vector(name: str, values: Sequence[float]) -> np.ndarray:
     """The values as a plain vector of finite numbers; `StsError` if they are none."""
     try:
@@ -63,8 +61,7 @@ def vector(name: str, values: Sequence[float]) -> np.ndarray:
         raise StsError(f"{name} must be a list of numbers ({error}).") from error
     if found.ndim != 1:
         raise StsError(f"{name} has shape {found.shape}; a plain list of numbers, one a point, works.")
-    bad = np.flatnonzero(~np.isfinite(found))
-    if bad.size:
+    if (bad := np.flatnonzero(~np.isfinite(found))).size:
         raise StsError(f"{name} has {bad.size} value(s) that are NaN or infinite, the first at position {bad[0]}; "
                        "leave those points out of both vectors first.")
     return found
@@ -83,8 +80,6 @@ def points(x: Sequence[float], y: Sequence[float], minimum: int = 3) -> tuple[np
                            "points with at least two different values work.")
     return x_N, y_N
 
-
-# --- correlations, plain and partial ------------------------------------------------------------------------------
 
 def units(values_N: np.ndarray, controls_NK: np.ndarray | None = None) -> np.ndarray:
     """What a constant and the controls leave of values (last axis), at length 1; NaN where nothing is left."""
@@ -106,14 +101,8 @@ def units(values_N: np.ndarray, controls_NK: np.ndarray | None = None) -> np.nda
 
 
 def correlation_rows(x_N: np.ndarray, y_N: np.ndarray, controls_NK: np.ndarray | None = None) -> np.ndarray:
-    """Pearson's correlation along the last axis, -1 to 1; given controls the partial one. NaN where not defined.
-
-    The partial correlation is that of the residuals after least squares on the controls and a constant.
-
-    Args:
-        x_N, y_N: of any leading dimensions that broadcast.
-        controls_NK: of the same leading dimensions, one column a control.
-    """
+    """Pearson's correlation along the last axis, -1 to 1; given controls, that of what least squares on them and a
+    constant leaves. NaN where not defined; leading dimensions broadcast."""
     return np.clip((units(x_N, controls_NK) * units(y_N, controls_NK)).sum(-1), -1, 1)
 
 
@@ -142,8 +131,6 @@ def leave_one_out(x: Sequence[float], y: Sequence[float], names: Sequence[str]) 
             for place, name in zip(range(x_N.size), names, strict=True)}
 
 
-# --- permutations -------------------------------------------------------------------------------------------------
-
 def all_orders(n: int) -> Iterator[np.ndarray]:
     """Every order of n places, in blocks."""
     orders = itertools.permutations(range(n))
@@ -165,14 +152,11 @@ def block_sizes(n: int, count: int) -> Iterator[int]:
 
 def permutation_tests(x_PSN: np.ndarray, y_SN: np.ndarray, controls_SNK: np.ndarray | None = None, *,
                       exact_up_to: int = 8, resamples: int = 100_000, seed: int = 0) -> list[PermutationTest]:
-    """Two-sided permutation p of the mean over seeds of each predictor's correlation with y.
+    """Two-sided permutation p of the mean over seeds of each predictor's correlation with y; NaN where not defined.
 
     Domains are shuffled in the same order for all seeds, whose results are not independent: in all N! orders for up
     to `exact_up_to` domains, else in m random ones, where p = (b + 1) / (m + 1). With controls, the residuals of y are
     shuffled and the controls taken out again (Freedman and Lane 1983), so that p is never exact.
-
-    Returns:
-        One test a predictor; p is NaN where the correlation is not defined.
     """
     units_PSN, left_SN = units(x_PSN, controls_SNK), units(y_SN, controls_SNK)
     seeds, n = left_SN.shape
@@ -193,8 +177,6 @@ def permutation_tests(x_PSN: np.ndarray, y_SN: np.ndarray, controls_SNK: np.ndar
     return [PermutationTest(float(p) if math.isfinite(observed) else math.nan, exact and controls_SNK is None, count)
             for p, observed in zip(p_P, observed_P, strict=True)]
 
-
-# --- planning and overlap -----------------------------------------------------------------------------------------
 
 def smallest_detectable_correlation(n: int, alpha: float = 0.05, power: float = 0.8) -> float:
     """The true correlation that a two-sided test on n points finds with probability `power`, by Fisher's z."""

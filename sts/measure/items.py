@@ -30,8 +30,6 @@ BINARY = ("accuracy", "accuracy_generated")
 BOOTSTRAP_FROM = 16
 
 
-# --- means with intervals -----------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class MeanInterval:
     """Mean of `n` values, its standard error and an interval.
@@ -76,11 +74,8 @@ def crossed_mean_interval(values_DP: Sequence[Sequence[float]], *, level: float 
     """Mean of a complete table of sets by problems, with Student's interval over both, as both are drawn at random.
 
     The half-width is the root of the summed squares of Student's half-widths over row means and over column means
-    (Banerjee 1960), which covers the mean at least as often as `level` says.
-
-    Args:
-        against_one: the values are differences of a single set from each of these. Its own scatter counts as well: the
-            variance of sets is taken 1 + 1 / D times, as in a prediction interval.
+    (Banerjee 1960). With `against_one` the values are differences of a single set from each of these, whose own scatter
+    counts as well: the variance of sets is taken 1 + 1 / D times, as in a prediction interval.
     """
     table_DP = np.asarray(values_DP, dtype=float)
     if table_DP.ndim != 2 or not table_DP.size or not np.isfinite(table_DP).all():
@@ -106,16 +101,11 @@ def mcnemar_p(before: Sequence[bool], after: Sequence[bool]) -> float:
     return float(scipy_stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-# --- from log-likelihoods to measures -----------------------------------------------------------------------------
-
 def item_measures(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """Every measure of every item, from rows of `engine.evaluate.evaluate`.
+    """Every measure of every item (index example_id, column domain), from rows of `engine.evaluate.evaluate`.
 
     accuracy: the right option's letter is the likeliest, the first of those that tie; p_right: its share of the
-    letters' probability; both 0 to 100. bits: of the right answer, per character.
-
-    Returns:
-        index example_id; columns domain and the keys of `MEASURES`; NaN where an item was not evaluated that way.
+    letters' probability; both 0 to 100. bits: of the right answer, per character. NaN where not evaluated.
     """
     items = rows.groupby("example_id", sort=False)["domain"].first().to_frame()
     items[list(MEASURES)] = np.nan
@@ -146,14 +136,9 @@ def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, *, resample
 
 def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples: int = 5000,
                 seed: int = 0) -> pandas.DataFrame:
-    """Change of every measure in every domain, paired by item, with an interval over items.
+    """Change of every measure in every domain, paired by item (index example_id), with an interval over items.
 
-    Args:
-        first, second: index example_id, columns domain and any of `MEASURES`.
-
-    Returns:
-        One row a domain and measure: domain, measure, n, before, after, shift, low, high, interval (`MeanInterval`'s
-        kind), standard_error, mcnemar_p (NaN unless the measure is in `BINARY`).
+    One row a domain and measure; `interval` is `MeanInterval.kind`, mcnemar_p NaN unless the measure is in `BINARY`.
     """
     if set(first.index) != set(second.index):
         raise StsError("Before and after hold different items; evaluate the same examples with both models.")
@@ -174,11 +159,7 @@ def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples:
 
 def item_differences(evaluations: Mapping[int, tuple[pandas.DataFrame, pandas.DataFrame]]
                      ) -> dict[str, dict[str, np.ndarray]]:
-    """measure -> domain -> after minus before of its questions in every seed, items x seeds; what was evaluated.
-
-    Args:
-        evaluations: seed -> what was evaluated before and after.
-    """
+    """measure -> domain -> after minus before of its questions in every seed, items x seeds; from seed -> evaluated."""
     changes, domains = {}, {}
     for seed, own in evaluations.items():
         before, after = (item_measures(rows) for rows in own)

@@ -15,16 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sts.errors import StsError
-from sts.measure.correlation import (
-    BLOCK,
-    PermutationTest,
-    correlation_rows,
-    needed_correlation,
-    points,
-    random_orders,
-    smallest_detectable_correlation,
-    units,
-)
+from sts.measure import correlation
+from sts.measure.correlation import BLOCK, PermutationTest, correlation_rows, points, random_orders, units
 
 
 @dataclass(frozen=True)
@@ -69,6 +61,46 @@ def bootstrap_interval(x: Sequence[float], y: Sequence[float], *, level: float =
 
 
 @dataclass(frozen=True)
+class LeaveOneOut:
+    """Lowest and highest Pearson correlation after leaving out one point, and the point left out each time."""
+
+    low: float
+    low_without: str
+    high: float
+    high_without: str
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Everything the book says about one scatter plot; `leave_one_out` is None where no point can be left out."""
+
+    n: int
+    pearson: float
+    pearson_interval: Interval
+    p: float
+    exact: bool
+    permutations: int
+    spearman: float
+    r_squared: float
+    line: correlation.Line
+    leave_one_out: LeaveOneOut | None
+
+
+def correlate(x: Sequence[float], y: Sequence[float], names: Sequence[str], *, seed: int = 0,
+              permutations: int = 100_000, resamples: int = 5000) -> Correlation:
+    """One predictor and one seed: r with a bootstrap over points and a permutation p. Raises as `pearson`."""
+    x_N, y_N = points(x, y)
+    test, = correlation.permutation_tests(x_N[None, None], y_N[None], resamples=permutations, seed=seed)
+    others = correlation.leave_one_out(x_N, y_N, names) if x_N.size > 3 else {}
+    others = {name: value for name, value in others.items() if math.isfinite(value)}
+    low, high = (pick(others, key=others.__getitem__, default="") for pick in (min, max))
+    r = correlation.pearson(x_N, y_N)
+    return Correlation(x_N.size, r, bootstrap_interval(x_N, y_N, resamples=resamples, seed=seed), test.p, test.exact,
+                       test.resamples, correlation.spearman(x_N, y_N), r**2, correlation.fit_line(x_N, y_N),
+                       LeaveOneOut(others[low], low, others[high], high) if others else None)
+
+
+@dataclass(frozen=True)
 class Resamples:
     """Resampled experiments: the domain at each place, the share of each seed, and the absolute mean change there."""
 
@@ -89,20 +121,16 @@ class Resamples:
 
 
 def hierarchical_resamples(differences_NIS: Sequence[np.ndarray], *, resamples: int = 5000, seed: int = 0) -> Resamples:
-    """Draw seeds, domains and, for each domain drawn, its questions; all with replacement.
+    """Draw seeds, domains and, for each domain drawn, its questions (the same for all seeds); all with replacement.
 
-    The same questions are asked in every seed, so a question drawn is drawn for all of them. Drawing questions adds
-    their noise a second time to changes that hold it already, so intervals lean to the wide side and towards zero.
-
-    Args:
-        differences_NIS: for each domain, after minus before of its questions, items x seeds.
+    Drawing questions adds their noise a second time to changes that hold it already, so intervals lean to the wide
+    side and towards zero. For each domain `differences_NIS` has after minus before of its questions, items x seeds.
     """
     sizes = [own.shape for own in differences_NIS]
-    if len(sizes) < 3 or not all(items and seeds for items, seeds in sizes) or len({one[1] for one in sizes}) > 1:
+    if (len(sizes) < 3 or not all(items and seeds for items, seeds in sizes) or len({one[1] for one in sizes}) > 1
+            or not all(np.isfinite(own).all() for own in differences_NIS)):
         raise StsError(f"Differences of {len(sizes)} domains with (items, seeds) {sizes} were given; at least three "
-                       "domains, each with items and all with the same seeds, work.")
-    if not all(np.isfinite(own).all() for own in differences_NIS):
-        raise StsError("Differences hold NaN or infinite values; leave those items out of all seeds first.")
+                       "domains, each with finite values of items and all with the same seeds, work.")
     generator, n, seeds = np.random.default_rng(seed), len(sizes), sizes[0][1]
     domains_BN = generator.integers(0, n, (resamples, n))
     drawn_BS = generator.integers(0, seeds, (resamples, seeds))
@@ -147,12 +175,12 @@ def swap_tests(first_PSN: np.ndarray, second_PSN: np.ndarray, change_SN: np.ndar
             for p, observed in zip(p_P, observed_P, strict=True)]
 
 
-def simulated_power(n: int, correlation: float, *, alpha: float = 0.05, trials: int = 2000, permutations: int = 999,
+def simulated_power(n: int, r: float, *, alpha: float = 0.05, trials: int = 2000, permutations: int = 999,
                     seed: int = 0) -> float:
     """Share of simulated normal experiments of n points in which a permutation test finds a true correlation."""
     generator = np.random.default_rng(seed)
     x_BN = generator.standard_normal((trials, n))
-    y_BN = correlation * x_BN + math.sqrt(1 - correlation**2) * generator.standard_normal((trials, n))
+    y_BN = r * x_BN + math.sqrt(1 - r**2) * generator.standard_normal((trials, n))
     orders_MN = np.concatenate(list(random_orders(n, permutations, generator)))
     found = 0
     for x_N, y_N in zip(x_BN - x_BN.mean(1, keepdims=True), y_BN - y_BN.mean(1, keepdims=True), strict=True):
@@ -176,8 +204,8 @@ class Power:
 
 def power_of_design(n: int, *, alpha: float = 0.05, power: float = 0.8) -> Power:
     """What a test over n points can find; `StsError` for fewer than 4."""
-    detectable = smallest_detectable_correlation(n, alpha, power)
-    return Power(n, alpha, power, needed_correlation(n, alpha), detectable,
+    detectable = correlation.smallest_detectable_correlation(n, alpha, power)
+    return Power(n, alpha, power, correlation.needed_correlation(n, alpha), detectable,
                  *(simulated_power(n, r, alpha=alpha) for r in (detectable, 0.0)))
 
 

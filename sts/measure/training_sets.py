@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import pandas
 from scipy import stats as scipy_stats
 
 from sts.errors import StsError
-from sts.measure.correlation import PermutationTest, all_orders, pearson, random_orders
+from sts.measure.correlation import PermutationTest, all_orders, random_orders
 from sts.measure.items import paired_mean_interval
 
 #: Up to so many training sets every order of whole training sets is counted (40,320 of eight).
@@ -61,18 +59,14 @@ class Specificity:
 
 def _checked(forecast_STD: np.ndarray, change_STD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     forecast_STD, change_STD = np.asarray(forecast_STD, float), np.asarray(change_STD, float)
-    if forecast_STD.shape != change_STD.shape or forecast_STD.ndim != 3:
+    if forecast_STD.shape != change_STD.shape or not np.isfinite([forecast_STD, change_STD]).all():
         raise StsError(f"Forecasts of shape {forecast_STD.shape} and changes of shape {change_STD.shape} were given; "
-                       "both seeds x training sets x domains work.")
+                       "of both seeds x training sets x domains, without NaN or infinite values, work.")
     if forecast_STD.shape[1] < 2 or forecast_STD.shape[2] < 3:
         raise StsError(f"{forecast_STD.shape[1]} training set(s) and {forecast_STD.shape[2]} domain(s) given; to "
                        "compare training sets, at least two of them and three domains are needed.")
-    if not (np.isfinite(forecast_STD).all() and np.isfinite(change_STD).all()):
-        raise StsError("Forecasts or changes hold NaN or infinite values; leave those domains out of all first.")
     return forecast_STD, change_STD
 
-
-# --- within domains -----------------------------------------------------------------------------------------------
 
 def _rank_units(values_STD: np.ndarray) -> np.ndarray:
     """Ranks over training sets in every domain, centred and of length 1; NaN where all are tied."""
@@ -188,17 +182,11 @@ def specificity(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: 
                        interaction(forecast_STD, change_STD))
 
 
-# --- lists of latents ---------------------------------------------------------------------------------------------
-
 def own_list_lead(shared_STT: np.ndarray, *, resamples: int = 20_000, seed: int = 0) -> dict[str, float]:
     """Do a training set's demonstrations name *its* latents rather than those that any training moves?
 
-    Args:
-        shared_STT: latents shared by the list estimated for set a (rows) and the list moved by training on set b.
-
-    Returns:
-        own and other (mean shared with the own and with other sets' fine-tuning), lead (own - other) and p
-        (one-sided, over orders of the training sets: of four there are 24, so p is at least 0.04).
+    Of the latents shared by the list estimated for set a (rows) and the list moved by training on set b (columns): own
+    and other (means of the diagonal and of the rest), lead (own - other) and p (one-sided, over orders of the sets).
     """
     shared_TT = np.asarray(shared_STT, float).mean(0)
     sets = len(shared_TT)
@@ -220,31 +208,8 @@ def list_lead(rows: list[dict], *kinds: str, seed: int = 0) -> dict:
         return {"undefined": str(error)}
 
 
-# --- tables of cells ----------------------------------------------------------------------------------------------
-
 def cube(cells: pandas.DataFrame, column: str) -> np.ndarray:
     """One column of stage `training_matrix`, of one measure, as seeds x training sets x domains (alphabetical)."""
     seeds, names = cells["seed"].unique(), cells["training_set"].unique()
     wide = cells.pivot(index=["seed", "training_set"], columns="domain", values=column)
     return np.stack([wide.loc[[(seed, name) for name in names]].to_numpy(float) for seed in seeds])
-
-
-def likeness(cells: pandas.DataFrame, seed: int) -> dict[tuple[str, str], float]:
-    """r over domains of the absolute changes of every two training sets; pairs without a correlation are left out."""
-    own = cells[cells["seed"] == seed].pivot(index="domain", columns="training_set", values="shift").abs()
-    found = {}
-    for one, other in combinations(cells["training_set"].unique(), 2):
-        with suppress(StsError):
-            found[one, other] = pearson(own[one].to_numpy(), own[other].to_numpy())
-    return found
-
-
-def without_each(cells: pandas.DataFrame, forecast: str) -> dict[str, float]:
-    """Training set -> mean rank correlation within domains without it; empty with fewer than three."""
-    names, found = list(cells["training_set"].unique()), {}
-    values = [cube(cells, forecast), np.abs(cube(cells, "shift"))]
-    for place, name in enumerate(names if len(names) > 2 else ()):
-        by_domain_D = within_domains(*(np.delete(own_STD, place, axis=1) for own_STD in values))
-        if np.isfinite(by_domain_D).any():
-            found[name] = float(np.nanmean(by_domain_D))
-    return found

@@ -15,11 +15,11 @@ from sts.engine.extract import model_paired_stats, paired_stats
 from sts.engine.saes import SideBySide, identity_sae
 from sts.errors import StsError
 from sts.measure import baselines
-from sts.measure.compare import SCORES, Comparison, correlate, null
+from sts.measure.compare import SCORES, Comparison, null
 from sts.measure.correlation import correlation_rows, plain
 from sts.measure.items import MEASURES, item_differences, reliability
 from sts.measure.paper import extremes, spread_ratio, with_selection
-from sts.measure.resampling import power_of_design
+from sts.measure.resampling import correlate, power_of_design
 from sts.measure.score import VARIANTS
 from sts.run.stage import stage
 

@@ -141,7 +141,7 @@ def _distinct(axes: dict[str, list[SaeSpec]]) -> list[SaeSpec]:
 
 @stage("folder")
 def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_text_tokens, sae_latents, sae_k,
-                       sweep_widths, sweep_layers, sweep_k, report, work, scratch):
+                       sweep_widths, sweep_layers, sweep_k, report, work, scratch, device):
     """SAEs of several widths, layers and sparsities, trained on the same activations: one folder each, with quality.
 
     Layers are collected in one pass. A killed run goes on with the next shard or the next SAE.
@@ -163,13 +163,13 @@ def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_te
         trained, _ = train_sae(
             activations / "train" / str(spec.layer),
             SaeTraining(spec.latents, spec.k, sweep_sae_samples, lr=sae_lr, seed=SAE_SEED), model_name=lm.name,
-            layer=spec.layer, device=lm.device,
+            layer=spec.layer, device=device,
             report=lambda fraction, row, place=place: report(0.2 + 0.8 * (place + fraction) / len(specs)))
         norms_L = trained.W_dec.detach().norm(dim=-1).float().cpu()  # saving folds them
         folder.mkdir(exist_ok=True)
         save_sae(trained, folder, dtype=torch.bfloat16)
         save_file({"norms_L": norms_L}, folder / NORMS)
-        quality = reconstruction_quality(load_sae(str(folder), device=lm.device),
+        quality = reconstruction_quality(load_sae(str(folder), device=device),
                                          activations / "held_out" / str(spec.layer))
         (folder / QUALITY).write_text(json.dumps(quality) + "\n", encoding="utf-8")  # last, as the mark of its end
     for path in activations.glob("*/*"):  # gigabytes that nothing needs any more
@@ -182,7 +182,7 @@ def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_te
 
 @stage("parquet", also=("fold_norms",))
 def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_groups, masks, top_n, sae_latents, sae_k,
-               sweep_widths, sweep_layers, sweep_k, tokens_per_batch, report, work, scratch):
+               sweep_widths, sweep_layers, sweep_k, tokens_per_batch, report, work, scratch, device):
     """Scores with each SAE of the sweep; also layer, latents, k, l0, explained and silent (shares, held-out text).
 
     The domains are read once for each layer, for all SAEs there; a killed run goes on with the next layer.
@@ -194,7 +194,7 @@ def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_gr
     for place, one in enumerate(layers):
         path, specs = scratch / f"layer-{one}.json", [spec for spec in _distinct(axes) if spec.layer == one]
         if not path.is_file():
-            saes = {spec.name: load_sae(str(sweep_sae_training / spec.name), device=lm.device, dtype=sae_dtype)
+            saes = {spec.name: load_sae(str(sweep_sae_training / spec.name), device=device, dtype=sae_dtype)
                     for spec in specs}
             for spec in specs:
                 check_top_n(top_n, spec.latents)

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas
@@ -45,7 +46,7 @@ def test_fewer_dimensions_are_those_that_the_training_set_moves_most():
     most = np.argsort(-SHIFT["squared_difference_L"].numpy())[:5]
     assert baselines.dimension_scores(SHIFT, DOMAINS, 5, "sts_act")["art"] == pytest.approx(
         base[:, most.copy()].sum(1).mean().item())
-    assert baselines.mean_square(SHIFT, DOMAINS, 5)["art"] == pytest.approx(
+    assert baselines.mean_square(known(raw_shift=SHIFT, raw=DOMAINS, raw_count=5))["art"] == pytest.approx(
         (base[:, most.copy()]**2).sum(1).mean().item())
 
 
@@ -54,12 +55,12 @@ def test_fewer_dimensions_are_those_that_the_training_set_moves_most():
 def test_cosines_compare_mean_activations():
     means = {name: (own["base_sum_L"] / own["tokens"]).numpy() for name, own in DOMAINS.items()}
     goal, middle = (SHIFT["base_sum_L"] / 50).numpy(), np.mean(list(means.values()), axis=0)
-    plain, centred = (baselines.training_cosine(DOMAINS, SHIFT, centred=centred) for centred in (False, True))
+    plain, centred = (baselines.cosine(DOMAINS, SHIFT, centred=centred) for centred in (False, True))
     for name, own in means.items():
         assert plain[name] == pytest.approx(own @ goal / np.linalg.norm(own) / np.linalg.norm(goal))
         own, other = own - middle, goal - middle
         assert centred[name] == pytest.approx(own @ other / np.linalg.norm(own) / np.linalg.norm(other))
-    assert baselines.training_cosine({"same": SHIFT}, SHIFT)["same"] == pytest.approx(1)
+    assert baselines.cosine({"same": SHIFT}, SHIFT)["same"] == pytest.approx(1)
 
 
 TEXTS = {"law": ["The court heard the case", "A case of theft"], "math": ["Add two numbers", "How many apples has he?"]}
@@ -99,15 +100,15 @@ def test_change_of_the_model_is_measured_on_tokens_and_on_means():
 
 # --- all of them --------------------------------------------------------------------------------------------------
 
-def known():
+def known(**changes):
     raw = {name: stats(seed, latents=8)[0] for seed, name in enumerate(DOMAINS, 11)}
     change = {name: {"tokens": own["tokens"], "base_sum_L": own["base_sum_L"], "tuned_sum_L": own["base_sum_L"] + 1,
                      "squared_difference_L": own["squared_difference_L"], "latents_squared": torch.tensor([5.0])}
               for name, own in raw.items()}
     frame = pandas.DataFrame({"sts_act": [1.0, 2, 3], "sts_icl": [4.0, 5, 6], "tfidf": [0.1, 0.2, 0.3],
                               "question_tokens": [7.0, 8, 9]}, index=list(DOMAINS))
-    return baselines.Known(SHIFT, stats(10, latents=8)[0], stats(5)[0], DOMAINS, raw, change, frame, frame,
-                           pandas.Series({"law": 1.5, "math": 2.5}), 6, 2)
+    return replace(baselines.Known(SHIFT, stats(10, latents=8)[0], stats(5)[0], DOMAINS, raw, change, frame, frame,
+                                   pandas.Series({"law": 1.5, "math": 2.5}), 6, 2), **changes)
 
 
 def test_every_predictor_but_the_probes_has_a_value_in_every_domain():
@@ -118,7 +119,7 @@ def test_every_predictor_but_the_probes_has_a_value_in_every_domain():
     assert found["base_bits"].tolist()[1:] == [1.5, 2.5] and np.isnan(found["base_bits"].iloc[0])  # not evaluated
     assert found["sts_icl"].tolist() == [4, 5, 6] and found["question_tokens"].tolist() == [7, 8, 9]
     assert found["all_icl"].tolist() == baselines.dimension_scores(SHIFT, DOMAINS, 40, "sts_icl").tolist()
-    assert found["raw_square"].tolist() == baselines.mean_square(run.raw_shift, run.raw, 2).tolist()
+    assert found["raw_square"].tolist() == baselines.mean_square(run).tolist()
     assert found["actual_act"].tolist() == baselines.dimension_scores(run.moved, DOMAINS, 6, "sts_act").tolist()
     size = baselines.change_size(run.change, "squared_difference_L")
     assert found["change_rms"].tolist() == pytest.approx([math.sqrt(one) for one in size])

@@ -13,8 +13,7 @@ from scipy import stats as scipy_stats
 
 from sts.errors import StsError
 from sts.measure import correlation as stats
-from sts.measure.compare import correlate
-from sts.measure.resampling import bootstrap_interval
+from sts.measure.resampling import bootstrap_interval, correlate
 
 X = [1.0, 2.0, 3.0, 4.0, 5.0, 7.0]
 Y = [2.0, 1.0, 4.0, 3.0, 7.0, 5.0]

@@ -213,22 +213,3 @@ def test_a_cube_keeps_the_order_of_the_training_sets():
     assert values.shape == (2, 3, 5)
     for (seed, name), own in CELLS.groupby(["seed", "training_set"]):
         assert values[seed, SETS.index(name)].tolist() == own.sort_values("domain")["shift"].tolist()
-
-
-def test_likeness_is_the_correlation_of_absolute_changes():
-    found = training_sets.likeness(CELLS, 1)
-    one, other = (CELLS[(CELLS["training_set"] == name) & (CELLS["seed"] == 1)]["shift"].abs()
-                  for name in ("code", "law"))
-    assert found["code", "law"] == pytest.approx(pearsonr(one, other)[0]) and len(found) == 3
-    flat = CELLS.assign(shift=CELLS["shift"].where(CELLS["training_set"] != "law", 1.0))
-    assert list(training_sets.likeness(flat, 0)) == [("code", "maths")]
-
-
-def test_each_training_set_is_left_out_in_turn():
-    found = training_sets.without_each(CELLS, "sts_act")
-    for left in SETS:
-        own = CELLS[CELLS["training_set"] != left]
-        by_hand = [spearmanr(part["sts_act"], part["shift"].abs())[0] for _, part in own.groupby(["domain", "seed"])]
-        assert found[left] == pytest.approx(np.mean(by_hand))
-    assert list(found) == list(SETS) and len(set(found.values())) > 1
-    assert training_sets.without_each(CELLS[CELLS["training_set"] != "law"], "sts_act") == {}
