@@ -20,16 +20,16 @@ CARDS = 10
 
 
 @stage("folder", also=("seed",))
-def sae(lm, layer, sae_texts, sae_latents, sae_k, sae_samples, sae_lr, splice_tokens, seed, report, work, scratch):
+def sae(lm, layer, sae_texts, sae_latents, sae_k, sae_samples, sae_lr, splice_tokens, seed, report, work, scratch, device):
     """Train an SAE on `sae_text`: weights, loss curve and quality on held-out text."""
     train, held_out = sae_texts.pieces(seed=seed)
     collect_activations(lm, layer, held_out, scratch / "held_out", work=work)
     collect_activations(lm, layer, train, scratch / "train", work=work, report=lambda f: report(0.5 * f))
     trained, curve = train_sae(
         scratch / "train", SaeTraining(sae_latents, sae_k, sae_samples, lr=sae_lr, seed=seed), model_name=lm.name,
-        layer=layer, device=lm.device, report=lambda fraction, row: report(0.5 + 0.5 * fraction))
+        layer=layer, device=device, report=lambda fraction, row: report(0.5 + 0.5 * fraction))
     save_sae(trained, scratch, dtype=torch.bfloat16)
-    stored = load_sae(str(scratch), device=str(lm.device))
+    stored = load_sae(str(scratch), device=device)
     quality = reconstruction_quality(stored, scratch / "held_out") | {
         "splice": spliced_loss(lm, stored, layer, held_out, tokens=splice_tokens,
                                mean_D=activation_mean(scratch / "held_out"))}
@@ -63,12 +63,12 @@ def text_activations(lm, layer, texts, context, seed, report, work, scratch):
 
 
 @stage("folder", also=("texts",), inputs_without=("model", "text_data"))
-def small_sae(text_activations, lm, layer, small_sae_latents, small_sae_k, small_sae_samples, seed, report, scratch):
+def small_sae(text_activations, lm, layer, small_sae_latents, small_sae_k, small_sae_samples, seed, report, scratch, device):
     """A small SAE trained live on chapter one's texts, with its loss curve."""
     trained, curve = train_sae(
         text_activations / "train",
         SaeTraining(small_sae_latents, small_sae_k, small_sae_samples, batch=1024, lr=1e-3, seed=seed),
-        model_name=lm.name, layer=layer, device=lm.device, log_every=5, report=lambda fraction, row: report(fraction))
+        model_name=lm.name, layer=layer, device=device, log_every=5, report=lambda fraction, row: report(fraction))
     save_sae(trained, scratch)
     (scratch / "training.json").write_text(json.dumps({"curve": curve}, indent=1) + "\n", encoding="utf-8")
     return scratch
@@ -89,9 +89,9 @@ def sae_quality(lm, layer, texts, context, seed, reader, text_activations, splic
 
 
 @stage("json", inputs_without=("model", "text_data"))
-def small_sae_quality(lm, layer, texts, context, seed, text_activations, small_sae, splice_tokens, report):
+def small_sae_quality(lm, layer, texts, context, seed, text_activations, small_sae, splice_tokens, report, device):
     """Quality of the small SAE on the same texts."""
-    return _quality(lm, load_sae(str(small_sae), device=str(lm.device)), layer, text_activations / "held_out",
+    return _quality(lm, load_sae(str(small_sae), device=device), layer, text_activations / "held_out",
                     _pieces(lm, texts, context, seed, "held_out"), splice_tokens, report)
 
 
