@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from sts.errors import ROOT, StsError, one_of
-from sts.run.progress import Follower
+from sts.run.log import Follower
 from sts.run.run import results_folder
 from sts.run.settings import Run, load_run
 
@@ -34,8 +34,8 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": s
 #: What MyST adds to Markdown and a page outside the book cannot resolve -> what stands there instead.
 OUTSIDE_THE_BOOK = {
     r"(?ms)^(`{3,})\{exercise\} ([^\n]*)\n:label: [^\n]*\n(.*?)^\1$": r"**Exercise: \2**\n\3",
-    r"(?m)^\([\w-]+\)=\n": "", r"\{(?:term|ref)\}`([^`<]*?)(?: <[^`]*>)?`": r"\1", r"\{cite(?::\w+)?\}`([^`]*)`": r"(\1)",
-    r"\{numref\}`[^`]*`": "the figure", r"\{eq\}`[^`]*`": "the equation",
+    r"(?m)^\([\w-]+\)=\n": "", r"\{(?:term|ref)\}`([^`<]*?)(?: <[^`]*>)?`": r"\1",
+    r"\{cite(?::\w+)?\}`([^`]*)`": r"(\1)", r"\{numref\}`[^`]*`": "the figure", r"\{eq\}`[^`]*`": "the equation",
     r"\[([^]]*)\]\((?!\w+:)[^)#]*\.(?:md|ipynb)[^)]*\)": r"\1"}
 
 
@@ -112,7 +112,7 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
     except papermill.PapermillExecutionError as error:
         raise StsError(f"Chapter {source.stem!r} stopped in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
                        f"Stages that were finished stay stored; the notebook so far: {target}") from error
-    if given or not getattr(settings, "published", settings.name == "full"):
+    if given or not settings.published:
         content = nbformat.read(target, as_version=4)
         content.cells = [cell for cell in content.cells if PUBLISHED not in cell.metadata.get("tags", [])]
         nbformat.write(content, target)

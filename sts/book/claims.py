@@ -1,4 +1,4 @@
-"""Claims are records in book/claims.yaml; each is judged by a rule, a function here whose docstring is the text on the page.
+"""Claims are records in book/claims.yaml, each judged by a rule: a function whose docstring is the text on the page.
 
 The rules were made harder after first results were seen, never easier.
 """
@@ -6,6 +6,7 @@ The rules were made harder after first results were seen, never easier.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,13 +75,13 @@ def positive(found: Evidence) -> str:
 
 
 def difference(found: Evidence) -> str:
-    """Held if the 95% interval of every difference lies above zero, with p below 0.05 where there is a p; in part if only
-    that of the first does; otherwise not held."""
+    """Held if the 95% interval of every difference lies above zero, with p below 0.05 where there is a p; in part if
+    only that of the first does; otherwise not held."""
     return NOT_HELD if not found.above else HELD if all(one.above for one in found.others) else IN_PART
 
 
 def at_least(found: Evidence, bound: float) -> str:
-    """Held if the whole 95% interval reaches the bound (the number itself where it has no interval); otherwise not held."""
+    """Held if the whole 95% interval, or a number without one, reaches the bound; otherwise not held."""
     lowest = found.value if found.low is None else found.low
     return HELD if lowest is not None and lowest >= bound else NOT_HELD
 
@@ -88,22 +89,23 @@ def at_least(found: Evidence, bound: float) -> str:
 def apart(found: Evidence) -> str:
     """Held if the 95% interval lies above all that it is compared with, in part if above the first alone; otherwise not
     held. Codes are compared as they are: where activity is concentrated, a change tends to be."""
-    above = [found.low is not None and found.low > (one.value if one.high is None else one.high) for one in found.others]
+    low = -math.inf if found.low is None else found.low
+    above = [low > (one.value if one.high is None else one.high) for one in found.others]
     return HELD if above and all(above) else IN_PART if any(above[:1]) else NOT_HELD
 
 
 def all_above(found: Evidence) -> str:
-    """Held if demonstrations name more than each list that needs none, every difference with its whole 95% interval above
-    zero; in part if not, but more than random lists share among the latents that change at all, with p below 0.05;
-    otherwise not held."""
+    """Held if demonstrations name more than each list that needs none, every difference with its whole 95% interval
+    above zero; in part if not, but more than random lists share among the latents that change at all, with p below
+    0.05; otherwise not held."""
     if found.against and all(one.above for one in found.others):
         return HELD
     return IN_PART if found.p is not None and found.p < ALPHA else NOT_HELD
 
 
 def rarer_than(found: Evidence) -> str:
-    """Held if the number is above zero and at most 5% of random sets of each kind reach it, where these match the chosen
-    latents' firing rate and energy to a tenth and are not nearly one and the same set; otherwise not held."""
+    """Held if the number is above zero and at most 5% of random sets of each kind reach it, where these match the
+    chosen latents' firing rate and energy to a tenth and are not nearly one and the same set; otherwise not held."""
     rare = all(one.p is not None and one.p <= ALPHA for one in found.others)
     return HELD if rare and found.fair and (found.value or 0) > 0 else NOT_HELD
 
@@ -116,23 +118,23 @@ def no_more_than_chance(found: Evidence) -> str:
 
 def specific(found: Evidence) -> str:
     """Held if the mean rank correlation within domains has its 95% interval above zero, with p below 0.05 when training
-    sets are shuffled in each domain, and with one-sided p below 0.05 when whole sets are shuffled, which takes four sets;
-    in part if all but the last holds; otherwise not held."""
+    sets are shuffled in each domain, and with one-sided p below 0.05 when whole sets are shuffled, which takes four
+    sets; in part if all but the last holds; otherwise not held."""
     if not found.above:
         return NOT_HELD
     return HELD if all(one.p is not None and one.p < ALPHA for one in found.others) else IN_PART
 
 
 def own_list(found: Evidence) -> str:
-    """Held if lists share more with their own training set's change than with the others', and by more than lists by firing
-    rate do, each with p below 0.05 over orders of the sets; otherwise not held."""
+    """Held if lists share more with their own training set's change than with the others', and by more than lists by
+    firing rate do, each with p below 0.05 over orders of the sets; otherwise not held."""
     leads = (found, *found.others)
     return HELD if all((one.value or 0) > 0 and one.p is not None and one.p < ALPHA for one in leads) else NOT_HELD
 
 
 def cheaper(found: Evidence) -> str:
-    """Held if finding out costs more than 1.25 times as much as the forecast, in seconds and in passes; in part if in one of
-    the two; otherwise not held. Training the SAE is not counted."""
+    """Held if finding out costs more than 1.25 times as much as the forecast, in seconds and in passes; in part if in
+    one of the two; otherwise not held. Training the SAE is not counted."""
     above = [(one.value or 0) > MARGIN for one in (found, *found.others)]
     return HELD if all(above) else IN_PART if any(above) else NOT_HELD
 

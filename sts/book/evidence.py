@@ -11,10 +11,10 @@ from sts.book.claims import NOT_DONE, Claim, Estimate, Evidence, NotDone
 from sts.book.tables import rows_of, value_of
 from sts.errors import StsError
 from sts.measure import paper
-from sts.measure.items import crossed_mean_interval
-from sts.measure.items import MeanInterval, paired_mean_interval
+from sts.measure.items import MeanInterval, crossed_mean_interval, paired_mean_interval
 from sts.measure.shift import concentration, overlap, shifted_dimensions
 from sts.measure.shift_stats import concentrations, overlap_rows, same_fraction
+from sts.measure.training_sets import list_lead
 
 if TYPE_CHECKING:
     from sts.run.run import OpenRun
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PAPER_FRACTION = 100 / 28_672
 #: Training taught something if the loss on held-out problems fell by this share of its start.
 SMALLEST_FALL = 0.1
-#: Random sets are a control if they come this near to the chosen latents' firing rate or energy, and share at most this.
+#: Random sets are a control if they come this near to the chosen latents' rate or energy, and share at most this.
 MATCH, SHARED = 0.1, 0.5
 #: Why a claim cannot be tested.
 UNLEARNED = "training taught the model too little: the loss on held-out problems fell by less than a tenth"
@@ -46,9 +46,9 @@ class Stored:
             raise NotDone(f"Stage {stage} of run {self.run.settings.name!r} is not there.")
         return self.run.get(stage)
 
-    def with_seed(self, seed: int) -> Stored:
-        """The same with another seed."""
-        return Stored(self.run.with_seed(seed))
+    def variant(self, **changes: Any) -> Stored:
+        """The same with other settings."""
+        return Stored(self.run.variant(**changes))
 
 
 def is_stored(run: OpenRun | Stored, stage: str) -> bool:
@@ -70,14 +70,15 @@ def weigh(run: OpenRun | Stored, claim: Claim) -> tuple[Evidence | None, str, st
 
 
 def _learned(run: OpenRun | Stored, claim: Claim) -> bool:
-    """Whether training taught something with the run's seed, with every seed, or on the training sets of the claim."""
+    """Whether training taught something: with the run's seed, with every seed, or on the training sets of the claim."""
+    falls = []
     if claim.learned == "sets":
         sets, own = run.get("training_matrix"), claim.arguments.get("where", {}).get("training_set")
         falls = sets.loc[(sets["training_set"] == own) | (own is None), "loss_fall"]
-        return bool((falls >= SMALLEST_FALL).all())
-    seeds = {"own": (), "every": run.other_seeds}.get(claim.learned)
-    return seeds is None or all(fall >= SMALLEST_FALL for fall in (
-        _fall(run), *(_fall(run.with_seed(seed)) for seed in seeds)))
+    elif claim.learned != "no":
+        others = run.other_seeds if claim.learned == "every" else ()
+        falls = [_fall(run), *(_fall(run.variant(seed=seed)) for seed in others)]
+    return all(fall >= SMALLEST_FALL for fall in falls)
 
 
 def _fall(run: OpenRun | Stored) -> float:
@@ -135,8 +136,8 @@ def _estimate(one: Mapping[str, Any], value: str, interval: str = "", p: str = "
 
 def choice(run: OpenRun | Stored, measure: str, score: str) -> Evidence:
     """r of the score, and the share of random sets of like firing rate and of like energy that reach it."""
-    rows = {one["null"]: one for one in run.get("baseline_nulls") if (one["measure"], one["predictor"]) == (measure, score)
-            and one["null"] in ("rate", "energy")}
+    rows = {one["null"]: one for one in run.get("baseline_nulls") if one["null"] in ("rate", "energy")
+            and (one["measure"], one["predictor"]) == (measure, score)}
     if not rows or any("undefined" in one for one in rows.values()):
         raise NotDone(f"Random sets of latents were not scored in {measure} in this run.")
     fair = all(abs(one["matched"] - one["chosen"]) <= MATCH * one["chosen"] and one["shared"] <= SHARED
@@ -151,58 +152,43 @@ def losses(run: OpenRun | Stored, published: bool = False) -> Evidence:
     if published:
         changes = paper.accuracy_shifts()["shift_pct"]
     else:
-        shifts = run.get("domain_shift")
-        changes = shifts.loc[shifts["measure"] == "accuracy", "shift"]
-        if changes.empty:
-            raise NotDone("Accuracy was not evaluated in this run.")
+        changes = run.get("domain_shift").query("measure == 'accuracy'")["shift"]
+    if changes.empty:
+        raise NotDone("Accuracy was not evaluated in this run.")
     return Evidence(float((changes < 0).mean()), n=len(changes), unable=CHANCE * (not published and _at_chance(run)))
 
 
 def own_lists(run: OpenRun | Stored) -> Evidence:
     """Lead of lists by demonstrations on their own training set's change, and what it is more than by firing rate."""
-    from sts.measure.training_sets import list_lead
-
-    found = run.get("training_overlap")
-    own, beyond = found["lead"]["foreseen"], list_lead(found["rows"], "foreseen", "by_rate")
-    return Evidence(own.get("lead"), p=own.get("p"), n=len({one["trained"] for one in found["rows"]}), of="training sets",
+    rows = run.get("training_overlap")["rows"]
+    own, beyond = list_lead(rows, "foreseen"), list_lead(rows, "foreseen", "by_rate")
+    return Evidence(**vars(_estimate(own, "lead", p="p")), n=len({one["trained"] for one in rows}), of="training sets",
                     unable=own.get("undefined", ""),
-                    against={"more than by firing rate": Estimate(beyond.get("lead"), p=beyond.get("p"))})
+                    against={"more than by firing rate": _estimate(beyond, "lead", p="p")})
 
 
 def cost_ratio(run: OpenRun | Stored) -> Evidence:
     """Fine-tuning and evaluation divided by the forecast, in seconds and in token-forward-passes, as measured."""
-    sums = {}
-    for name, stages in (("forecast", ("shift", "domain_stats")), ("rest", ("sft", "evaluation_before", "evaluation_after"))):
+    sums = []
+    for stages in (("shift", "domain_stats"), ("sft", "evaluation_before", "evaluation_after")):
         records = [run.provenance(stage) for stage in stages]
         if not all(records):
             raise NotDone("Not all stages that are compared are there.")
         passes = [(record.get("work") or {}).get("passes", 0) for record in records]
-        sums[name] = sum(record["seconds"] for record in records), sum(passes) if all(passes) else math.nan
-    seconds, passes = (rest / forecast for rest, forecast in zip(sums["rest"], sums["forecast"], strict=True))
+        sums.append((sum(record["seconds"] for record in records), sum(passes) if all(passes) else math.nan))
+    seconds, passes = (rest / forecast for forecast, rest in zip(*sums, strict=True))
     return Evidence(seconds, n=1, of="measurement", against={
         "token-forward-passes": Estimate(None if math.isnan(passes) else passes)})
 
 
-def silent(run: OpenRun | Stored) -> Evidence:
-    """Share of the SAE's latents that are silent on a token."""
-    found = run.get("sae_quality")
-    return Evidence(1 - found["l0"] / found["latents"], n=found["tokens"], of="tokens")
-
-
-def wider(run: OpenRun | Stored) -> Evidence:
-    """What the run's SAE explains of the variance less what the small one explains, on the same tokens."""
-    own, small = (run.get(stage) for stage in ("sae_quality", "small_sae_quality"))
-    name = "fraction_of_variance_explained"
-    return Evidence(own[name] - small[name], n=own["tokens"], of="tokens")
+def sae(run: OpenRun | Stored, field: str) -> Evidence:
+    """Share of latents that are "silent" on a token; or what the SAE explains of the variance "more" than the small."""
+    own, name = run.get("sae_quality"), "fraction_of_variance_explained"
+    value = 1 - own["l0"] / own["latents"] if field == "silent" else own[name] - run.get("small_sae_quality")[name]
+    return Evidence(value, n=own["tokens"], of="tokens")
 
 
 # --- what fine-tuning shifts --------------------------------------------------------------------------------------
-
-def _count(run: OpenRun | Stored, code: str) -> int:
-    """The run's N, or the same fraction of another code."""
-    width = {kind: len(run.get("sft_shift")[f"{kind}/squared_difference_L"]) for kind in ("sae", code)}
-    return same_fraction(run.settings.top_n, width["sae"], width[code])
-
 
 def shares(run: OpenRun | Stored, against: Sequence[str] = (), paper_fraction: bool = False) -> Evidence:
     """Share of the change in the most shifted latents, chosen on other questions than measured on (Figures 1a, 2b).
@@ -218,16 +204,17 @@ def shares(run: OpenRun | Stored, against: Sequence[str] = (), paper_fraction: b
             count = max(1, round(PAPER_FRACTION * len(moved["sae/squared_difference_L"])))
         if code == "activity":
             found[code] = Estimate(concentration(moved["sae/base_square_sum_L"])[count - 1].item())
-            continue
-        change_FL = moved[f"{code}/fold_squared_difference_FL"]
-        at = concentrations(change_FL, count, seed=run.settings.seed).at(count)
-        found[code] = Estimate(at["held_out"], at["low"], at["high"])
+        else:
+            change_FL = moved[f"{code}/fold_squared_difference_FL"]
+            found[code] = _estimate(concentrations(change_FL, count, seed=run.settings.seed).at(count), "held_out")
     return Evidence(**vars(found.pop("sae")), n=len(moved["sae/fold_squared_difference_FL"]), of="groups of questions",
                     against={CODES.get(code, code): share for code, share in found.items()})
 
 
-def _mean(found: MeanInterval) -> Estimate:
-    return _estimate({name: value for name, value in vars(found).items() if value == value}, "mean")
+def _count(run: OpenRun | Stored, code: str) -> int:
+    """The run's N, or the same fraction of another code."""
+    width = {kind: len(run.get("sft_shift")[f"{kind}/squared_difference_L"]) for kind in ("sae", code)}
+    return same_fraction(run.settings.top_n, width["sae"], width[code])
 
 
 def zeroing(run: OpenRun | Stored) -> Evidence:
@@ -237,12 +224,16 @@ def zeroing(run: OpenRun | Stored) -> Evidence:
     bits = rows[(rows["latents"] == count) & rows["bits"].notna()]
     tables = {kind: own.pivot(index="draw", columns="example_id", values="bits") for kind, own in bits.groupby("kind")}
     most = tables["most_shifted"].iloc[0]
-    others = {"random": "random latents", "matched": "others of as much energy", "most_active": "the most active latents",
-              "like_rate": "others that fire as often"}
+    others = {"random": "random latents", "matched": "others of as much energy",
+              "most_active": "the most active latents", "like_rate": "others that fire as often"}
     others.pop("most_active" if "matched" in tables else "matched")
     leads = {name: _mean(crossed_mean_interval((most - tables[kind]).to_numpy(), against_one=True))
              for kind, name in others.items() if kind in tables}
     return Evidence(**vars(leads.pop("random latents")), n=len(most), of="problems", against=leads)
+
+
+def _mean(found: MeanInterval) -> Estimate:
+    return _estimate(vars(found), "mean")
 
 
 # --- what demonstrations foresee ----------------------------------------------------------------------------------
@@ -265,10 +256,10 @@ def foreseen(run: OpenRun | Stored) -> Evidence:
     found = overlap_rows(run.get("shift")["squared_difference_L"], run.get("sft_shift")["sae/squared_difference_L"],
                          [run.settings.top_n])[0]
     sets = [named(own_L) for own_L in stats["sae/squared_difference_RL"]]
+    others_RL = run.get("shift_by_other_domain")["sae/squared_difference_RL"]
     lists = {"by firing rate": [named(stats["sae/base_fired_L"])] * len(sets),
              "by energy": [named(stats["sae/base_square_sum_L"])] * len(sets),
-             "demonstrations of other domains":
-                 [named(own_L) for own_L in run.get("shift_by_other_domain")["sae/squared_difference_RL"]]}
+             "demonstrations of other domains": [named(other_L) for other_L in others_RL]}
     return Evidence(found["share"], p=found["active_p"], n=len(sets), of="sets of demonstrations", against={
         f"more than {name}": _lead(run, sets, shares_R) for name, shares_R in lists.items()})
 
@@ -281,7 +272,8 @@ def better_than_raw(run: OpenRun | Stored) -> Evidence:
         alone = max(named(stats[f"{code}/{name}"]) for name in ("base_fired_L", "base_square_sum_L"))
         gain[code] = [named(own_L) - alone for own_L in stats[f"{code}/squared_difference_RL"]]
     raw, random = (_lead(run, gain["sae"], gain[code]) for code in ("raw", "random"))
-    return Evidence(**vars(raw), n=len(gain["sae"]), of="sets of demonstrations", against={"more than a random code": random})
+    return Evidence(**vars(raw), n=len(gain["sae"]), of="sets of demonstrations",
+                    against={"more than a random code": random})
 
 
 def more_demonstrations(run: OpenRun | Stored) -> Evidence:

@@ -1,9 +1,9 @@
 """Five figures, drawn from rows: `intervals`, `scatter`, `curves`, `heat`, `bars`.
 
-Legible on a phone: at most 7 inches wide, text of 10 points or more; colours that colour-blind readers can tell apart, and
-no meaning carried by colour alone. Rows are a list of dicts or a DataFrame; fields may be dotted ("pearson_interval.low").
-`panel` draws a panel for every value of that field, `hue` several points or bars a label; `names` renames labels, and a label
-of an axis may be a dict by panel.
+Legible on a phone: at most 7 inches wide, text of 10 points or more; colours that colour-blind readers can tell apart,
+and no meaning carried by colour alone. Rows are a list of dicts or a DataFrame; fields may be dotted
+("pearson_interval.low"). `panel` draws a panel for every value of that field, `hue` several points or bars a label;
+`names` renames labels; a label of an axis may be a dict by panel; `marks` are dashed vertical lines, label -> place.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS, LINES, HATCHES = ("o", "s", "^", "D", "v", "P", "X", "*"), ("-", "--", "-.", ":"), ("", "///", "...", "xx")
 GREY = "#666666"
 #: The paper's domains in their order; others take what comes by their name.
-DOMAINS = ("biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history", "law",
-           "math", "other", "philosophy", "physics", "psychology")
+DOMAINS = ("biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history",
+           "law", "math", "other", "philosophy", "physics", "psychology")
 Names = Mapping[Any, str] | None
 Axis = str | Mapping[Any, str]
 
@@ -53,8 +53,9 @@ def _axes(panels: Mapping[Any, Any], height: float, *, across: int = 9, names: N
     for axis in axes.flat[len(panels):]:
         axis.set_axis_off()
     for axis, panel in zip(axes.flat, panels, strict=False):
+        shown = {what: label for what, label in labels.items() if what == "xlabel" or axis in axes[:, 0]}
         axis.set(title=_name(panel, names), **{what: label.get(panel, "") if isinstance(label, Mapping) else label
-                                               for what, label in labels.items() if what == "xlabel" or axis in axes[:, 0]})
+                                               for what, label in shown.items()})
     return figure, list(zip(axes.flat, panels.values(), strict=False))
 
 
@@ -90,7 +91,8 @@ def _listed(rows: Any, y: str, x: str, panel: str | None, hue: str | None, xlabe
     rows = [row for row in rows_of(rows) if value_of(row, x) is not None]
     labels, hues = list(_grouped(rows, y)), list(_grouped(rows, hue))
     width = 0.8 / max(1, len(hues))
-    figure, axes = _axes(_grouped(rows, panel), 1.1 + len(labels) * (0.2 + room * len(hues)), names=names, xlabel=xlabel)
+    height = 1.1 + len(labels) * (0.2 + room * len(hues))
+    figure, axes = _axes(_grouped(rows, panel), height, names=names, xlabel=xlabel)
     for axis, own in axes:
         for row in own:
             place = hues.index(value_of(row, hue))
@@ -108,11 +110,7 @@ def _listed(rows: Any, y: str, x: str, panel: str | None, hue: str | None, xlabe
 def intervals(rows: Any, y: str = "label", x: str = "value", low: str = "low", high: str = "high", *,
               panel: str | None = None, hue: str | None = None, xlabel: Axis = "", zero: float = 0.0,
               marks: Mapping[str, float] = {}, names: Names = None) -> Figure:
-    """A point with its interval for every label; hollow where the interval includes `zero` or is missing.
-
-    Args:
-        marks: label -> where a dashed vertical line stands.
-    """
+    """A point with its interval for every label; hollow where the interval includes `zero` or is missing."""
     def draw(axis: Axes, row: dict, at: float, place: int, width: float) -> None:
         ends, colour = (value_of(row, low), value_of(row, high)), COLOURS[place]
         clear = None not in ends and not ends[0] <= zero <= ends[1]
@@ -141,12 +139,9 @@ def bars(rows: Any, y: str = "label", x: str = "value", *, panel: str | None = N
 def scatter(rows: Any, x: str = "score", y: str = "change", label: str = "domain", *, low: str | None = None,
             high: str | None = None, panel: str | None = None, filled: str | None = None, fit: bool = True,
             xlabel: Axis = "", ylabel: str = "", names: Names = None) -> Figure:
-    """A named point for every row; one colour and marker a label.
+    """A named point for every row, one colour and marker a label, with a vertical bar and the least-squares line.
 
-    Args:
-        low, high: ends of the vertical bar; hollow where zero lies between them.
-        filled: field that is false where a point is hollow.
-        fit: draw the least-squares line.
+    A point is hollow where zero lies between the ends of its bar, or where the field `filled` is false.
     """
     rows = [row for row in rows_of(rows) if None not in (value_of(row, x), value_of(row, y))]
     figure, axes = _axes(_grouped(rows, panel), 3.6, across=2, names=names, xlabel=xlabel, ylabel=ylabel)
@@ -187,12 +182,7 @@ def _write_names(axis: Axes, places: numpy.ndarray, labels: Sequence[str]) -> No
 def curves(lines: Mapping[str, Any], xlabel: Axis = "", ylabel: str = "", *, logx: bool = False, logy: bool = False,
            marks: Mapping[str, float] = {}, markers: bool = False, panels: bool = False,
            ylim: tuple[float | None, float | None] | None = None) -> Figure:
-    """Lines by label, each (x, y) or (x, y, low, high) with a shaded band.
-
-    Args:
-        marks: label -> where a dashed vertical line stands.
-        panels: `lines` is panel -> lines; a label looks the same in all panels.
-    """
+    """Lines by label, each (x, y) or (x, y, low, high) with a shaded band; with `panels`, lines by label by panel."""
     by_panel = lines if panels else {None: lines}
     order = list(dict.fromkeys(label for own in by_panel.values() for label in own))
     figure, axes = _axes(by_panel, 3.6, xlabel=xlabel, ylabel=ylabel)

@@ -1,4 +1,4 @@
-"""Cards of latents: the texts they fire on, the tokens they promote and demote, and how strongly they fire. HTML, escaped."""
+"""Cards of latents: texts they fire on, tokens they promote and demote, how strongly they fire; HTML, escaped."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def cards(latents: Sequence[Mapping], logits: Mapping[int, Mapping], activity: M
         found, more = logits.get(number, {}), activity.get(number, {})
         title = f'<a href="{escape(address)}/{number}">Latent {number}</a>' if address else f"Latent {number}"
         lines = [f"fires on {card['rate']:.2%} of tokens, at most {card['contexts'][0]['value']:.1f}"]
-        lines += [f"{name}: " + " ".join(f"<code>{escape(token.strip() or repr(token))}</code>" for token in found[name])
-                  for name in ("promoted", "demoted") if found.get(name)]
+        for name in [name for name in ("promoted", "demoted") if found.get(name)]:
+            tokens = (escape(token.strip() or repr(token)) for token in found[name])
+            lines.append(f"{name}: " + " ".join(f"<code>{token}</code>" for token in tokens))
         parts = [f'<p class="sts-rate">{line}</p>' for line in lines] + [_histogram(more.get("histogram", ()))]
         for name, contexts in (("strongest", card["contexts"]), ("of middling strength", more.get("middling", ()))):
             shown = [_shaded(context) for context in contexts if texts and context["peak"] in text_span(context)]

@@ -1,4 +1,4 @@
-"""A chapter's page: its run, claim cards, tables, tabs of figures, other runs and provenance, as HTML with all text escaped."""
+"""A chapter's page: its run, claim cards, tables, figures under tabs, other runs, provenance; HTML, escaped."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 #: Measures of change, the finest first.
 MEASURES = ("bits", "p_right", "accuracy", "accuracy_generated")
+#: What is shown of a stage's provenance.
+SHOWN = ("key", "settings", "inputs", "seed", "finished", "seconds", "work", "process_peak_memory_mb", "device",
+         "withheld", "python", "versions", "commit")
 
 
 def open_page(chapter: str, run: str = "laptop", *, banner: bool = True, **parameters: Any) -> Page:
@@ -80,9 +83,10 @@ class Page:
         for place, (label, figure) in enumerate(figures.items()):
             image = io.BytesIO()
             figure.savefig(image, format="png", dpi=110, bbox_inches="tight")
+            data, told = base64.b64encode(image.getvalue()).decode(), escape(f"{alt}: {label}")
             parts.append(f'<input type="radio" name="{group}" id="{group}-{place}"{" checked" * (place == 0)}>'
-                         f'<label for="{group}-{place}">{escape(label)}</label><figure><img alt="{escape(f"{alt}: {label}")}" '
-                         f'src="data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"></figure>')
+                         f'<label for="{group}-{place}">{escape(label)}</label>'
+                         f'<figure><img alt="{told}" src="data:image/png;base64,{data}"></figure>')
         below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         return HTML(f'<div class="sts-tabs">{"".join(parts)}{below}</div>')
 
@@ -105,11 +109,11 @@ class Page:
                                      for name, one in {"judged": found, **found.against}.items()],
                                     {"": "what", "with 95% interval": "number", "p": "{p:.2g}"})
         lines = "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in rows)
-        return (f'<section class="sts-card">{_pill(word)}<p class="sts-says">{escape(claim.says)}</p><table>{lines}</table>'
-                f"{tables.folded('The rule and the numbers behind it', details)}</section>")
+        return (f'<section class="sts-card">{_pill(word)}<p class="sts-says">{escape(claim.says)}</p>'
+                f"<table>{lines}</table>{tables.folded('The rule and the numbers behind it', details)}</section>")
 
     def scorecard(self) -> HTML:
-        """One row for each of the paper's results, from the records of claims and what is stored; counted at the top."""
+        """A row for each of the paper's results, from the records of claims and what is stored; counted at the top."""
         results, known = claims.read_claims()
         run, rows, words = evidence.Stored(self.run), [], []
         for result in results.values():
@@ -124,16 +128,18 @@ class Page:
         counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
         head = ("of the paper", "claim", "the paper", "this run, with 95% interval", "run", "verdict", "chapter")
         lines = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
-        return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scroll"><table class="dataframe sts-scorecard">'
-                    f"<thead><tr>{_cells('th', head)}</tr></thead><tbody>{lines}</tbody></table></div>")
+        return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scroll">'
+                    f'<table class="dataframe sts-scorecard"><thead><tr>{_cells("th", head)}</tr></thead>'
+                    f"<tbody>{lines}</tbody></table></div>")
 
     # --- latents, other runs, texts, provenance
 
     def latents(self, count: int = 10) -> HTML:
         """Cards of the latents of stage `latent_examples`, with what further stages on them are stored."""
-        more = ({row["latent"]: row for row in self.stored(stage) or ()} for stage in ("latent_logits", "latent_activity"))
-        note = self.texts_note("latent_examples").data
-        return HTML(note + latent_cards.cards(self["latent_examples"][:count], *more, sae=self.settings.sae, texts=not note))
+        found, note = self["latent_examples"][:count], self.texts_note("latent_examples").data
+        more = ({row["latent"]: row for row in self.stored(stage) or ()}
+                for stage in ("latent_logits", "latent_activity"))
+        return HTML(note + latent_cards.cards(found, *more, sae=self.settings.sae, texts=not note))
 
     def others(self, *stages: str) -> dict[str, OpenRun]:
         """The book's other recorded runs that have these stages; nothing of them is computed."""
@@ -142,7 +148,7 @@ class Page:
         found = {}
         for name in sorted(folder.name for folder in (ROOT / "data" / "recorded").iterdir()):
             try:
-                other = sts.open_run(name)
+                other = sts.open_run(name).only_recorded()
             except StsError:  # a profile out of date must not stop the pages of all others
                 continue
             if name != self.settings.name and all(evidence.is_stored(other, stage) for stage in stages):
@@ -155,24 +161,19 @@ class Page:
 
         name = escape(self.settings.name)
         return HTML("" if not texts_withheld(self[stage]) else
-                    "<p><strong>The texts are not here.</strong> Recorded results hold no texts of data sets. With the model "
-                    f"and the data: <code>sts stage {stage} --run {name} --again</code>, then <code>sts run {self.chapter} "
-                    f"--run {name}</code>. Runs computed where they are read show theirs.</p>")
+                    "<p><strong>The texts are not here.</strong> Recorded results hold no texts of data sets. With the "
+                    f"model and the data: <code>sts stage {stage} --run {name} --again</code>, then <code>sts run "
+                    f"{self.chapter} --run {name}</code>.</p>")
 
     def provenance(self) -> HTML:
         """A folded box: of each stage that the page rests on its key, data, weights, settings, software and time."""
         blocks = []
         for stage in self.run.used:
             if record := self.run.provenance(stage):
-                rows = {"computed": f"{record['finished']}, {record['seconds']:,.1f} s, "
-                                    f"{record['process_peak_memory_mb']} MB, {record['device']}",
-                        "code": record["commit"] or "not under git",
-                        "software": f"Python {record['python']}, " + ", ".join(map(" ".join, record["versions"].items()))}
-                rows = {name: record[name] for name in ("key", "settings", "inputs", "seed", "work", "withheld")
-                        if record.get(name)} | rows
-                lines = "".join(f"<tr><th>{name}</th><td>{escape(value if isinstance(value, str) else json.dumps(value))}</td>"
-                                "</tr>" for name, value in rows.items())
-                blocks.append(tables.folded(stage, f"<table>{lines}</table>"))
+                shown = {name: record[name] for name in SHOWN if record.get(name) not in (None, "", {})}
+                blocks.append(tables.table(
+                    [{"": name, "recorded": value if isinstance(value, str) else json.dumps(value)}
+                     for name, value in shown.items()], fold=stage))
         return HTML(tables.folded(f"Where the numbers come from: run {self.settings.name}, {len(blocks)} stages",
                                   "".join(blocks), "sts-provenance"))
 

@@ -1,6 +1,6 @@
 """The smoke book, from notebooks to a browser: every chapter runs, the strict build is clean, pages work."""
 
-import json
+import os
 import re
 import subprocess
 import sys
@@ -9,15 +9,14 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 
+import yaml
+
 import sts
 from sts.book.chapters import CHAPTERS, build_book, chapter_source, quick_page, run_chapter, without_roles
-from sts.data import load as data
-from sts.errors import StsError
-from sts.run import resources as inputs
-from sts.run import run as stages
+from sts.errors import ROOT, StsError
 from sts.run.recorded import record
 from sts.run.run import results_folder
-from sts.run.settings import ROOT, load_run
+from sts.run.settings import load_run
 from sts.run.store import Store
 
 
@@ -47,15 +46,27 @@ def test_every_chapter_is_executed_to_its_end_without_errors_or_chatter(book):
 
 
 def test_numbers_on_the_page_are_the_stages_numbers(book):
-    import sts
-
     run = sts.open_run("smoke")
     page = text_of(nbformat.read(results_folder() / "smoke" / "notebooks" / "transferability_score.ipynb", 4))
-    log = json.loads((run.get("sft") / "training.json").read_text())
-    assert f"from {log['held_out_before']:.3f} to {log['held_out_after']:.3f}" in page
-    agreed = run.get("variant_overlap")
-    assert f"agree on {agreed['overlap']} of {agreed['top_n']} shifted latents" in page
+    row = next(row for row in run.get("correlations")
+               if (row["measure"], row["variant"], row["score"]) == ("bits", "paper", "sts_icl"))
+    assert f"{row['pearson']:.2f} ({row['pearson_interval']['low']:.2f} to {row['pearson_interval']['high']:.2f})" in page
     assert run.key("shift") in page  # provenance names the very stage
+
+
+def test_the_scorecard_is_the_second_page_and_is_executed_last(book):
+    listed = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    assert listed["parts"][0]["chapters"][0]["file"] == "notebooks/scorecard"
+    notebooks = {path.stem: path.stat().st_mtime_ns for path in (results_folder() / "smoke" / "notebooks").glob("*.ipynb")}
+    assert max(CHAPTERS, key=notebooks.get) == "scorecard"
+    page = text_of(nbformat.read(results_folder() / "smoke" / "notebooks" / "scorecard.ipynb", 4))
+    assert page.count("<code>smoke</code></td>") == 17
+
+
+def test_chapters_leave_the_environment_as_it_was(book):
+    before = dict(os.environ)
+    run_chapter("scorecard", "smoke")
+    assert dict(os.environ) == before
 
 
 def test_another_parameter_recomputes_only_what_depends_on_it(book):
@@ -65,8 +76,8 @@ def test_another_parameter_recomputes_only_what_depends_on_it(book):
     after = {path.name: path.stat().st_mtime_ns for path in stages.iterdir()}
     assert all(after[name] == before[name] for name in before)
     new = {name.split("-")[0] for name in set(after) - set(before) if name != "unfinished"}
-    assert new == {"scores", "variant_overlap", "correlations", "extreme_correlations", "correlations_by_seed",
-                   "hardness", "answer_parts"}
+    assert {"scores", "correlations"} <= new
+    assert new <= {"scores", "variant_overlap", "correlations", "extreme_correlations", "correlations_by_seed"}
 
 
 def test_a_changed_parameter_has_a_notebook_and_a_page_of_its_own(book):
@@ -93,17 +104,17 @@ def test_sources_are_stripped_of_outputs():
 def test_parameters_declared_by_notebooks_default_to_the_runs_own():
     import papermill
 
-    for chapter in [name for name in CHAPTERS if name != "the_papers_numbers"]:
+    for chapter in CHAPTERS:
         for name, item in papermill.inspect_notebook(str(chapter_source(chapter))).items():
             setting = name in type(load_run("laptop")).model_fields
-            # The chapter on costs has assumptions of its own, which no run has.
-            assert name == "run" or setting or chapter == "what_a_forecast_costs"
-            assert not setting or item["default"] == "None"
+            # Two chapters have parameters of their own, which no run has.
+            assert name == "run" or setting or chapter in ("what_a_forecast_costs", "the_papers_numbers")
+            assert not setting or item["default"] == "None" or chapter == "the_papers_numbers"
             assert name != "run" or item["default"] == '"laptop"'
 
 
 def test_importing_sts_is_quick_because_heavy_libraries_wait():
-    code = ("import sys, sts, sts.config, sts.stages; "
+    code = ("import sys, sts, sts.book, sts.run.run, sts.stages; "
             "print([name for name in ('sae_lens', 'trl', 'lm_eval', 'peft') if name in sys.modules])")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == "[]"
@@ -123,9 +134,10 @@ def test_a_chapter_runs_on_recorded_results_without_model_sae_and_data(recorded,
     def gone(*args, **kwargs):
         raise StsError("not here")
 
-    for module, name in ((inputs, "resolve_model"), (inputs, "load_model"), (inputs, "load_examples"),
-                         (inputs, "load_mixture"), (data, "load_texts"), (stages, "load_sae")):
-        monkeypatch.setattr(module, name, gone)
+    for module in [module for name, module in sys.modules.items() if name.startswith("sts.")]:
+        for name in ("resolve_model", "load_model", "load_examples", "load_mixture", "load_texts", "load_sae"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, gone)
     elsewhere = sts.open_run("smoke", results=tmp_path)
     elsewhere.store = Store(tmp_path / "stages", (recorded,))
     monkeypatch.setattr(sts, "open_run", lambda run, **parameters: elsewhere)
@@ -151,11 +163,8 @@ def browser():
         instance.close()
 
 
-PAGES = ["book/introduction", "book/method", "notebooks/what_an_sae_sees",
-         "notebooks/fine_tuning_moves_few_latents", "notebooks/icl_foresees_fine_tuning",
-         "notebooks/transferability_score", "notebooks/baselines", "notebooks/ablations", "notebooks/training_domains",
-         "notebooks/what_a_forecast_costs", "notebooks/the_papers_numbers", "book/glossary", "book/teachers_guide",
-         "book/solutions", "book/references"]
+PAGES = ["book/introduction", *(page["file"] for part in yaml.safe_load((ROOT / "_toc.yml").read_text())["parts"]
+                                for page in part["chapters"])]
 
 
 @pytest.mark.parametrize("width", [1280, 375], ids=["desktop", "phone"])
@@ -175,9 +184,10 @@ def test_page_works_offline_at_this_width(book, browser, page, width):
     assert "Traceback" not in body and "Error:" not in body
     if page.startswith("notebooks/"):
         images = tab.locator("article img, main img")
-        assert images.count() >= 1
+        assert images.count() >= (page != "notebooks/scorecard")
         assert all(images.nth(index).evaluate("image => image.naturalWidth > 100") for index in range(images.count()))
         assert "Run smoke" in body.replace("\n", " ") or page.endswith("the_papers_numbers")
+        assert tab.locator(".sts-verdict").count() >= 2
     assert failed == []
     context.close()
 

@@ -166,7 +166,7 @@ class Run:
         self.settings = SimpleNamespace(name="stub", seed=0, top_n=2, bootstrap=200)
         self.other_seeds = tuple(range(1, len(falls)))
 
-    def with_seed(self, seed):
+    def variant(self, seed):
         return Run(self.folder, self.falls[seed:seed + 1], **self.results)
 
     def stored(self, stage):
