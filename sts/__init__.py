@@ -12,9 +12,7 @@ for _name, _value in {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", 
                       "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
                       "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}.items():
     os.environ.setdefault(_name, _value)
-
-# tqdm says this in notebooks without ipywidgets, although its bars are off.
-warnings.filterwarnings("ignore", message="IProgress not found")
+warnings.filterwarnings("ignore", message="IProgress not found")  # said in notebooks, although bars are off
 
 from sts.errors import StsError  # noqa: E402
 
@@ -24,7 +22,7 @@ __version__ = "0.1.0"
 
 def open_run(run="laptop", **overrides):
     """Open a run profile with overrides; see `sts.run.run.open_run`."""
-    import sts.stages  # registers every stage
+    import sts.stages  # noqa: F401  (registers every stage)
     from sts.run.run import open_run as opened
 
     return opened(run, **overrides)

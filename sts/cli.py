@@ -1,4 +1,4 @@
-"""The command line: `sts book`, `sts run`, `sts stage`, `sts doctor`."""
+"""The command line: `sts book`, `sts run`, `sts stage`, `sts settings`, `sts record`, `sts doctor`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import typer
 import yaml
 
 import sts
-from sts.errors import StsError, did_you_mean
+from sts.errors import ROOT, StsError, one_of
+from sts.run.log import PACKAGES
+from sts.run.settings import Run, available_runs, load_run, read_yaml
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Forecast which domains of a language model move when it is fine-tuned.")
 RunOption = Annotated[str, typer.Option("--run", help="run profile: a name in runs/, or a YAML file")]
 ParameterOption = Annotated[list[str] | None, typer.Option(
     "-p", "--parameter", metavar="NAME VALUE", help="a setting to change; may be repeated")]
-
 #: Kind of a stage's result -> what Python gets.
 READS_AS = {"json": "lists and dicts", "parquet": "a pandas DataFrame", "tensors": "a dict of PyTorch tensors",
             "folder": "the path of a folder"}
@@ -30,19 +31,16 @@ def _join_pairs(arguments: list[str]) -> list[str]:
     """`-p NAME VALUE`, papermill's form, as `-p NAME=VALUE`: typer has no options that take a pair and repeat."""
     joined, rest = [], list(arguments)
     while rest:
-        argument = rest.pop(0)
-        joined.append(argument)
-        if argument in ("-p", "--parameter") and rest and "=" not in rest[0]:
+        joined.append(rest.pop(0))
+        if joined[-1] in ("-p", "--parameter") and rest and "=" not in rest[0]:
             if len(rest) < 2:
-                raise StsError(f"{argument} takes a name and a value; {rest[0]!r} has no value.")
+                raise StsError(f"{joined[-1]} takes a name and a value; {rest[0]!r} has no value.")
             joined.append(f"{rest.pop(0)}={rest.pop(0)}")
     return joined
 
 
 def _values(parameters: list[str] | None) -> dict[str, Any]:
     """NAME=VALUE pairs; a value is read as YAML, so 50 is a number and {a.txt: 100} a mapping."""
-    from sts.run.settings import read_yaml
-
     try:
         values = {name: read_yaml(value) for name, _, value in (pair.partition("=") for pair in parameters or [])}
     except yaml.YAMLError as error:
@@ -58,8 +56,7 @@ def book(run: RunOption = "laptop") -> None:
     """Execute all chapters and render the book."""
     from sts.book.chapters import build_book
 
-    index = build_book(run)
-    print(f"\nThe book is ready. Open it with a browser:\n  {index.as_uri()}")
+    print(f"\nThe book is ready. Open it with a browser:\n  {build_book(run).as_uri()}")
 
 
 @app.command("run")
@@ -80,61 +77,46 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
           again: Annotated[bool, typer.Option("--again", help="compute it although it is stored or recorded")] = False,
           ) -> None:
     """Compute (or load) the stage NAME and say where its result lies, or verify the stored one."""
-    from sts.engine import processes
-    from sts.run.run import open_run
-
     if tolerance is not None and not verify:
         raise StsError("--tolerance says how closely --verify compares; give both, or neither.")
-    values = _checked(_values(parameter))
-    opened = open_run(run, **values)
+    values = _values(parameter)
+    for setting in values:
+        if setting not in Run.model_fields or setting == "name":
+            raise one_of("Setting", setting, set(Run.model_fields) - {"name"})
+    opened = sts.open_run(run, **values)
     if verify:
         from sts.run import verify as verification
 
         found = verification.verify(opened, name, tolerance)
         print(verification.report(name, found))
         raise typer.Exit(0 if found.agrees else 1)
+    from sts.engine import processes
+
     if again:
         opened.compute(name)
     opened.get(name)
     processes.leave()
-    if not processes.is_main():
-        return
-    record = opened.provenance(name)
-    key, kind = opened.key(name), opened._spec(name).kind
-    print(f"{name} [{key}], computed {record['finished']} in {record['seconds']} s")
-    arguments = "".join(f", {setting}={value!r}" for setting, value in values.items())
-    print(f"In Python: import sts; {name} = sts.open_run({run!r}{arguments}).get({name!r})  # {READS_AS[kind]}")
-    print(opened.store.find(name, key, kind))
-
-
-def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    from sts.run.settings import Run
-
-    for name in values:
-        if name not in Run.model_fields or name == "name":
-            raise StsError(f"Setting {name!r} is not known. Valid: {', '.join(sorted(Run.model_fields))}."
-                           f"{did_you_mean(name, Run.model_fields)}")
-    return values
+    if processes.is_main():
+        record, arguments = opened.provenance(name), "".join(f", {key}={value!r}" for key, value in values.items())
+        print(f"{name} [{opened.key(name)}], computed {record['finished']} in {record['seconds']} s")
+        print(f"In Python: import sts; {name} = sts.open_run({run!r}{arguments}).get({name!r})  "
+              f"# {READS_AS[opened.spec(name).kind]}")
+        print(opened.find(name))
 
 
 @app.command()
 def record(run: RunOption = "full") -> None:
     """Copy the run's results to data/recorded/, from which pages render without model and data."""
     from sts.run.recorded import record as record_results
-    from sts.run.run import open_run
-    from sts.run.settings import ROOT
 
-    opened = open_run(run)
+    opened = sts.open_run(run)
     target = ROOT / "data" / "recorded" / opened.settings.name
-    names = record_results(opened, target)
-    print(f"{len(names)} results recorded in {target}")
+    print(f"{len(record_results(opened, target))} results recorded in {target}")
 
 
 @app.command()
 def settings(run: RunOption = "laptop") -> None:
     """List all settings with the run's values and what they mean."""
-    from sts.run.settings import Run, load_run
-
     values = load_run(run)
     for name, field in Run.model_fields.items():
         print(f"{name} = {getattr(values, name)!r}\n    {field.description}")
@@ -143,26 +125,24 @@ def settings(run: RunOption = "laptop") -> None:
 @app.command()
 def doctor() -> None:
     """Say what is installed and found, what is missing, and how to get it."""
-    from sts.data.load import CORPORA, GENERATED, SOURCES, local_file
-    from sts.engine.models import PACKAGED, packaged_files
-    from sts.run.provenance import PACKAGES
+    import torch
+
+    from sts.data.load import local_file
+    from sts.data.sources import CORPORA, GENERATED, SOURCES
+    from sts.engine.packaged import PACKAGED, packaged_files
     from sts.run.run import results_folder
-    from sts.run.settings import available_runs
 
     def row(ok: bool | None, what: str, detail: str) -> None:
         print(f"  {'ok     ' if ok else 'missing' if ok is False else '-      '}  {what:<24} {detail}")
 
-    print(f"sts {sts.__version__}, Python {sys.version.split()[0]}")
-    print("Software")
+    print(f"sts {sts.__version__}, Python {sys.version.split()[0]}\nSoftware")
     for package in (*PACKAGES, "papermill", "jupyter-book"):
         try:
             row(True, package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             row(False, package, "pip install -c constraints.txt -e '.[book,test]'")
-    import torch
-
-    row(True if torch.cuda.is_available() else None, "GPU",
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"none; {torch.get_num_threads()} CPU threads")
+    gpu = torch.cuda.is_available()
+    row(gpu or None, "GPU", torch.cuda.get_device_name() if gpu else f"none; {torch.get_num_threads()} CPU threads")
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     row(bool(browser), "browser for tests", browser or "apt-get install chromium; needed by `make test` only")
     print("Models")
@@ -176,10 +156,10 @@ def doctor() -> None:
         row(True, name, "from an installed package")
     for name, source in SOURCES.items():
         found = [split for split in source.splits if local_file(source.folder, split)]
-        row(True if found else None, name, ", ".join(found) if found else
-            f"hub {source.hub}" if source.hub else f"put {source.folder}/{source.splits[0]}.jsonl in STS_DATA_DIR")
+        row(bool(found) or None, name, ", ".join(found) if found else f"hub {source.hub}" if source.hub else
+            f"put {source.folder}/{source.splits[0]}.jsonl in STS_DATA_DIR")
     for name in CORPORA:
-        row(True if local_file("corpus", name) else None, f"corpus {name}", "for training an SAE")
+        row(local_file("corpus", name) is not None or None, f"corpus {name}", "for training an SAE")
     print("Folders")
     folder = os.environ.get("STS_DATA_DIR", "")
     there = bool(folder) and Path(folder).expanduser().is_dir()

@@ -8,10 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 
 from sts.engine.models import load_model
-from sts.engine.random_models import save_random_model
-from sts.run.run import registered
-
-registered()  # before any test that replaces the registry for its own time
+from sts.engine.packaged import save_random_model
+import sts.stages  # noqa: F401  (registers all stages, before any test that replaces the registry for its own time)
 
 
 @pytest.fixture(scope="session", autouse=True)

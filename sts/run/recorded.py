@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts.errors import StsError
-from sts.run.resources import DECIDED_BY, seeds_of, trainings_of
+from sts.run.resources import MADE_OF_KEYS, drawn, seeds_of, trainings_of
+from sts.run.stage import STAGES
 from sts.run.store import PROVENANCE, Store, read
 
 if TYPE_CHECKING:
@@ -69,16 +70,6 @@ CHANGED: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
 OWN_SEED = ("domain_stats", "domain_rows")
 
 
-def drawn(run: OpenRun, spec: Stage) -> dict[str, Any]:
-    """The settings that decide what a stage's inputs are: name and value."""
-    return {setting: getattr(run.settings, setting)
-            for what in spec.inputs if what in _DRAWN for setting in DECIDED_BY[what]}
-
-
-#: Inputs whose deciding settings a record keeps, as its stage need not use them.
-_DRAWN = ("sft_train", "sft_held_out", "domain_data", "demonstrations", "generation_data")
-
-
 def _reduced(name: str, kind: str, run: OpenRun, own: OpenRun, folder: Path) -> tuple[str, Callable | None]:
     """Why a result is not recorded as it is ("" if it is), and what is recorded instead."""
     if own.settings.sft_data != run.settings.sft_data:
@@ -93,7 +84,7 @@ def _reduced(name: str, kind: str, run: OpenRun, own: OpenRun, folder: Path) -> 
     return "weights; the stages that need them hold what was measured on them", None
 
 
-def record(run: OpenRun, stages: Mapping[str, Stage], target: Path) -> list[str]:
+def record(run: OpenRun, target: Path) -> list[str]:
     """Copy the run's stored results to `target`, those of its further seeds as well; sums of tensors as 32-bit floats.
 
     Of the further training sets, provenance alone is recorded; stage `training_matrix` holds what is made of them.
@@ -106,10 +97,10 @@ def record(run: OpenRun, stages: Mapping[str, Stage], target: Path) -> list[str]
         StsError: nothing is stored, or the folder would take up more than `LIMIT`.
     """
     others = trainings_of(run)
-    known = [one for one in others if one is run or one.known("sft_train")]
+    known = [one for one in others if one is run or _readable(one)]
     runs, own, found = [*seeds_of(run), *known], Store(run.store.folder), {}
     for one in runs:
-        for name, spec in stages.items():
+        for name, spec in STAGES.items():
             if own.find(name, one.key(name), spec.kind):
                 found.setdefault(f"{name}-{one.key(name)}", (name, one.key(name), spec.kind, one))
     if not found:
@@ -119,7 +110,7 @@ def record(run: OpenRun, stages: Mapping[str, Stage], target: Path) -> list[str]
     for name, key, kind, one in found.values():
         stored = own.path(name, key, kind)
         provenance = {field: value for field, value in own.provenance(name, key, kind).items() if field != "checksum"}
-        provenance["drawn"] = drawn(one, stages[name])
+        provenance["drawn"] = drawn(one.settings, STAGES[name].inputs)
         why, change = _reduced(name, kind, run, one, stored)
         if why:
             provenance["withheld"] = why
@@ -132,7 +123,7 @@ def record(run: OpenRun, stages: Mapping[str, Stage], target: Path) -> list[str]
         path.with_name(path.name + PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(target / "unfinished", ignore_errors=True)
     if len(known) == len(others):  # else what a further training set asks for is not known
-        _drop_stale(target, runs, stages)
+        _drop_stale(target, runs)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     if size > LIMIT:
         raise StsError(f"{target} takes up {size / 1e6:.1f} MB; at most {LIMIT / 1e6:.0f} MB are recorded. Leave "
@@ -140,14 +131,22 @@ def record(run: OpenRun, stages: Mapping[str, Stage], target: Path) -> list[str]
     return sorted(found)
 
 
-def _drop_stale(target: Path, runs: Sequence[OpenRun], stages: Mapping[str, Stage]) -> None:
+def _readable(run: OpenRun) -> bool:
+    """Whether a further training set can be read here."""
+    try:
+        return bool(run.identity("sft_train"))
+    except StsError:
+        return False
+
+
+def _drop_stale(target: Path, runs: Sequence[OpenRun]) -> None:
     """Remove what these runs no longer ask for: of stages that are gone or were raised, of settings that changed."""
     asked: dict[str, set[str] | None] = {}
     for path in sorted(target.iterdir()):
         name, _, rest = path.name.rpartition("-")
         if name not in asked:
             try:
-                asked[name] = {one.key(name) for one in runs} if name in stages else set()
+                asked[name] = {one.key(name) for one in runs} if name in STAGES else set()
             except StsError:  # what cannot be known here is left alone
                 asked[name] = None
         keys = asked[name]
@@ -181,19 +180,18 @@ def provenances(folders: Sequence[Path], name: str) -> Iterator[dict[str, Any]]:
                 yield found
 
 
-def recorded_key(run: OpenRun, spec: Stage, uses: Mapping[str, Any], needs: Mapping[str, str]) -> str | None:
+def recorded_key(records: Iterable[Mapping[str, Any]], spec: Stage, uses: Mapping[str, Any], needs: Mapping[str, str],
+                 inputs: Mapping[str, str | None], drawn: Mapping[str, Any]) -> str | None:
     """The key of a recorded result with these settings and needs; None if there is none.
 
-    For where an input's own digest cannot be worked out. Then the settings that decide it must be those of the recorded
-    result (`drawn`); inputs whose digest can be worked out must be equal as well, and those made of other runs' keys
-    always.
+    For where an input's own digest cannot be worked out (None), as model or data are not here. Then the settings that
+    decide it must be those of the record (`resources.drawn`); what is known must be equal, and what is made of other
+    stages' keys must be known.
     """
-    def equal(what: str, value: str) -> bool:
-        return run.known(what) in ((value,) if what in ("seeds", "training_sets") else (None, value))
-
-    for found in provenances(run.store.recorded, spec.name):
+    for found in records:
         same = (found["version"], found["settings"], found["needs"]) == (spec.version, uses, needs)
-        if same and found.get("drawn") == drawn(run, spec) and all(
-                equal(what, value) for what, value in found["inputs"].items()):
+        if same and found.get("drawn", {}) == drawn and found["inputs"].keys() == inputs.keys() and all(
+                inputs[what] == value or (inputs[what] is None and what not in MADE_OF_KEYS)
+                for what, value in found["inputs"].items()):
             return found["key"]
     return None

@@ -10,25 +10,29 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sts.errors import StsError
-from sts.run.stage import RESOURCES, Resource
+from sts.errors import ROOT, StsError
+from sts.run.settings import Run
+from sts.run.stage import RESOURCES, Resource, Stage
+
+if TYPE_CHECKING:
+    from sts.run.log import Reporter
+    from sts.run.run import OpenRun
 
 _MODEL = ("model", "model_revision")
-_DEVICE = (*_MODEL, "dtype", "device")
 _TRAINING = ("sft_data", "sft_examples", "sft_held_out", "seed")
 _DOMAINS = ("domain_data", "domain_split", "domains", "domain_limit")
 _SET_ASIDE = ("domain_data", "demonstration_split", "domains")
-_TEXT = ("text_data", "text_examples", "seed")
-#: Input -> the settings that decide what it is.
-DECIDED_BY: dict[str, tuple[str, ...]] = {
-    "model": _MODEL, "sft_train": _TRAINING, "sft_held_out": _TRAINING, "domain_data": _DOMAINS,
-    "demonstrations": _SET_ASIDE, "text_data": _TEXT, "sae_text": ("sae_text",),
-    "trial_problems": (*_TRAINING, "sft_trial_examples"),
-    "generation_data": (*_TRAINING, *_DOMAINS, "demonstration_split", "eval_generate", "eval_limit", "demonstrations")}
+#: Input -> the settings that decide what it is. Records keep those of `DRAWN`, which their stages need not use.
+DECIDED_BY = {"model": _MODEL, "sft_train": _TRAINING, "sft_held_out": _TRAINING, "domain_data": _DOMAINS,
+              "demonstrations": _SET_ASIDE, "text_data": ("text_data", "text_examples", "seed"),
+              "sae_text": (*_MODEL, "sae_text"), "trial_problems": (*_TRAINING, "sft_trial_examples")}
+DRAWN = ("sft_train", "sft_held_out", "domain_data", "demonstrations")
+#: Inputs that are other stages' keys: these are known wherever the stages are, so records have to agree in them.
+MADE_OF_KEYS = ("sae", "seeds", "training_sets")
 #: Added to the run's seed, so that the problems of trials are drawn apart from those of the runs reported.
 TRIAL_SEED = 1_000
 #: What is asked of every further seed, and of every training set, before its key is part of another.
@@ -36,12 +40,33 @@ EVERY_SEED = ("correlations", "extreme_correlations")
 EVERY_SET = ("scores", "shift", "sft", "sft_shift", "domain_shift", "correlations", "text_baselines")
 
 
+def drawn(settings: Run, inputs: Iterable[str]) -> dict[str, Any]:
+    """The settings that decide what these inputs are and that a record keeps: name and value."""
+    return {name: getattr(settings, name) for what in inputs if what in DRAWN for name in DECIDED_BY[what]}
+
+
 def resource(*, uses: tuple[str, ...] = (), inputs: tuple[str, ...] = (), needs: tuple[str, ...] = ()) -> Callable:
     """Register a function of an open run as a resource of its own name."""
-    def register(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def register(make: Callable[[OpenRun], Any]) -> Callable[[OpenRun], Any]:
         RESOURCES[make.__name__] = Resource(make, uses, inputs, needs)
         return make
     return register
+
+
+def values(run: OpenRun, spec: Stage, report: Reporter) -> dict[str, Any]:
+    """The values of a stage's parameters."""
+    own = {"report": lambda: report, "work": lambda: report.work, "device": lambda: run.device,
+           "scratch": lambda: run.store.scratch(spec.name, run.key(spec.name)),
+           "tokens_per_batch": lambda: run.settings.tokens_per_batch,
+           "variant": lambda: lambda **changes: View(run.variant(**changes))}
+
+    def value(name: str) -> Any:
+        if name in own:
+            return own[name]()
+        if name in RESOURCES:
+            return RESOURCES[name].make(run)
+        return getattr(run.settings, name) if name in spec.uses else run.get(name)
+    return {name: value(name) for name in spec.parameters}
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -54,26 +79,26 @@ def tokenizer(run):
 @resource(uses=(*_MODEL, "dtype"), inputs=("model",))
 def lm(run):
     """The run's model, loaded once and never changed."""
-    return run.once("lm", _DEVICE, lambda: fresh_lm(run)())
+    return run.once("model", (*_MODEL, "dtype", "device"), fresh_lm(run))
 
 
 @resource(uses=(*_MODEL, "dtype"), inputs=("model",))
 def fresh_lm(run):
     """A function of a dtype ("" for the run's own) that loads a copy of the model, for stages that change it."""
-    from sts.engine.models import check_layer, load_model
-
     def load(dtype: str = ""):
-        settings = run.settings
-        loaded = load_model(settings.model, revision=settings.model_revision, dtype=dtype or settings.dtype,
-                            device=run.device, cache=run.results / "models")
-        check_layer(loaded.model, settings.layer)
+        from sts.engine.models import check_layer, load_model
+
+        own = run.settings
+        loaded = load_model(own.model, revision=own.model_revision, dtype=dtype or own.dtype, device=run.device,
+                            cache=run.results / "models")
+        check_layer(loaded.model, own.layer)
         return loaded
     return load
 
 
 @resource(uses=(*_MODEL, "dtype"), inputs=("model",), needs=("sft",))
 def tuned(run):
-    """The fine-tuned model."""
+    """The fine-tuned model, a copy of its own."""
     from sts.engine.finetune import load_tuned
 
     return load_tuned(fresh_lm(run)(), run.get("sft"))
@@ -85,21 +110,49 @@ def reader(run):
     from sts.engine.saes import check_fits, load_sae
     from sts.measure.shift import check_top_n
 
-    settings = run.settings
-    name = run.sae_name()
-    found = run.once("reader", ("fold_norms", "sae_dtype", "device"), lambda: load_sae(
-        name, device=run.device, dtype=settings.sae_dtype, fold_norms=settings.fold_norms), name)
-    check_fits(found, lm(run), settings.layer)
-    check_top_n(settings.top_n, found.cfg.d_sae)
+    name, own = sae_name(run), run.settings
+    found = run.once("SAE", ("fold_norms", "sae_dtype", "device"), lambda: load_sae(
+        name, device=run.device, dtype=own.sae_dtype, fold_norms=own.fold_norms), name)
+    check_fits(found, lm(run), own.layer)
+    check_top_n(own.top_n, found.cfg.d_sae)
     return found
+
+
+def sae_name(run: OpenRun) -> str:
+    """What `engine.saes.load_sae` takes; trains the SAE first where the run says so.
+
+    Raises:
+        StsError: it was recorded without its weights.
+    """
+    if run.settings.sae != "train":
+        own = ROOT / run.settings.sae  # a profile of the repository may be run from any folder
+        return str(own) if (own / "cfg.json").is_file() else run.settings.sae
+    folder = run.get("sae")
+    if not (folder / "cfg.json").is_file():
+        raise StsError(f"{folder.name} was recorded without its weights. To train it here: sts stage sae --again, with "
+                       "the same run and parameters.")
+    return str(folder)
+
+
+def check_sae(settings: Run) -> None:
+    """Raise `StsError` for an SAE that is not known, or fewer latents than top_n where its width is known."""
+    width = settings.sae_latents
+    if settings.sae != "train":
+        from sts.engine.saes import known_width, sae_identity
+
+        if not (ROOT / settings.sae / "cfg.json").is_file():
+            sae_identity(settings.sae)
+        width = known_width(settings.sae)
+    if width and settings.top_n > width:
+        raise StsError(f"The {settings.top_n} most shifted latents were asked for; the SAE has {width}. "
+                       f"Set top_n between 1 and {width}.")
 
 
 @resource(uses=("question_tokens_only", "drop_first_positions", "outlier_norm"))
 def masks(run):
     from sts.engine.extract import Masks
 
-    settings = run.settings
-    return Masks(settings.question_tokens_only, settings.drop_first_positions, settings.outlier_norm)
+    return Masks(run.settings.question_tokens_only, run.settings.drop_first_positions, run.settings.outlier_norm)
 
 
 # --- examples -----------------------------------------------------------------------------------------------------
@@ -107,9 +160,9 @@ def masks(run):
 def _training_set(run) -> tuple[list, list]:
     from sts.data.load import training_split
 
-    settings = run.settings
-    return run.once("training", _TRAINING, lambda: training_split(
-        settings.sft_data, settings.sft_examples, settings.sft_held_out, seed=settings.seed))
+    own = run.settings
+    return run.once("training data", _TRAINING, lambda: training_split(own.sft_data, own.sft_examples, own.sft_held_out,
+                                                                       seed=own.seed))
 
 
 @resource(inputs=("sft_train",))
@@ -124,32 +177,28 @@ def held_out(run):
     return _training_set(run)[1]
 
 
+def _by_domain(run, split: str) -> dict[str, list]:
+    from sts.data.load import by_domain, load_examples
+
+    return by_domain(load_examples(run.settings.domain_data, split=split), tuple(run.settings.domains))
+
+
 @resource(inputs=("domain_data",))
 def questions(run):
     """Domain -> its questions."""
-    from sts.data.load import by_domain, load_examples
-
-    settings = run.settings
-
-    def load() -> dict:
-        groups = by_domain(load_examples(settings.domain_data, split=settings.domain_split), tuple(settings.domains))
-        if not settings.domain_limit:
-            return groups
+    def load() -> dict[str, list]:
+        groups, limit = _by_domain(run, run.settings.domain_split), run.settings.domain_limit
         # Not by the run's seed: runs that differ in it answer the same questions, and are compared by item.
-        return {domain: random.Random(0).sample(group, min(len(group), settings.domain_limit))
+        return {domain: random.Random(0).sample(group, min(len(group), limit)) if limit else group
                 for domain, group in groups.items()}
-    return run.once("domains", _DOMAINS, load)
+    return run.once("evaluation data", _DOMAINS, load)
 
 
 @resource(inputs=("demonstrations",))
 def examples_set_aside(run):
     """Domain -> examples for demonstrations; empty if they come from the questions themselves."""
-    from sts.data.load import by_domain, load_examples
-
-    settings = run.settings
-    return run.once("set aside", _SET_ASIDE, lambda: by_domain(
-        load_examples(settings.domain_data, split=settings.demonstration_split), tuple(settings.domains))
-        if settings.demonstration_split else {})
+    split = run.settings.demonstration_split
+    return run.once("demonstrations", _SET_ASIDE, lambda: _by_domain(run, split)) if split else {}
 
 
 @resource(uses=("text_data", "text_examples", "context", "seed"), inputs=("text_data",))
@@ -157,10 +206,9 @@ def texts(run):
     """Questions and solutions that the first chapter reads the SAE on."""
     from sts.data.load import load_examples
 
-    settings = run.settings
-    return run.once("texts", _TEXT, lambda: [
-        example for name in settings.text_data
-        for example in load_examples(name, limit=settings.text_examples, seed=settings.seed + 7)])
+    own = run.settings
+    return run.once("texts", DECIDED_BY["text_data"], lambda: [
+        example for name in own.text_data for example in load_examples(name, limit=own.text_examples, seed=own.seed + 7)])
 
 
 @resource(uses=("sae_text", "context"), inputs=("sae_text",))
@@ -175,8 +223,7 @@ def sae_texts(run):
 def trial(run):
     """(train, held out, seed) for the comparison of learning rates, drawn apart from the run's own problems."""
     seed = run.settings.seed + TRIAL_SEED
-    return (*_training_set(run.variant(seed=seed, seeds=[], sweep_seeds=None,
-                                       sft_examples=run.settings.sft_trial_examples)), seed)
+    return *_training_set(_other(run, seed=seed, sft_examples=run.settings.sft_trial_examples)), seed
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------
@@ -186,10 +233,10 @@ def shift_groups(run):
     """Questions of the training set behind each draw of demonstrations."""
     from sts.data.groups import training_groups
 
-    settings, model = run.settings, lm(run)
-    return training_groups(model.tokenizer, train(run), settings.shift_demonstrations, settings.demonstration_draws,
-                           tokens=settings.shift_tokens, context_length=model.context_length, seed=settings.seed,
-                           name=settings.sft_data)
+    own, model = run.settings, lm(run)
+    return training_groups(model.tokenizer, train(run), own.shift_demonstrations, own.demonstration_draws,
+                           tokens=own.shift_tokens, context_length=model.context_length, seed=own.seed,
+                           name=own.sft_data)
 
 
 @resource(uses=("score_tokens", "demonstrations", "demonstration_draws", "seed"),
@@ -198,29 +245,30 @@ def domain_groups(run):
     """Domain -> its questions behind each draw of demonstrations from the same domain."""
     from sts.data.groups import groups_of_domains
 
-    settings, model = run.settings, lm(run)
-    return groups_of_domains(model.tokenizer, questions(run), examples_set_aside(run), settings.demonstrations,
-                             settings.demonstration_draws, tokens=settings.score_tokens,
-                             context_length=model.context_length, seed=settings.seed)
+    own, model = run.settings, lm(run)
+    return groups_of_domains(model.tokenizer, questions(run), examples_set_aside(run), own.demonstrations,
+                             own.demonstration_draws, tokens=own.score_tokens, context_length=model.context_length,
+                             seed=own.seed)
 
 
 # --- other seeds and training sets --------------------------------------------------------------------------------
 
-def seeds_of(run) -> list:
+def _other(run: OpenRun, **changes: Any) -> OpenRun:
+    """The run with another seed or training set, which has no others of its own."""
+    same = all(getattr(run.settings, name) == value for name, value in changes.items())
+    return run if same else run.variant(**changes, seeds=[], sweep_seeds=None)
+
+
+def seeds_of(run: OpenRun) -> list[OpenRun]:
     """The run with each of its seeds, its own first."""
-    own = run.settings.seed
-    return [run.variant(seed=seed, seeds=[], sweep_seeds=None) if seed != own else run
-            for seed in dict.fromkeys((own, *run.settings.seeds))]
+    return [_other(run, seed=seed) for seed in dict.fromkeys((run.settings.seed, *run.settings.seeds))]
 
 
-def trainings_of(run) -> list:
+def trainings_of(run: OpenRun) -> list[OpenRun]:
     """The run with every training set, its own first, and of each all `training_seeds`."""
-    settings = run.settings
-    names = dict.fromkeys((settings.sft_data, *settings.training_sets))
-    seeds = dict.fromkeys((settings.seed, *settings.training_seeds))
-    own = (settings.sft_data, settings.seed)
-    return [run if (name, seed) == own else run.variant(sft_data=name, seed=seed, seeds=[], sweep_seeds=None)
-            for name in names for seed in seeds]
+    own = run.settings
+    return [_other(run, sft_data=name, seed=seed) for name in dict.fromkeys((own.sft_data, *own.training_sets))
+            for seed in dict.fromkeys((own.seed, *own.training_seeds))]
 
 
 @resource(uses=("seeds", "seed"), inputs=("seeds",))
@@ -234,11 +282,13 @@ def each_training(run):
 
 
 class View:
-    """A run as stages over several seeds or training sets see it."""
+    """A run as stages over several seeds, training sets or settings see it: results by stage, `.seed`, `.training_set`."""
 
-    def __init__(self, run):
-        self.get, self.seed, self.training_set = run.get, run.settings.seed, run.settings.sft_data
-        self._run = run
+    def __init__(self, run: OpenRun):
+        self.get, self.seed, self.training_set, self._run = run.get, run.settings.seed, run.settings.sft_data, run
+
+    def __getitem__(self, name: str) -> Any:
+        return self.get(name)
 
     @property
     def trained_domain(self) -> str:
@@ -251,19 +301,17 @@ class View:
 
 # --- what is read, by digest --------------------------------------------------------------------------------------
 
-def identity(run, what: str) -> str:
+def identity(run: OpenRun, what: str) -> str:
     """A digest of something that a stage reads from outside.
 
     Raises:
         StsError: it is not here.
     """
-    from sts.data.load import digest
-
     if what == "sae":
         from sts.engine.saes import sae_identity
 
-        return f"trained:{run.key('sae')}" if run.settings.sae == "train" else sae_identity(run.sae_name())
-    if what in ("seeds", "training_sets"):
+        return f"trained:{run.key('sae')}" if run.settings.sae == "train" else sae_identity(sae_name(run))
+    if what in MADE_OF_KEYS:
         others, names = (seeds_of(run)[1:], EVERY_SEED) if what == "seeds" else (trainings_of(run), EVERY_SET)
         keys = [one.key(name) for one in others for name in names]
         return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
@@ -271,6 +319,8 @@ def identity(run, what: str) -> str:
         from sts.engine.models import resolve_model
 
         return resolve_model(run.settings.model, run.settings.model_revision, run.results / "models")[1]
+    from sts.data.load import digest
+
     if what == "sae_text":
         from sts.data.prompts import question_text, render, solution_text
 
@@ -278,28 +328,8 @@ def identity(run, what: str) -> str:
         return digest([one if isinstance(one, str) else
                        render(own.tokenizer, question_text(one), answer=solution_text(one))
                        for name in own.sources for one in own.documents(name)])
-    made: dict[str, Callable] = {
-        "sft_train": train, "sft_held_out": held_out, "text_data": texts,
-        "domain_data": lambda one: [example for group in questions(one).values() for example in group],
-        "demonstrations": lambda one: [example for group in examples_set_aside(one).values() for example in group],
-        "trial_problems": lambda one: [example for part in trial(one)[:2] for example in part]}
-    if what not in made:
-        raise StsError(f"Input {what!r} is not known.")
-    return digest(made[what](run))
-
-
-def stage_values(run, spec, report) -> dict[str, Any]:
-    """The values of a stage's parameters."""
-    never = SimpleNamespace(report=report, work=report.work, device=run.device, variant=run.results_of,
-                            tokens_per_batch=run.settings.tokens_per_batch)
-    found = {}
-    for name in spec.parameters:
-        if name == "scratch":
-            found[name] = run.scratch(spec.name)
-        elif hasattr(never, name):
-            found[name] = getattr(never, name)
-        elif name in RESOURCES:
-            found[name] = RESOURCES[name].make(run)
-        else:
-            found[name] = getattr(run.settings, name) if name in spec.uses else run.get(name)
-    return found
+    made: dict[str, Callable[[], Any]] = {
+        "sft_train": lambda: [train(run)], "sft_held_out": lambda: [held_out(run)], "text_data": lambda: [texts(run)],
+        "domain_data": lambda: questions(run).values(), "demonstrations": lambda: examples_set_aside(run).values(),
+        "trial_problems": lambda: trial(run)[:2]}
+    return digest([example for group in made[what]() for example in group])

@@ -270,7 +270,8 @@ class OpenRun:
         """The error, with the reason that model or data are asked for where the run is shown from recorded results."""
         if "is not recorded" in str(error) or not any(folder.is_dir() for folder in self.store.recorded):
             return error
-        changed = f" with {', '.join(f'{key} = {value}' for key, value in self.changed.items())}" * bool(self.changed)
+        shown = ", ".join(f"{key} = {value}" for key, value in self.changed.items() if value not in ([], None))
+        changed = f" with {shown}" if shown else ""
         return StsError(f"Of run {self.settings.name!r}, the result of stage {name!r}{changed} is not recorded, or not "
                         f"whole; computing it needs the model and the data. {error}")
 

@@ -13,18 +13,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sts.run.settings import Run
+
 #: Handed to whoever asks, and part of no key: they change how a result is computed, not what it means.
 NEVER = frozenset({"report", "work", "scratch", "device", "tokens_per_batch", "variant"})
 
 
 @dataclass(frozen=True)
 class Resource:
-    """Something a stage is handed that is neither stage nor setting.
-
-    Attributes:
-        make: its value, of an open run.
-        uses, inputs, needs: what it brings into the key: settings, digests of what is read, stages.
-    """
+    """Something a stage is handed that is neither stage nor setting: its value, of an open run, and what it brings into
+    the key: settings, digests of what is read, stages."""
 
     make: Callable[[Any], Any]
     uses: tuple[str, ...] = ()
@@ -43,9 +41,9 @@ class Stage:
     uses: tuple[str, ...]
     needs: tuple[str, ...]
     inputs: tuple[str, ...]
-    version: int
-    parallel: bool
-    summary: str
+    version: int = 1
+    parallel: bool = False
+    summary: str = ""
 
 
 STAGES: dict[str, Stage] = {}
@@ -63,25 +61,18 @@ def stage(kind: str, *, version: int = 1, also: tuple[str, ...] = (), inputs_wit
             before signatures were declarations, and for stages that are read of other seeds alone.
         parallel: whether all processes of an `accelerate launch` compute it together; the main one's is stored.
     """
-    from sts.run.settings import Run
-
     def register(function: Callable) -> Callable:
         parameters = tuple(inspect.signature(function).parameters)
         uses, needs, inputs = set(), set(), set()
-        for name in (*parameters, *also):
+        for name in {*parameters, *also} - NEVER:
             if name in RESOURCES:
                 own = RESOURCES[name]
-                uses |= set(own.uses)
-                needs |= set(own.needs)
-                inputs |= set(own.inputs)
-            elif name in Run.model_fields and name != "sae" and name not in NEVER:
-                uses.add(name)
-            elif name not in NEVER:
-                needs.add(name)
-        summary = (function.__doc__ or "").strip().partition("\n")[0]
+                uses, needs, inputs = uses | {*own.uses}, needs | {*own.needs}, inputs | {*own.inputs}
+            else:
+                (uses if name in Run.model_fields and name != "sae" else needs).add(name)
         STAGES[function.__name__] = Stage(
             function.__name__, function, kind, parameters, tuple(sorted(uses)), tuple(sorted(needs)),
-            tuple(sorted(inputs - set(inputs_without))), version, parallel, summary)
+            tuple(sorted(inputs - {*inputs_without})), version, parallel, (function.__doc__ or "").partition("\n")[0])
         return function
     return register
 

@@ -63,20 +63,25 @@ class Store:
         return path
 
     @contextmanager
-    def lease(self, stage: str, key: str, *, shared: bool = False) -> Iterator[None]:
+    def lease(self, stage: str, key: str) -> Iterator[None]:
         """While it is held, no other process computes this result; a second one waits until it is given back.
 
-        The lock is the operating system's own, so that of a process that died nothing is left to expire.
-
-        Args:
-            shared: for the processes of one launch, which compute a result together.
+        The lock is the operating system's own: that of a process that died is free at once.
         """
         import fcntl
 
-        (self.folder / "unfinished").mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "unfinished" / f"{stage}-{key}.lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-            yield
+        path = self.folder / "unfinished" / f"{stage}-{key}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with open(path, "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists() or path.stat().st_ino != os.fstat(lock.fileno()).st_ino:
+                    continue  # another process was done and removed it
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
 
     def write(self, stage: str, key: str, kind: str, value: Any, provenance: dict[str, Any]) -> Path:
         """Store a result: to a temporary name, flushed, then renamed; the provenance last, as the commit mark.
