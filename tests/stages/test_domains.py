@@ -3,28 +3,29 @@
 import itertools
 import json
 
-import nbformat
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
 import sts
-from sts.book import pages_domains, tables_domains
-from sts.book.chapters import run_chapter
 from sts.errors import StsError
-from sts.run import resources as inputs
-from sts.run import verify
+from sts.measure.training_sets import list_lead
+from sts.run import resources, verify
 from sts.run.recorded import record
-from sts.run.run import results_folder
+from sts.run.resources import EVERY_SET, trainings_of
 from sts.run.store import Store
-from sts.stages.domains import EVERY_SET, beyond_rate, cube, training_runs
 
 SETS = ["gsm_symbolic", "mmlu_exemplars", "gsm_symbolic+mmlu_exemplars"]
 
 
 @pytest.fixture(scope="module")
 def run():
-    return sts.open_run("smoke")  # in the folder that the last tests run the chapter in
+    return sts.open_run("smoke")
+
+
+def of_set(run, name):
+    """The run trained on one of its training sets."""
+    return next(own for own in trainings_of(run) if own.settings.sft_data == name)
 
 
 def cells_of(run, **wanted):
@@ -39,16 +40,16 @@ def cells_of(run, **wanted):
 @pytest.mark.parametrize("name", SETS)
 def test_a_training_set_is_a_run_of_its_own_with_the_same_sae(run, name):
     alone = sts.open_run("smoke", results=run.results, sft_data=name)
-    other = run.with_training(name)
+    other = of_set(run, name)
     assert {stage: other.key(stage) for stage in (*EVERY_SET, "sae")} == {
         stage: alone.key(stage) for stage in (*EVERY_SET, "sae")}
-    assert other.sae() is run.sae() and other.lm is run.lm and other.store is run.store
-    assert other.with_seed(1).settings.sft_data == name and other.with_seed(1).settings.seed == 1
+    assert resources.reader(other) is resources.reader(run) and resources.lm(other) is resources.lm(run)
+    assert other.store is run.store and other.settings.seed == 0
 
 
 def test_an_unknown_training_set_is_refused_at_once(run):
     with pytest.raises(StsError, match="sft_data: data set 'gsm9k' is not known; valid"):
-        run.with_training("gsm9k")
+        run.variant(sft_data="gsm9k")
     with pytest.raises(StsError, match="training_sets: data set 'gsm9k' is not known"):
         sts.open_run("smoke", training_sets=["gsm9k"])
     with pytest.raises(StsError, match="training_sets: .*different training sets"):
@@ -62,8 +63,8 @@ def test_an_unknown_training_set_is_refused_at_once(run):
 def test_cells_are_the_numbers_of_each_training_sets_own_run(run):
     matrix = run.get("training_matrix")
     assert list(matrix["training_set"].unique()) == SETS
-    assert set(matrix["measure"]) == {"accuracy", "p_right", "bits", "bits_answer"}
-    assert len(matrix) == 3 * 14 * 4 and set(matrix["seed"]) == {0}
+    assert set(matrix["measure"]) == {"accuracy", "p_right", "bits"}
+    assert len(matrix) == 3 * 14 * 3 and set(matrix["seed"]) == {0}
     for name in SETS:
         alone = sts.open_run("smoke", results=run.results, sft_data=name)
         shifts = alone.get("domain_shift").query("measure == 'bits'").set_index("domain")
@@ -89,8 +90,8 @@ def top(values, count=16):
 
 def test_shared_latents_are_counted_between_every_two_training_sets(run):
     found = run.get("training_overlap")
-    moved = {name: top(run.with_training(name).get("sft_shift")["sae/squared_difference_L"]) for name in SETS}
-    shift = {name: run.with_training(name).get("shift") for name in SETS}
+    moved = {name: top(of_set(run, name).get("sft_shift")["sae/squared_difference_L"]) for name in SETS}
+    shift = {name: of_set(run, name).get("shift") for name in SETS}
     assert len(found["rows"]) == 9 and (found["n"], found["width"]) == (16, 128)
     for row in found["rows"]:
         estimated, fires = (top(shift[row["estimated"]][field]) for field in ("squared_difference_L", "base_fired_L"))
@@ -102,7 +103,7 @@ def test_shared_latents_are_counted_between_every_two_training_sets(run):
     shared = np.array([row["foreseen"] for row in found["rows"]]).reshape(3, 3)
     assert found["lead"]["foreseen"]["lead"] == pytest.approx(
         shared.trace() / 3 - (shared.sum() - shared.trace()) / 6)
-    beyond, lead = beyond_rate(found["rows"]), found["lead"]
+    beyond, lead = list_lead(found["rows"], "foreseen", "by_rate"), found["lead"]
     assert beyond["lead"] == pytest.approx(lead["foreseen"]["lead"] - lead["by_rate"]["lead"])
     more = np.array([row["foreseen"] - row["by_rate"] for row in found["rows"]]).reshape(3, 3)
     traces = [sum(more[row, column] for column, row in enumerate(order)) for order in itertools.permutations(range(3))]
@@ -111,7 +112,7 @@ def test_shared_latents_are_counted_between_every_two_training_sets(run):
 
 def test_the_pooled_test_ranks_training_sets_in_each_domain(run):
     rows = {(row["measure"], row["forecast"]): row for row in run.get("training_specificity")}
-    assert set(rows) == {(measure, name) for measure in ("accuracy", "p_right", "bits", "bits_answer")
+    assert set(rows) == {(measure, name) for measure in ("accuracy", "p_right", "bits")
                          for name in ("sts_act", "sts_icl", "tfidf")}
     for forecast in ("sts_act", "sts_icl", "tfidf"):
         cells = cells_of(run, measure="bits")
@@ -121,22 +122,15 @@ def test_the_pooled_test_ranks_training_sets_in_each_domain(run):
         assert (row["training_sets"], row["domains"], row["seeds"], row["orders"]) == (3, 14, 1, 6)
 
 
-def test_a_cube_keeps_the_order_of_the_training_sets(run):
-    values = cube(cells_of(run, measure="bits"), "shift")
-    assert values.shape == (1, 3, 14)
-    for place, name in enumerate(SETS):
-        own = cells_of(run, measure="bits", training_set=name).sort_values("domain")
-        assert values[0, place] == pytest.approx(own["shift"].to_numpy())
-
-
 def test_further_seeds_train_every_set_again_and_are_averaged(run):
     both = sts.open_run("smoke", results=run.results, training_seeds=[0, 1], domains=["law", "math", "physics"])
-    assert list(training_runs(both)) == [(name, seed) for name in SETS for seed in (0, 1)]
+    assert [(own.settings.sft_data, own.settings.seed) for own in trainings_of(both)] == [
+        (name, seed) for name in SETS for seed in (0, 1)]
     matrix = both.get("training_matrix")
-    assert len(matrix) == 2 * 3 * 3 * 4
+    assert len(matrix) == 2 * 3 * 3 * 3
     own = matrix.query("measure == 'bits'").set_index(["training_set", "seed", "domain"])["shift"]
     assert own["mmlu_exemplars", 0, "law"] != own["mmlu_exemplars", 1, "law"]
-    assert own["gsm_symbolic", 1, "law"] == both.with_seed(1).get("domain_shift").query(
+    assert own["gsm_symbolic", 1, "law"] == both.variant(seed=1).get("domain_shift").query(
         "measure == 'bits' and domain == 'law'")["shift"].iloc[0]
     row = next(row for row in both.get("training_specificity")
                if (row["measure"], row["forecast"]) == ("bits", "sts_act"))
@@ -144,7 +138,6 @@ def test_further_seeds_train_every_set_again_and_are_averaged(run):
     expected = [np.mean([spearmanr(rows["sts_act"], rows["shift"].abs())[0] for _, rows in own.groupby("seed")])
                 for _, own in cells.groupby("domain")]
     assert row["seeds"] == 2 and row["by_domain"] == pytest.approx(expected)
-    assert "Seeds 0, 1." in pages_domains.summary(both)
 
 
 # --- keys and resuming --------------------------------------------------------------------------------------------
@@ -177,17 +170,6 @@ def test_the_matrix_can_be_verified(run):
 
 # --- training sets that are not there -----------------------------------------------------------------------------
 
-def test_a_training_set_without_its_file_is_left_out_and_the_page_says_so():
-    asked = sts.open_run("smoke", training_sets=["mbpp", "mmlu_exemplars"])
-    shown, missing = pages_domains.present(asked)
-    assert tables_domains.training_sets(shown) == ["gsm_symbolic", "mmlu_exemplars"] and list(missing) == ["mbpp"]
-    note = pages_domains.missing_note(shown, missing)
-    assert "`mbpp` is left out" in note and "mbpp/all.jsonl" in note and "STS_DATA_DIR" in note
-    assert "one training set" not in note
-    assert shown.lm is asked.lm and set(shown.get("training_matrix")["training_set"]) == {"gsm_symbolic",
-                                                                                          "mmlu_exemplars"}
-
-
 def test_a_training_set_from_a_local_folder_is_used(monkeypatch, tmp_path):
     (tmp_path / "mbpp").mkdir()
     rows = [{"text": f"Write a function to add {index}.", "code": f"def f(x):\n    return x + {index}"}
@@ -195,24 +177,15 @@ def test_a_training_set_from_a_local_folder_is_used(monkeypatch, tmp_path):
     (tmp_path / "mbpp" / "all.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     monkeypatch.setenv("STS_DATA_DIR", str(tmp_path))
     run = sts.open_run("smoke", training_sets=["mbpp"], domains=["computer science", "law", "math"])
-    shown, missing = pages_domains.present(run)
-    assert shown is run and not missing
     cells = run.get("training_matrix")
     assert set(cells[cells["training_set"] == "mbpp"]["trained_domain"]) == {"computer science"}
-    table = tables_domains.sets_table(run).set_index("training set")
-    assert table.loc["mbpp", "paper: r of STS_ICL, latents of 100"] == "0.77, 62"  # Table 1, code
-    assert table.loc["gsm_symbolic", "paper: r of STS_ICL, latents of 100"] == ""
 
 
-def test_one_training_set_alone_says_what_more_would_tell():
+def test_one_training_set_alone_has_nothing_to_be_compared_with():
     run = sts.open_run("smoke", training_sets=[])
-    shown, missing = pages_domains.present(run)
-    note = pages_domains.missing_note(shown, missing)
-    assert "one training set, `gsm_symbolic`" in note and "code (MBPP)" in note
-    page = "\n".join([pages_domains.summary(run), pages_domains.power_sentence(run),
-                      *(pages_domains.specific_sentence(run, measure) for measure in tables_domains.measures(run))])
-    assert "undefined" in page and "nan" not in page.lower().split()
-    assert (tables_domains.specificity_table(run)["rank correlation within domains"] == "undefined").all()
+    assert all("at least two" in row["undefined"] for row in run.get("training_specificity"))
+    assert {kind: list(row) for kind, row in run.get("training_overlap")["lead"].items()} == {
+        "foreseen": ["undefined"], "by_rate": ["undefined"]}
     json.dumps([run.get(name) for name in NAMES[1:]], allow_nan=False)
 
 
@@ -220,46 +193,20 @@ def test_recorded_results_need_neither_the_model_nor_any_training_sets_data(run,
     for name in NAMES:
         run.get(name)
     record(run, tmp_path / "recorded")
-    assert not list((tmp_path / "recorded").glob(f"sft-{run.with_training('mmlu_exemplars').key('sft')}/*"))
+    assert not list((tmp_path / "recorded").glob(f"sft-{of_set(run, 'mmlu_exemplars').key('sft')}/*"))
+    identity = resources.identity
 
-    def gone(*args, **kwargs):
+    def gone(run, what):
+        if what in ("sae", "seeds", "training_sets"):  # made of keys
+            return identity(run, what)
         raise StsError("not here")
 
-    monkeypatch.setattr(inputs, "resolve_model", gone)
-    for name in ("load_examples", "load_mixture"):
-        monkeypatch.setattr(inputs, name, gone)
+    monkeypatch.setattr(resources, "identity", gone)
     elsewhere = sts.open_run("smoke", results=tmp_path)
     elsewhere.store = Store(elsewhere.store.folder, (tmp_path / "recorded",))
     # Each training set's own, although no setting that the stage uses tells them apart.
-    assert {name: elsewhere.with_training(name).key("sft") for name in SETS} == {
-        name: run.with_training(name).key("sft") for name in SETS}
-    shown, missing = pages_domains.present(elsewhere)
-    assert shown is elsewhere and not missing
-    note = pages_domains.recorded_note(shown)
-    assert all(f"`{name}`" in note for name in SETS[1:]) and f"`{SETS[0]}`" not in note  # the run's own is there
-    assert "`evaluation_after`" in note and pages_domains.recorded_note(run) == ""
-    assert pages_domains.summary(shown) == pages_domains.summary(run)
-    assert tables_domains.correlations_table(shown).equals(tables_domains.correlations_table(run))
-    assert tables_domains.sets_table(shown).equals(tables_domains.sets_table(run))
-    assert tables_domains.specificity_table(shown).equals(tables_domains.specificity_table(run))
-
-
-# --- the page -----------------------------------------------------------------------------------------------------
-
-def outputs(notebook):
-    return [output for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code" for output in cell.outputs]
-
-
-@pytest.mark.parametrize("parameters", [{}, {"training_sets": ["mbpp"]}, {"training_sets": []}])
-def test_the_chapter_runs_with_many_training_sets_and_with_one(run, parameters):
-    found = outputs(run_chapter("training_domains", "smoke", parameters))
-    assert not [output for output in found if output.output_type == "error" or output.get("name") == "stderr"]
-    assert sum("image/png" in output.get("data", {}) for output in found) == 3
-    page = "\n".join(str(output.get("data", {}).get("text/markdown", "")) for output in found)
-    assert ("`mbpp` is left out" in page) == (parameters.get("training_sets") == ["mbpp"])
-    if not parameters:
-        row = next(row for row in run.get("training_specificity")
-                   if (row["measure"], row["forecast"]) == ("bits", "sts_icl"))
-        assert f"within domains of {row['within']:.2f} (95% interval {row['low']:.2f} to {row['high']:.2f}" in page
-        assert f"`training_matrix-{run.key('training_matrix')}`" in page
-    assert results_folder() in run.folder.parents
+    assert {name: of_set(elsewhere, name).key("sft") for name in SETS} == {
+        name: of_set(run, name).key("sft") for name in SETS}
+    assert elsewhere.get("training_matrix").equals(run.get("training_matrix"))
+    assert all(elsewhere.get(name) == run.get(name) for name in NAMES[1:])
+    assert not list(tmp_path.glob("smoke/stages/*"))
