@@ -20,7 +20,8 @@ CARDS = 10
 
 
 @stage("folder", also=("seed",))
-def sae(lm, layer, sae_texts, sae_latents, sae_k, sae_samples, sae_lr, splice_tokens, seed, report, work, scratch, device):
+def sae(lm, layer, sae_texts, sae_latents, sae_k, sae_samples, sae_lr, splice_tokens, seed, report, work, scratch,
+        device):
     """Train an SAE on `sae_text`: weights, loss curve and quality on held-out text."""
     train, held_out = sae_texts.pieces(seed=seed)
     collect_activations(lm, layer, held_out, scratch / "held_out", work=work)
@@ -48,7 +49,8 @@ def _pieces(lm, texts, context, seed, part):
     if not texts:
         raise StsError("text_data is empty: name the question sets that the first chapter reads, such as "
                        "[mmlu_exemplars, gsm_symbolic].")
-    shuffled = random.Random(seed).sample(texts, len(texts))
+    shuffled = list(texts)
+    random.Random(seed).shuffle(shuffled)
     cut = len(shuffled) * 4 // 5
     return token_pieces(lm.tokenizer, shuffled[:cut] if part == "train" else shuffled[cut:], context, 10**9)
 
@@ -63,7 +65,8 @@ def text_activations(lm, layer, texts, context, seed, report, work, scratch):
 
 
 @stage("folder", also=("texts",), inputs_without=("model", "text_data"))
-def small_sae(text_activations, lm, layer, small_sae_latents, small_sae_k, small_sae_samples, seed, report, scratch, device):
+def small_sae(text_activations, lm, layer, small_sae_latents, small_sae_k, small_sae_samples, seed, report, scratch,
+              device):
     """A small SAE trained live on chapter one's texts, with its loss curve."""
     trained, curve = train_sae(
         text_activations / "train",
