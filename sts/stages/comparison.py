@@ -5,7 +5,7 @@ Two run the model, `domain_raw_stats` and `domain_model_change`; all others work
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 import pandas
@@ -32,53 +32,44 @@ PROBES = ("probe_raw", "probe_sae")
 EVERY_SEED = ("baseline_values", "evaluation_before", "evaluation_after")
 
 
-# --- the score ----------------------------------------------------------------------------------------------------
-
-def _scatters(scores: pandas.DataFrame, domain_shift: pandas.DataFrame) -> Iterator[tuple[dict, pandas.DataFrame]]:
-    """Every measure, variant and score, with forecast (x) and absolute change (y) by domain."""
-    for measure in MEASURES:
-        change = domain_shift[domain_shift["measure"] == measure].set_index("domain")["shift"].abs()
-        for variant in VARIANTS if len(change) else ():
-            own = scores[scores["variant"] == variant].set_index("domain").loc[change.index]
-            for score in SCORES:
-                yield ({"measure": measure, "variant": variant, "score": score},
-                       pandas.DataFrame({"x": own[score], "y": change}))
+def _correlated(scores, domain_shift, extreme: bool, **numbers: int) -> list[dict]:
+    """r of every score with the absolute change in every measure, over all domains or over those at either end."""
+    rows = []
+    for measure in (measure for measure in MEASURES if (domain_shift["measure"] == measure).any()):
+        own = domain_shift[domain_shift["measure"] == measure].assign(abs_shift_pct=lambda row: row["shift"].abs())
+        change = own.set_index("domain")["abs_shift_pct"]
+        for variant, score in product(VARIANTS, SCORES):
+            row = {"measure": measure, "variant": variant, "score": score}
+            forecast = scores[scores["variant"] == variant].set_index("domain")[score]
+            try:
+                kept = change[extremes(own, EXTREMES)["domain"]] if extreme else change
+                found = correlate(forecast[kept.index], kept, kept.index, **numbers)
+            except StsError as error:  # e.g. no domain's accuracy moved: a fact to report, not a crash
+                rows.append(row | {"undefined": str(error)})
+                continue
+            row |= plain(found)
+            if extreme:
+                ratio = spread_ratio(change, EXTREMES)
+                row |= {"domains": list(kept.index), "spread_ratio": ratio,
+                        "all_domains": with_selection(found.pearson, 1 / ratio)}
+            rows.append(row)
+    return rows
 
 
 @stage("json")
 def correlations(scores, domain_shift, bootstrap, permutations, seed):
     """Correlation of each score with the absolute shift in each measure, over all domains."""
-    rows = []
-    for about, points in _scatters(scores, domain_shift):
-        try:
-            rows.append(about | plain(correlate(points["x"], points["y"], points.index, seed=seed,
-                                                permutations=permutations, resamples=bootstrap)))
-        except StsError as error:  # e.g. no domain's accuracy moved: a fact to report, not a crash
-            rows.append(about | {"undefined": str(error)})
-    return rows
+    return _correlated(scores, domain_shift, False, resamples=bootstrap, permutations=permutations, seed=seed)
 
 
 @stage("json", version=2)
 def extreme_correlations(scores, domain_shift, bootstrap, permutations, seed):
-    """Stage `correlations` on the four domains of largest and the four of smallest absolute shift, as in Figure 3.
+    """The same on the four domains of largest and the four of smallest absolute shift, as in Figure 3.
 
     Also `domains`, `spread_ratio` (of the absolute shift, extremes over all) and `all_domains`, what Thorndike's
     formula makes of the correlation without the selection.
     """
-    rows = []
-    for about, points in _scatters(scores, domain_shift):
-        named = points.rename(columns={"y": "abs_shift_pct"}).rename_axis("domain").reset_index()
-        try:
-            kept = points.loc[extremes(named, EXTREMES)["domain"]]
-            found = correlate(kept["x"], kept["y"], kept.index, seed=seed, permutations=permutations,
-                              resamples=bootstrap)
-        except StsError as error:
-            rows.append(about | {"undefined": str(error)})
-            continue
-        ratio = spread_ratio(points["y"], EXTREMES)
-        rows.append(about | plain(found) | {"domains": list(kept.index), "spread_ratio": ratio,
-                                            "all_domains": with_selection(found.pearson, 1 / ratio)})
-    return rows
+    return _correlated(scores, domain_shift, True, resamples=bootstrap, permutations=permutations, seed=seed)
 
 
 @stage("json", also=("correlations", "extreme_correlations"))
@@ -89,8 +80,6 @@ def correlations_by_seed(each_seed):
             for own in each_seed for which, stored in (("all", "correlations"), ("extremes", "extreme_correlations"))
             for row in own.get(stored)]
 
-
-# --- baselines: passes through the model --------------------------------------------------------------------------
 
 @stage("tensors")
 def domain_raw_stats(lm, layer, domain_groups, masks, tokens_per_batch, report, work):
@@ -120,8 +109,6 @@ def domain_model_change(lm, tuned, reader, layer, domain_groups, masks, tokens_p
     return flat
 
 
-# --- baselines: one value a domain --------------------------------------------------------------------------------
-
 @stage("parquet")
 def text_baselines(tokenizer, train, questions):
     """What the texts alone say: columns domain, questions, question_tokens (mean), tfidf (to the training set)."""
@@ -137,12 +124,12 @@ def text_baselines(tokenizer, train, questions):
 def baseline_values(scores, shift, shift_controls, sft_shift, domain_stats, domain_raw_stats, domain_model_change,
                     text_baselines, domain_shift, top_n):
     """Every baseline that is the same for all measures, for this seed: column domain, and one column a predictor."""
-    split = baselines.split_domains
-    domains, raw_shift = split(domain_stats), split(shift_controls)["raw"]
+    split, raw_shift = baselines.split_domains, baselines.split_domains(shift_controls)["raw"]
     bits = domain_shift[domain_shift["measure"] == "bits"].set_index("domain")["before"]
     widths = [len(own["squared_difference_L"]) for own in (shift, raw_shift)]
     return baselines.values_of(baselines.Known(
-        shift, raw_shift, split(sft_shift)["sae"], domains, split(domain_raw_stats), split(domain_model_change),
+        shift, raw_shift, split(sft_shift)["sae"], split(domain_stats), split(domain_raw_stats),
+        split(domain_model_change),
         scores[scores["variant"] == "paper"].set_index("domain"), text_baselines.set_index("domain"), bits,
         top_n, max(1, round(top_n / widths[0] * widths[1])))).reset_index()
 
@@ -160,11 +147,7 @@ def random_latent_scores(shift, domain_stats, top_n, baseline_draws, seed, repor
 
 @stage("json")
 def probe_predictions(domain_stats, domain_raw_stats, domain_shift, baseline_draws, report):
-    """Held-out predictions of ridge probes on mean activations, for every measure, and what shuffled targets give.
-
-    One row a measure and kind of features (raw, sae): domains, actual, predicted, r_squared (out of sample),
-    shuffled (r of held-out predictions with the target, for targets shuffled over domains); or `undefined`.
-    """
+    """Held-out predictions of ridge probes on mean activations, by measure and features; r with shuffled targets."""
     rows, features = [], {"raw": baselines.split_domains(domain_raw_stats),
                           "sae": baselines.split_domains(domain_stats)}
     measures = [measure for measure in MEASURES if (domain_shift["measure"] == measure).any()]
@@ -188,8 +171,6 @@ def probe_predictions(domain_stats, domain_raw_stats, domain_shift, baseline_dra
     return plain(rows)
 
 
-# --- baselines: compared over seeds -------------------------------------------------------------------------------
-
 def _differences(each_seed) -> dict[str, dict[str, np.ndarray]]:
     return item_differences({own.seed: (own.get("evaluation_before"), own.get("evaluation_after"))
                              for own in each_seed})
@@ -211,8 +192,7 @@ def _predictors(each_seed, names, domains: list[str]) -> dict[str, np.ndarray]:
 def baseline_correlations(each_seed, bootstrap, permutations, seed, report):
     """Correlation of every predictor with the absolute change, mean over seeds; and how far the score exceeds it.
 
-    One row a measure and predictor: `compare.Correlated`. Of probes neither p nor less: leaving a domain out pulls
-    their r down, so that only `baseline_nulls` can judge it.
+    Rows of `compare.Correlated`. Leaving a domain out pulls r of probes down, so that only `baseline_nulls` judges it.
     """
     rows, changes = [], _differences(each_seed)
     for done, (measure, differences) in enumerate(changes.items(), 1):
@@ -234,9 +214,8 @@ def baseline_correlations(each_seed, bootstrap, permutations, seed, report):
 def baseline_nulls(baseline_correlations, each_seed):
     """What chance gives: random sets of latents against the score's, shuffled targets against the probes'.
 
-    One row a measure and null: null (kind of random latents, or `shuffled`), predictor (that it is to be compared
-    with), the fields of `compare.Null`; of random sets also matched and chosen (mean firing rate or energy of the sets
-    and of D_N) and shared (share of latents that two sets have in common), of probes r_squared (out of sample).
+    Rows of `compare.Null`; of random sets also matched and chosen (mean rate or energy of the sets and of D_N) and
+    shared (share of latents that two sets have in common), of probes r_squared (out of sample).
     """
     observed = {(row["measure"], row["predictor"]): row.get("pearson") for row in baseline_correlations}
     sets, rows = [own.get("random_latent_scores") for own in each_seed], []
@@ -265,10 +244,7 @@ def baseline_nulls(baseline_correlations, each_seed):
 
 @stage("json", version=3, also=EVERY_SEED)
 def baseline_confounds(each_seed, bootstrap, permutations, seed):
-    """The score's partial correlation with the absolute change given each of `CONTROLS`, and both.
-
-    One row a measure, score and list of controls: `compare.Correlated`.
-    """
+    """The score's partial correlation with the absolute change given each of `CONTROLS`, and both."""
     rows = []
     for measure, differences in _differences(each_seed).items():
         compared = Comparison(differences, _predictors(each_seed, [*SCORES, *CONTROLS], sorted(differences)),
@@ -281,11 +257,7 @@ def baseline_confounds(each_seed, bootstrap, permutations, seed):
 
 @stage("json")
 def baseline_power(domain_shift):
-    """What this design could have found: one row a measure, `resampling.Power` and the changes' reliability.
-
-    The reliability is that of absolute changes, as they are what is forecast; where a change is not clearly apart from
-    zero, its noise is a little smaller than assumed.
-    """
+    """What this design could have found (`resampling.Power`), and the reliability of absolute changes, by measure."""
     rows = []
     for measure, own in domain_shift.groupby("measure"):
         try:

@@ -34,13 +34,10 @@ def _lists(own) -> dict:
 
 @stage("parquet")
 def training_matrix(each_training, top_n, report):
-    """Forecast and actual change of every evaluation domain for every training set.
+    """Forecast and actual change of every evaluation domain for every training set, seed and measure.
 
-    One row a seed, training set, evaluation domain and measure: seed, training_set, trained_domain, domain, measure,
-    sts_act, sts_icl, official_act, official_icl (scores), tfidf (likeness of the texts), shift, low, high,
-    standard_error, n (change with interval over questions), overlap, overlap_n, overlap_p (latents that demonstrations
-    and fine-tuning both name, of how many, and p among those that change at all), loss_fall (held-out problems of the
-    training set, share of the starting value).
+    Also overlap, overlap_n, overlap_p (latents that demonstrations and fine-tuning both name, of how many, and p among
+    those that change at all) and loss_fall (held-out problems of the training set, share of the starting value).
     """
     frames = []
     for done, own in enumerate(each_training, 1):
@@ -71,11 +68,8 @@ def training_correlations(each_training):
 def training_overlap(each_training, top_n, seed):
     """Latents that the lists of two training sets share: are a set's own latents foreseen, or those of any training?
 
-    Returns:
-        rows: one a seed and pair of sets, with foreseen (list estimated for `estimated`, list moved by training on
-        `trained`), by_rate (list of latents that fire most on the questions of `estimated`, list moved by `trained`),
-        estimates and moved (lists of the same kind); latents of N. N and width; and `lead`, by kind (foreseen,
-        by_rate): `training_sets.own_list_lead` over all seeds, or `undefined`.
+    foreseen: the list estimated for `estimated` and the one moved by training on `trained`; by_rate: the list of
+    latents that fire most instead of the estimated one; estimates and moved: lists of the same kind.
     """
     lists, width = {}, 0
     for own in each_training:
@@ -95,11 +89,7 @@ def training_overlap(each_training, top_n, seed):
 
 @stage("json", version=2)
 def training_specificity(training_matrix, bootstrap, permutations, seed, report):
-    """Does a forecast tell which training set moves a domain: `training_sets.specificity` of the absolute change.
-
-    One row a measure and forecast (STS_act and STS_ICL by the paper's formulas; likeness of texts as a rival):
-    measure, forecast, and either the fields of `Specificity` or `undefined`.
-    """
+    """Does a forecast tell which training set moves a domain: `training_sets.specificity` of the absolute change."""
     rows, measures = [], [measure for measure in MEASURES if (training_matrix["measure"] == measure).any()]
     for done, measure in enumerate(measures, 1):
         cells = training_matrix[training_matrix["measure"] == measure]

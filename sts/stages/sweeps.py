@@ -58,8 +58,6 @@ def _frame(rows: list[dict], *more: str) -> pandas.DataFrame:
     return pandas.DataFrame(rows, columns=[*COLUMNS, *more])
 
 
-# --- from stored sums ---------------------------------------------------------------------------------------------
-
 @stage("parquet")
 def sweep_latents(shift, domain_stats, scores, top_n, sweep_bands, sweep_top_n):
     """Scores by rank band of the latents, by their number N, and by the formulas: axis, value, own, domain, scores."""
@@ -76,14 +74,9 @@ def sweep_latents(shift, domain_stats, scores, top_n, sweep_bands, sweep_top_n):
     return _frame(rows)
 
 
-# --- other settings of the forecast -------------------------------------------------------------------------------
-
 def forecast_values(own: Mapping[str, int], listed: Mapping[str, list[int]],
                     masks: list[str]) -> list[tuple[str, str, dict]]:
-    """The values that a run sweeps: setting, what a table calls the value, what to change for it.
-
-    A setting whose list is empty is left out; the run's own value changes nothing and stands in its place in the order.
-    """
+    """The values that a run sweeps: setting, name of the value, what to change for it (nothing for the run's own)."""
     found = [(name, f"{value:,}", {} if value == own[name] else {name: value})
              for name, values in listed.items() if values for value in sorted({own[name], *values})]
     masked = [("as in this run", {}), *(MASKS_OFF[name] for name in masks)] if masks else []
@@ -108,8 +101,6 @@ def sweep_settings(variant, shift, domain_stats, top_n, demonstrations, shift_de
     return _frame(rows)
 
 
-# --- other SAEs ---------------------------------------------------------------------------------------------------
-
 class SaeSpec(NamedTuple):
     """An SAE of the sweep: its site and size."""
 
@@ -124,11 +115,8 @@ class SaeSpec(NamedTuple):
 
 
 def sae_values(own: SaeSpec, widths: list[int], layers: list[int], ks: list[int]) -> dict[str, list[SaeSpec]]:
-    """axis -> SAEs of the sweep in the order of its values; empty if the run sweeps none.
-
-    The one in the middle, `own`, stands in every axis. It is trained as the others are: the run's own SAE may have seen
-    more text, and would not be comparable.
-    """
+    """axis -> SAEs of the sweep, with `own` in the middle of each: trained as the others are, for the run's own SAE may
+    have seen more text."""
     axes = {"width": [own._replace(latents=width) for width in sorted({own.latents, *widths})],
             "layer": [own._replace(layer=layer) for layer in sorted({own.layer, *layers})],
             "k": [own._replace(k=k) for k in sorted({own.k, *ks})]}
@@ -142,10 +130,7 @@ def _distinct(axes: dict[str, list[SaeSpec]]) -> list[SaeSpec]:
 @stage("folder")
 def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_text_tokens, sae_latents, sae_k,
                        sweep_widths, sweep_layers, sweep_k, report, work, scratch, device):
-    """SAEs of several widths, layers and sparsities, trained on the same activations: one folder each, with quality.
-
-    Layers are collected in one pass. A killed run goes on with the next shard or the next SAE.
-    """
+    """SAEs of several widths, layers and sparsities, trained on the same activations: one folder each, with quality."""
     specs = _distinct(sae_values(SaeSpec(layer, sae_latents, sae_k), sweep_widths, sweep_layers, sweep_k))
     (scratch / "plan.json").write_text(json.dumps([spec.name for spec in specs]) + "\n", encoding="utf-8")
     activations = scratch / "activations"
@@ -183,10 +168,7 @@ def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_te
 @stage("parquet", also=("fold_norms",))
 def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_groups, masks, top_n, sae_latents, sae_k,
                sweep_widths, sweep_layers, sweep_k, tokens_per_batch, report, work, scratch, device):
-    """Scores with each SAE of the sweep; also layer, latents, k, l0, explained and silent (shares, held-out text).
-
-    The domains are read once for each layer, for all SAEs there; a killed run goes on with the next layer.
-    """
+    """Scores with each SAE of the sweep; also layer, latents, k, l0, explained and silent (shares, held-out text)."""
     own = SaeSpec(layer, sae_latents, sae_k)
     axes = sae_values(own, sweep_widths, sweep_layers, sweep_k)
     found, layers = {}, list(dict.fromkeys(spec.layer for spec in _distinct(axes)))
@@ -221,11 +203,7 @@ def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_gr
 
 
 def unfolded(stats: Stats, norms_L: torch.Tensor) -> Stats:
-    """The sums that latents would have without decoder norms folded in.
-
-    Args:
-        norms_L: decoder norms before folding, up to one common factor, which no correlation notices.
-    """
+    """The sums without decoder norms folded in; `norms_L` up to one common factor, which no correlation notices."""
     return {**stats, "base_sum_L": stats["base_sum_L"] / norms_L,
             "squared_difference_L": stats["squared_difference_L"] / norms_L**2}
 
@@ -244,22 +222,14 @@ def _scored(spec: SaeSpec, folder: Path, sums: dict[str, Stats], top_n: int, sae
             for kind, of, count in (("number", sums, top_n), ("share", sums, share), ("unfolded", before, top_n))}
 
 
-# --- what they change ---------------------------------------------------------------------------------------------
-
 @stage("json", version=2, also=("sweep_latents", "sweep_settings", "sweep_saes", "evaluation_before",
                                 "evaluation_after"))
 def sweep_correlations(each_seed, sweep_seeds, seed, bootstrap, permutations, report):
     """Correlation of each value's scores with the absolute change, mean over seeds; differences; the best by chance.
 
-    Returns:
-        values: one row a measure, score, axis and value: own and the fields of `compare.Correlated`, where less is r of
-            this value minus r of the run's own, with p_holm.
-        claims: one row a measure, score and axis whose ends the paper compares: first, last, mean, interval, p (last
-            minus first).
-        best: one row a measure and score: `compare.BestOf`, with the axis and value of the best, and less_own (r of the
-            best minus r of the run's own score; None if the best is that score, or if that has no correlation).
-        saes: one row a measure and score if the run sweeps SAEs: own and middle (r with the run's own SAE and with the
-            middle one of the sweep), mean, interval, p (middle minus own).
+    values: `compare.Correlated`, where less is r of this value minus r of the run's own. claims: last minus first value
+    of the axes whose ends the paper compares. best: `compare.BestOf`, and less_own, its r minus that of the run's own
+    score. saes: r with the run's own SAE and with the sweep's middle one, and their difference.
     """
     views = [own for own in each_seed if sweep_seeds is None or own.seed in (seed, *sweep_seeds)]
     places, frames = {axis: place for place, axis in enumerate(AXES)}, []
