@@ -11,27 +11,25 @@ TEMPLATE = re.compile(r"<\|[\w-]+\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|p
 ROLES = ("system", "user", "assistant", "model")
 
 
-def cards(latents: Sequence[Mapping], logits: Mapping[int, Mapping], activity: Mapping[int, Mapping], *, sae: str,
-          texts: bool) -> str:
+def cards(latents: Sequence[Mapping], more: Mapping[int, Mapping], *, sae: str, texts: bool) -> str:
     """A card a latent.
 
     Args:
-        latents: stage `latent_examples`.
-        logits, activity: by latent, rows of stages `latent_logits` and `latent_activity`, as far as they are there.
+        latents: stage `latent_examples`; their texts are shown only with `texts`.
+        more: what else is known of a latent: promoted and demoted (tokens), histogram (numbers of tokens from weak to
+            strong), middling (contexts like those of the latents).
         sae: the run's SAE, for links to Neuronpedia.
-        texts: whether texts are there to be shown.
     """
     address, blocks = neuronpedia(sae), []
     for card in latents:
-        number = card["latent"]
-        found, more = logits.get(number, {}), activity.get(number, {})
-        title = f'<a href="{escape(address)}/{number}">Latent {number}</a>' if address else f"Latent {number}"
+        title, found = f"Latent {card['latent']}", more.get(card["latent"], {})
+        title = f'<a href="{escape(address)}/{card["latent"]}">{title}</a>' if address else title
         lines = [f"fires on {card['rate']:.2%} of tokens, at most {card['contexts'][0]['value']:.1f}"]
         for name in [name for name in ("promoted", "demoted") if found.get(name)]:
             tokens = (escape(token.strip() or repr(token)) for token in found[name])
             lines.append(f"{name}: " + " ".join(f"<code>{token}</code>" for token in tokens))
-        parts = [f'<p class="sts-rate">{line}</p>' for line in lines] + [_histogram(more.get("histogram", ()))]
-        for name, contexts in (("strongest", card["contexts"]), ("of middling strength", more.get("middling", ()))):
+        parts = [f'<p class="sts-rate">{line}</p>' for line in lines] + [_histogram(found.get("histogram", ()))]
+        for name, contexts in (("strongest", card["contexts"]), ("of middling strength", found.get("middling", ()))):
             shown = [_shaded(context) for context in contexts if texts and context["peak"] in text_span(context)]
             parts += [f'<p class="sts-rate">{name}</p>' * bool(shown), *(f"<p>{text}</p>" for text in shown)]
         blocks.append(f'<div class="sts-latent-card"><h4>{title}</h4>{"".join(parts)}</div>')
@@ -72,7 +70,7 @@ def _shaded(context: Mapping) -> str:
 
 
 def _histogram(counts: Sequence[int]) -> str:
-    """Numbers of tokens from weak to strong as bars, whose height is the number of digits."""
+    """Bars whose height is the number of digits."""
     bars = "".join(f'<span style="height: {100 * len(str(count)) / len(str(max(counts))) if count else 0:.0f}%"></span>'
                    for count in counts)
     label = f"Tokens by strength, from weak to strong: {', '.join(map(str, counts))}"

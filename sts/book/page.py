@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +108,7 @@ class Page:
             details += tables.table([{"what": name, "number": claim.number(one), "p": one.p}
                                      for name, one in {"judged": found, **found.against}.items()],
                                     {"": "what", "with 95% interval": "number", "p": "{p:.2g}"})
-        lines = "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in rows)
+        lines = "".join(f"<tr>{tables.cells([name], 'th')}<td>{text}</td></tr>" for name, text in rows)
         return (f'<section class="sts-card">{_pill(word)}<p class="sts-says">{escape(claim.says)}</p>'
                 f"<table>{lines}</table>{tables.folded('The rule and the numbers behind it', details)}</section>")
 
@@ -121,25 +121,24 @@ class Page:
             words.append(claims.together([word for *_, word in own]))
             ours = "".join(f"<div>{escape(claim.label)}: {_number(claim, found)} {_pill(word, 'sts-small')}</div>"
                            for claim, found, word in own if found)
-            chapter = escape(result.chapter.replace("_", " ").capitalize())
-            rows.append((escape(result.name), escape(result.says), escape(result.paper), ours,
-                         f"<code>{escape(self.settings.name)}</code>", _pill(words[-1]),
-                         f'<a href="{result.chapter}.html">{chapter}</a>' if chapter else ""))
+            title = result.chapter.replace("_", " ").capitalize()
+            link = f'<a href="{result.chapter}.html">{title}</a>' if title else ""
+            rows.append(f"<tr>{tables.cells((result.name, result.says, result.paper))}<td>{ours}</td>"
+                        f"{tables.cells([self.settings.name])}<td>{_pill(words[-1])}</td><td>{link}</td></tr>")
         counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
         head = ("of the paper", "claim", "the paper", "this run, with 95% interval", "run", "verdict", "chapter")
-        lines = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
-        return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scroll">'
-                    f'<table class="dataframe sts-scorecard"><thead><tr>{_cells("th", head)}</tr></thead>'
-                    f"<tbody>{lines}</tbody></table></div>")
+        return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scroll"><table class="dataframe sts-scorecard">'
+                    f"<thead><tr>{tables.cells(head, 'th')}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
 
     # --- latents, other runs, texts, provenance
 
     def latents(self, count: int = 10) -> HTML:
         """Cards of the latents of stage `latent_examples`, with what further stages on them are stored."""
         found, note = self["latent_examples"][:count], self.texts_note("latent_examples").data
-        more = ({row["latent"]: row for row in self.stored(stage) or ()}
-                for stage in ("latent_logits", "latent_activity"))
-        return HTML(note + latent_cards.cards(found, *more, sae=self.settings.sae, texts=not note))
+        more: dict[int, dict] = {}
+        for row in [row for stage in ("latent_logits", "latent_strengths") for row in self.stored(stage) or ()]:
+            more.setdefault(row["latent"], {}).update(row)
+        return HTML(note + latent_cards.cards(found, more, sae=self.settings.sae, texts=not note))
 
     def others(self, *stages: str) -> dict[str, OpenRun]:
         """The book's other recorded runs that have these stages; nothing of them is computed."""
@@ -187,7 +186,3 @@ def _number(claim: claims.Claim, found: claims.Evidence) -> str:
 def _pill(word: str, more: str = "") -> str:
     """HTML: a verdict as a coloured word."""
     return f'<span class="sts-verdict sts-{word.replace(" ", "-")} {more}">{word}</span>'
-
-
-def _cells(tag: str, contents: Iterable[str]) -> str:
-    return "".join(f"<{tag}>{content}</{tag}>" for content in contents)

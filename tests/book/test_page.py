@@ -1,6 +1,7 @@
 """Cards, tables, tabs and the scorecard show what is stored, escaped; a changed result changes them."""
 
 import json
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -59,16 +60,16 @@ def test_cards_show_text_and_no_template():
     card = {"latent": 7, "rate": 0.0123, "contexts": [
         context("<|im_start|>", "user", "\n", "What", " is", " <b>", "?", "<|im_end|>", "\n", peak=4),
         context("no", "<|im_start|>", "assistant", peak=1)]}
-    found = soup(latent_cards.cards([card], {7: {"promoted": [" maths", "\n"], "demoted": ["<i>"]}},
-                                    {7: {"histogram": [100, 10, 0, 1], "middling": [context("a", " mid", peak=1)]}},
-                                    sae="data/sae/x", texts=True))
+    more = {"promoted": [" maths", "\n"], "demoted": ["<i>"], "histogram": [100, 10, 0, 1],
+            "middling": [context("a", " mid", peak=1)]}
+    found = soup(latent_cards.cards([card], {7: more}, sae="data/sae/x", texts=True))
     said = texts(found.select("p"))
     assert "What is <b>?" in said and "a mid" in said and not any("<|" in text or "user" in text for text in said)
     assert texts(found.select("code")) == ["maths", "'\\n'", "<i>"] and not found.select("b, i, a")
     assert texts(found.select(".sts-tok")) == ["is", "mid"]
     heights = [float(bar["style"].removeprefix("height: ").removesuffix("%")) for bar in found.select(".sts-histogram span")]
     assert heights == [100, 67, 0, 33]  # the number of digits
-    hidden = soup(latent_cards.cards([card], {}, {}, sae="data/sae/x", texts=False))
+    hidden = soup(latent_cards.cards([card], {}, sae="data/sae/x", texts=False))
     assert "What" not in hidden.get_text() and "fires on 1.23% of tokens, at most 3.0" in hidden.get_text()
 
 
@@ -77,6 +78,25 @@ def test_public_saes_have_a_link_to_neuronpedia():
     assert latent_cards.neuronpedia("no-such-release/layer") == ""
     known = latent_cards.neuronpedia("llama-3-8b-it-res-jh/blocks.25.hook_resid_post")
     assert known.startswith("https://www.neuronpedia.org/llama3-8b-it/25-")
+
+
+# --- verdicts as coloured words -----------------------------------------------------------------------------------
+
+def luminance(colour):
+    parts = [int(colour[place:place + 2], 16) / 255 for place in (1, 3, 5)]
+    return sum(weight * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
+               for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+
+@pytest.mark.parametrize("word", claims.WORDS)
+def test_every_verdict_is_a_word_that_can_be_read_on_its_colour(word):
+    style = (ROOT / "book" / "_static" / "sts.css").read_text()
+    own = re.search(rf"\.sts-{word.replace(' ', '-')} {{(.*?)}}", style, re.DOTALL).group(1)
+    colours = {"color": "#ffffff"} | dict(re.findall(r"(background|color): (#\w+)", own))
+    full = {name: value if len(value) == 7 else "#" + "".join(2 * digit for digit in value[1:])
+            for name, value in colours.items()}
+    low, high = sorted(luminance(full[name]) for name in ("color", "background"))
+    assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
 # --- a page on a run ----------------------------------------------------------------------------------------------
