@@ -7,9 +7,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
+import sts.stages  # noqa: F401  (registers all stages)
 from sts.engine.models import load_model
 from sts.engine.packaged import save_random_model
-import sts.stages  # noqa: F401  (registers all stages, before any test that replaces the registry for its own time)
+from sts.run.stage import STAGES
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,3 +52,12 @@ def lm_of(tiny_models):
         return loaded[family]
 
     return load
+
+
+@pytest.fixture
+def registry():
+    """The registered stages; what a test adds to them is gone after it."""
+    before = dict(STAGES)
+    yield STAGES
+    STAGES.clear()
+    STAGES.update(before)

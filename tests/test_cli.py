@@ -18,12 +18,8 @@ from safetensors.torch import load_file
 from sts import cli
 from sts.book import chapters as book
 from sts.errors import StsError
-from sts.run import run as stages
-from sts.stages import forecast as pipeline
-from sts.run.run import stage
 from sts.run.settings import ROOT, Run, available_runs
-
-assert pipeline  # importing it registers the book's own stages
+from sts.run.stage import STAGES, stage
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -43,15 +39,15 @@ def sts(monkeypatch, capsys):
 
 
 @pytest.fixture
-def echo(monkeypatch, tmp_path):
+def echo(monkeypatch, tmp_path, registry):
     """A stage that gives back some settings."""
     monkeypatch.setenv("STS_RESULTS", str(tmp_path))
-    monkeypatch.setattr(stages, "STAGES", dict(stages.STAGES))
 
-    @stage("json", uses=("seed", "sft_lr", "domains", "fold_norms", "model_revision", "sae_text"))
-    def echo(run, report):
+    @stage("json")
+    def echo(seed, sft_lr, domains, fold_norms, model_revision, sae_text):
         """Echo."""
-        return {name: getattr(run.settings, name) for name in stages.STAGES["echo"].uses}
+        return {"seed": seed, "sft_lr": sft_lr, "domains": domains, "fold_norms": fold_norms,
+                "model_revision": model_revision, "sae_text": sae_text}
 
 
 def echoed(output):
@@ -97,16 +93,15 @@ def test_values_have_the_type_that_they_look_like(sts, echo, value, expected):
 @pytest.mark.parametrize(("kind", "value"), [
     ("json", {"x": [1, 2.5]}), ("parquet", pandas.DataFrame({"x": [1.5]})), ("tensors", {"x": torch.tensor([1.5])}),
     ("folder", None)])
-def test_the_python_that_is_printed_opens_the_result(sts, monkeypatch, tmp_path, kind, value):
+def test_the_python_that_is_printed_opens_the_result(sts, monkeypatch, tmp_path, registry, kind, value):
     monkeypatch.setenv("STS_RESULTS", str(tmp_path))
-    monkeypatch.setattr(stages, "STAGES", dict(stages.STAGES))
     calls = []
 
-    @stage(kind, uses=("seed", "domains"))
-    def made(run, report):
+    @stage(kind)
+    def made(seed, domains, scratch):
         """Made."""
-        calls.append(run.settings.seed)
-        return run.scratch("made") if kind == "folder" else value
+        calls.append(seed)
+        return scratch if kind == "folder" else value
 
     _, output, _ = sts("stage", "made", "--run", "smoke", "-p", "seed", "3", "-p", "domains=[law]")
     line = next(line for line in output.splitlines() if line.startswith("In Python: "))
@@ -124,8 +119,8 @@ def test_verify_compares_and_says_so_by_its_exit_status(sts, echo):
     assert sts(*arguments)[0] == 0
     code, output, _ = sts(*arguments, "--verify")
     assert code == 0 and "agrees with the stored result" in output and "tolerance 1e-06" in output
-    summary = stages.STAGES["echo"]
-    stages.STAGES["echo"] = replace(summary, compute=lambda run, report: summary.compute(run, report) | {"seed": 8})
+    own = STAGES["echo"]
+    STAGES["echo"] = replace(own, compute=lambda **values: own.compute(**values) | {"seed": 8})
     code, output, _ = sts(*arguments, "--verify", "--tolerance", "0.5")
     assert code == 1 and "First difference: seed: stored 7, computed 8" in output and "tolerance 0.5" in output
     assert echoed(sts(*arguments)[1])["seed"] == 7

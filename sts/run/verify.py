@@ -2,7 +2,7 @@
 
 Both results are laid out flat, as names with their arrays. Integers, strings and truth values must be equal. Floats are
 compared by their relative difference, |a - b| divided by the larger of |a| and |b|; two NaN are equal. Of a folder,
-`training.json` and the safetensors files are compared; the rest is configuration that libraries write, in no fixed order.
+`training.json` and the safetensors files are compared; the rest is libraries' configuration, in no fixed order.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def compare(stored: Any, computed: Any, tolerance: float) -> Comparison:
         found.entries, found.differing = found.entries + one.size, found.differing + int(numpy.sum(wrong))
         if numpy.any(wrong) and not found.first:
             at = tuple(int(place) for place in numpy.argwhere(wrong)[0]) if one.ndim else ()
-            values = [f"{own:.9g}" if isinstance(own, float) else repr(own) for own in (one[at].item(), other[at].item())]
-            found.first = (f"{name}{list(at) if at else ''}: stored {values[0]}, computed {values[1]}"
+            was, now = (f"{own:.9g}" if isinstance(own, float) else repr(own) for own in (one.item(*at), other.item(*at)))
+            found.first = (f"{name}{list(at) if at else ''}: stored {was}, computed {now}"
                            + (f" (relative difference {relative[at]:.2g})" if relative is not None else ""))
     return found
 

@@ -125,7 +125,7 @@ def test_a_wrong_type_is_an_error_that_names_key_meaning_and_value(key, value):
     ({"domain_data": "mmlu_max"}, "domain_data", "mmlu_exemplars"),
     ({"text_data": ["gsm_symbolic", "nosuch"]}, "text_data", "gsm_symbolic"),
     ({"sae_text": {"wab": 100}}, "sae_text", "web"),
-    ({"sae_text": {"web": 0}}, "sae_text", "0 tokens"),
+    ({"sae_text": {"web": 0}}, "sae_text.web", "greater than or equal to 1; got 0"),
     ({"sae": "train", "sae_text": {}}, "sae: 'train' needs sae_text", "text to train on"),
     ({"dtype": "int8"}, "dtype", "'bfloat16'"),
     ({"device": "tpu"}, "device", "'cuda'"),
@@ -210,3 +210,38 @@ def test_a_missing_file_and_a_value_for_a_list_are_named(tmp_path):
         load_run(str(tmp_path / "nosuch.yaml"))
     with pytest.raises(StsError, match=r"'domains'.*valid list; got 'law'. Write \[law\]."):
         load_run("smoke", {"domains": "law"})
+
+
+def test_paths_in_a_profile_are_relative_to_its_file_and_overrides_to_where_one_stands(tmp_path, monkeypatch):
+    """Case: the same profile opened from its own folder and from elsewhere."""
+    project = tmp_path / "my project"
+    for name, mark in (("my_model", "config.json"), ("my_sae", "cfg.json")):
+        (project / name).mkdir(parents=True)
+        (project / name / mark).write_text("{}")
+    (project / "my_text.txt").write_text("text")
+    profile = write(project / "run.yaml", {**MINIMAL, "model": "my_model", "sae": "my_sae",
+                                           "sae_text": {"my_text.txt": 5, "web": 6}})
+    for folder in (project, tmp_path):
+        monkeypatch.chdir(folder)
+        run = load_run(profile)
+        assert (run.model, run.sae) == (str(project / "my_model"), str(project / "my_sae"))
+        assert run.sae_text == {str(project / "my_text.txt"): 5, "web": 6}
+    assert load_run("smoke", {"model": "my project/my_model"}).model == str(project / "my_model")
+    assert load_run("smoke", {"model": "owner/name"}).model == "owner/name"
+    assert load_run("smoke", {"sae_text": {r"C:\data\my_text.txt": 5}}).sae_text == {r"C:\data\my_text.txt": 5}
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model": ["a"]}, r"'model' \(packaged name.*valid string; got \['a'\]"),
+    ({"sft_data": "gsm8k+gsm8k"}, "'sft_data'.*names a value twice"),
+    ({"sft_data": "gsm8"}, "Did you mean 'gsm8k'"),
+    ({"training_sets": ["gsm8k", "gsm8k"]}, "'training_sets'.*names a value twice"),
+    ({"seeds": [1, -1]}, "'seeds.1'.*greater than or equal to 0"), ({"sweep_k": [0]}, "'sweep_k.0'.*equal to 1"),
+    ({"sweep_seeds": [7]}, r"sweep_seeds: \[7\] must be among the run's seeds, \[1\]"),
+    ({"sweep_widths": [4]}, "sweep_widths: 8 active latents of only 4"),
+    ({"overlap_demonstrations": []}, "'overlap_demonstrations'.*at least 1 item"),
+    ({"eval_kinds": ["option"]}, "'eval_kinds.0'.*'letter' or 'solution'")], ids=str)
+def test_values_that_do_not_go_together_are_one_line(changes, message):
+    with pytest.raises(StsError, match=message) as error:
+        load_run("smoke", changes)
+    assert "\n" not in str(error.value)

@@ -1,6 +1,7 @@
 """What is recorded of a run, and pages' results from it without model and data."""
 
 import contextlib
+import dataclasses
 import json
 import re
 
@@ -9,15 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import sts
-from sts.book import pages
-from sts.book.pages import correlation_verdict
-from sts.book.pages_baselines import comparison_verdict, confound_verdict, correlations_of
-from sts.book.pages_headline import headline_markdown
-from sts.errors import MissingData, StsError
-from sts.run import resources as inputs
-from sts.run.recorded import BLANK, NO_TEXT, drawn, record
-from sts.run.run import STAGES, registered
-from sts.run.settings import ROOT
+from sts.errors import ROOT, MissingData, StsError
+from sts.run.recorded import BLANK, CHANGED, NO_TEXT, provenances, record, recorded_key, texts_withheld
+from sts.run.resources import drawn, lm, seeds_of, trainings_of
+from sts.run.stage import STAGES, Stage
 from sts.run.store import Store
 from sts.run.verify import verify
 
@@ -46,9 +42,8 @@ def elsewhere(run, folder, tmp_path, monkeypatch):
     def missing(*args, **kwargs):
         raise StsError("not here")
 
-    monkeypatch.setattr(inputs, "resolve_model", missing)
-    for name in ("load_examples", "load_mixture"):
-        monkeypatch.setattr(inputs, name, missing)
+    for name in ("engine.models.resolve_model", "data.load.load_examples", "data.load.load_mixture"):
+        monkeypatch.setattr(f"sts.{name}", missing)
     opened = sts.open_run("smoke", results=tmp_path, seeds=[])
     opened.store = Store(opened.store.folder, (folder,))
     return opened
@@ -111,7 +106,7 @@ def test_recorded_results_are_verified_from_recorded_ones(run, folder, elsewhere
 @pytest.mark.parametrize("stage", ["latent_examples", "domain_stats", "sae"])
 def test_what_is_recorded_in_part_is_verified_in_that_part(run, folder, tmp_path, stage):
     opened = sts.open_run("smoke", results=tmp_path, seeds=[])
-    for need in opened._needs(STAGES[stage]):  # what it is computed from, such as the SAE's weights, is here
+    for need in opened.needs(stage):  # what it is computed from, such as the SAE's weights, is here
         opened.compute(need)
     opened.store = Store(opened.store.folder, (folder,))
     found = verify(opened, stage)
@@ -120,7 +115,7 @@ def test_what_is_recorded_in_part_is_verified_in_that_part(run, folder, tmp_path
 
 def test_further_seeds_record_their_scores_without_the_sums(run, tmp_path):
     opened = sts.open_run("smoke", results=run.results, seeds=[1])
-    opened.with_seed(1).get("scores")
+    seeds_of(opened)[1].get("scores")
     record(opened, tmp_path / "recorded")
     assert len(list((tmp_path / "recorded").glob("scores-*.parquet"))) == 2
     own, = (tmp_path / "recorded").glob("domain_stats-*.safetensors")
@@ -134,7 +129,7 @@ def test_an_input_that_is_here_and_differs_is_not_passed_over(elsewhere, monkeyp
     assert elsewhere.key("sft")
     other = sts.open_run("smoke", results=elsewhere.results, seeds=[])
     other.store = elsewhere.store
-    monkeypatch.setattr(inputs, "load_mixture", lambda *args, **kwargs: sts.data.load.gsm_symbolic(24, seed=99))
+    monkeypatch.setattr("sts.data.load.load_mixture", lambda *args, **kwargs: sts.data.load.gsm_symbolic(24, seed=99))
     with pytest.raises(StsError, match="not here"):
         other.key("sft")
 
@@ -157,7 +152,7 @@ def test_the_hub_is_asked_only_for_what_is_not_recorded(run, tmp_path, monkeypat
     key = first.key("sft")
     assert asked
     spec = STAGES["sft"]
-    provenance = {"stage": "sft", "key": key, "version": spec.version, "needs": {}, "drawn": drawn(first, spec),
+    provenance = {"stage": "sft", "key": key, "version": spec.version, "needs": {}, "drawn": drawn(first.settings, spec.inputs),
                   "settings": {name: getattr(first.settings, name) for name in spec.uses},
                   "inputs": {what: first.identity(what) for what in spec.inputs}}
     folder = tmp_path / "recorded"
@@ -199,7 +194,7 @@ def test_weights_are_computed_again_where_they_are_needed(run, folder):
     opened = sts.open_run("smoke", results=run.results, seeds=[])
     opened.store = Store(opened.store.folder.parent / "fresh", (folder,))
     with pytest.raises(StsError, match="sts stage sft --again"):
-        load_tuned(opened.lm, opened.get("sft"))
+        load_tuned(lm(opened), opened.get("sft"))
 
 
 def test_recording_removes_what_the_run_no_longer_asks_for(run, tmp_path):
@@ -218,16 +213,14 @@ def test_recording_removes_nothing_while_a_training_set_cannot_be_read(run, tmp_
     record(first, tmp_path / "recorded")
     before = {path.name for path in (tmp_path / "recorded").iterdir()}
     second = sts.open_run("smoke", results=run.results, seeds=[], top_n=3, training_sets=["mmlu_exemplars"])
-    monkeypatch.setattr("sts.run.recorded._training_runs", lambda run: [])  # as if mmlu_exemplars could not be read
+    monkeypatch.setattr("sts.run.recorded._readable", lambda run: False)  # as if mmlu_exemplars could not be read
     record(second, tmp_path / "recorded")
     assert before <= {path.name for path in (tmp_path / "recorded").iterdir()}
 
 
-def test_texts_that_are_not_recorded_are_announced_with_the_way_to_read_them(run, folder, elsewhere):
-    assert pages.texts_note(run, "ablated_answers", "fine_tuning_moves_few_latents") == ""
-    assert pages.texts_note(run, "latent_examples", "what_an_sae_sees") == ""
+def test_texts_that_are_not_recorded_are_known_as_such(run, folder, elsewhere):
     for stage in ("ablated_answers", "latent_examples"):
-        assert f"sts stage {stage} --run smoke --again" in pages.texts_note(elsewhere, stage, "x")
+        assert texts_withheld(elsewhere.get(stage)) and not texts_withheld(run.get(stage))
 
 
 def test_a_changed_setting_of_a_recorded_run_says_why_data_are_needed(elsewhere, monkeypatch):
@@ -237,8 +230,7 @@ def test_a_changed_setting_of_a_recorded_run_says_why_data_are_needed(elsewhere,
     def missing(*args, **kwargs):
         raise MissingData("no data")
 
-    for name in ("resolve_model", "load_examples"):
-        monkeypatch.setattr(inputs, name, missing)
+    monkeypatch.setattr("sts.data.load.load_examples", missing)
     with pytest.raises(StsError, match="'evaluation_before' with .*domain_data = mmlu_pro is not recorded.*no data"):
         other.get("evaluation_before")
 
@@ -261,136 +253,58 @@ def test_provenance_keeps_where_and_when_it_was_computed(run, folder):
                          ids=lambda path: path.name)
 def test_every_result_in_the_repository_is_one_that_its_run_asks_for(folder):
     """A raised version, or a changed profile, leaves results behind that no page would find."""
-    run = sts.open_run(folder.name).recorded_alone()
+    run = sts.open_run(folder.name).only_recorded()
     asked = set()
-    for name in (run.settings.sft_data, *run.settings.training_sets):
-        for seed in (run.settings.seed, *run.other_seeds):
-            one = run.with_training(name).with_seed(seed)
-            for stage in registered():
-                with contextlib.suppress(StsError):  # not recorded
-                    asked.add(f"{stage}-{one.key(stage)}")
+    for one in (*seeds_of(run), *trainings_of(run)):
+        for stage in STAGES:
+            with contextlib.suppress(StsError):  # not recorded
+                asked.add(f"{stage}-{one.key(stage)}")
     found = {re.match(r"\w+-[0-9a-f]{12}", path.name)[0] for path in folder.glob("*.provenance.json")}
     assert found and found - asked == set()
 
 
-@pytest.fixture(scope="module")
-def full():
-    return sts.open_run("full").recorded_alone()
+def test_a_comparison_of_training_sets_is_stale_once_what_it_was_made_of_is(registry):
+    """Where data are missing, the keys of other training sets' stages are worked out from records, or nothing is."""
+    assert sts.open_run("full").only_recorded().get("training_correlations")
+    for raised in ("shift", "sft_shift", "evaluation_after"):
+        own = registry[raised]
+        registry[raised] = dataclasses.replace(own, version=own.version + 1)
+        run = sts.open_run("full").only_recorded()
+        for stage in ("training_matrix", "training_correlations", "training_overlap", "training_specificity"):
+            with pytest.raises(StsError, match="is not recorded"):
+                run.get(stage)
+        registry[raised] = own
 
 
-@pytest.fixture(scope="module")
-def readme():
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+SPEC = Stage("made", print, "json", ("model",), ("model",), ("shift",), ("model", "sft_train", "seeds"), version=2)
+RECORD = {"key": "k", "version": 2, "settings": {"model": "m"}, "needs": {"shift": "s"}, "drawn": {"seed": 0},
+          "inputs": {"model": "a", "sft_train": "b", "seeds": "c"}}
 
 
-def said(row):
-    """A correlation with its interval, as the README has it."""
-    low, high = (f"{row['pearson_interval'][end] + 0.005:.2f}" if abs(row['pearson_interval'][end]) < 0.005 else
-                 f"{row['pearson_interval'][end]:.2f}" for end in ("low", "high"))
-    return f"{row['pearson']:.2f} ({low} to {high})"
+@pytest.mark.parametrize(("inputs", "changed", "expected"), [
+    ({}, {}, "k"), ({"model": None, "sft_train": None}, {}, "k"), ({"model": "other"}, {}, None),
+    ({"seeds": None}, {}, None), ({}, {"version": 1}, None), ({}, {"drawn": {"seed": 1}}, None),
+    ({}, {"settings": {"model": "n"}}, None), ({}, {"needs": {"shift": "t"}}, None),
+    ({}, {"inputs": {"model": "a", "seeds": "c"}}, None)], ids=str)
+def test_a_recorded_key_is_found_by_what_is_known(inputs, changed, expected):
+    found = recorded_key([RECORD | changed], SPEC, {"model": "m"}, {"shift": "s"}, RECORD["inputs"] | inputs, {"seed": 0})
+    assert found == expected
 
 
-def row_of(rows, **wanted):
-    found, = (row for row in rows if all(row[name] == value for name, value in wanted.items()))
-    return found
+def test_a_missing_model_is_explained_like_missing_data(elsewhere):
+    other = sts.open_run("smoke", results=elsewhere.results, seeds=[], score_tokens=100)
+    other.store = elsewhere.store
+    with pytest.raises(StsError, match="'domain_stats' with score_tokens = 100, .*is not recorded.*not here") as error:
+        other.get("domain_stats")
+    assert str(error.value).count("is not recorded") == 1
 
 
-def test_the_readme_quotes_the_recorded_run(full, readme):
-    plain = " ".join(readme.split())
-    assert headline_markdown(full) in readme
-    seeds, shifts = 1 + len(full.other_seeds), full.get("domain_shift").query("measure == 'bits'")
-    assert f"Over {('one', 'two', 'three', 'four', 'five')[seeds - 1]} seeds" in plain
-    assert len(shifts) == 14 and (shifts["shift"] > 0).all() and "became less likely in all 14 domains" in plain
-    answers = next(row["answers"] for row in full.get("hardness") if row["measure"] == "bits")
-    assert f"{answers['characters_low']:.0f} to {answers['characters_high']:.0f} characters, median" in plain
-
-
-def test_the_readme_quotes_the_parts_of_answers(full, readme):
-    plain, parts = " ".join(readme.split()), {row["part"]: row for row in full.get("answer_parts")}
-    letter, opening = parts["letter"], parts["opening"]
-    assert (f"mean change of {parts['whole']['change']:+.2f} bits an answer, the opening words *The answer is (* make "
-            f"{opening['change']:+.2f}, the right letter {letter['change']:+.2f} (it became more likely in "
-            f"{14 - letter['rose']} of 14 domains, and the wrong letters in {14 - letter['wrong']['rose']}: "
-            f"{letter['wrong']['change']:+.2f}), the option's text {parts['text']['change']:+.2f}.") in plain
-    found = {part: said(parts[part]["scores"]["sts_act"]) for part in parts}
-    assert (f"opening words, r = {found['opening']}, beside {said(opening['rivals']['base_bits'])} of the bits per "
-            f"character before; it is there that these domains differ ({opening['share']:.0%} of the variance of the "
-            "whole change over domains, without interval; the other parts pull the other way). With that of the letter "
-            f"STS_act has {found['letter']}, with that of the text {found['text']}. ({parts['whole']['questions']} "
-            "questions a domain, three seeds.)") in plain
-    assert correlation_verdict(opening["scores"]["sts_act"]) == "held"
-    assert opening["scores"]["sts_act"]["pearson"] > opening["rivals"]["base_bits"]["pearson"]
-
-
-def test_the_readme_says_what_other_training_does(full, readme):
-    plain, rows = " ".join(readme.split()), full.get("training_correlations")
-    code, health = ([row_of(rows, training_set=name, measure=measure, variant="paper", score="sts_act")
-                     for measure in ("bits", "bits_answer")] for name in ("mbpp", "pubmedqa"))
-    assert f"STS_act has {said(code[0])} in bits per character and {said(code[1])} per answer" in plain
-    assert f"with PubMedQA {said(health[0])} and {said(health[1])}." in plain
-    assert [correlation_verdict(row) for row in code] == ["not shown"] * 2  # "does not hold, or not in both measures"
-    assert [correlation_verdict(row) for row in health] == ["reversed", "held"]
-
-
-def test_the_readme_names_rivals_and_what_is_left(full, readme):
-    plain, found = " ".join(readme.split()), correlations_of(full, "bits")
-    for name in ("base_bits", "answer_shortness"):  # "are not told apart from STS_act"
-        assert comparison_verdict(found[name]["less"]["sts_act"]) == "not told apart"
-    act, icl = (row_of(full.get("baseline_nulls"), measure="bits", null="energy", predictor=name)
-                for name in ("sts_act", "sts_icl"))
-    assert (f"({round(act['p'] * (act['draws'] + 1)) - 1} of {act['draws']} sets reach it; two sets share "
-            f"{act['shared']:.0%} of their latents), and {icl['p']:.0%} of them reach STS_ICL") in plain
-
-    def left(measure, *controls):
-        return row_of(full.get("baseline_confounds"), measure=measure, score="sts_act", controls=list(controls))
-
-    every = left("bits", "base_bits", "question_tokens", "answer_shortness")
-    assert f"(STS_act: p = {every['p']:.2f})" in plain and confound_verdict(every) == "not shown"
-    assert f"Given the bits before alone, STS_act has {said(left('bits', 'base_bits'))}." in plain
-    first, answer = left("bits", "base_bits", "question_tokens"), left("bits_answer", "base_bits_answer",
-                                                                      "question_tokens")
-    assert f"without it STS_act has {said(first)[:-1]}, p = {first['p']:.3f}), and per answer {said(answer)}." in plain
-    rows = full.get("sweep_correlations")["values"]
-    own, other = ({score: row_of(source, measure="bits", score=score, **wanted)["pearson"]
-                   for score in ("sts_act", "sts_icl")} for source, wanted in (
-                       (full.get("correlations"), {"variant": "paper"}), (rows, {"axis": "k", "own": True})))
-    icl, act = (row_of(full.get("sweep_correlations")["saes"], measure="bits", score=score)
-                for score in ("sts_icl", "sts_act"))
-    assert (f"STS_ICL has {own['sts_icl']:.2f} with our SAE, and {other['sts_icl']:.2f} with another one of the same "
-            f"shape, trained on less text (difference {icl['mean']:+.2f}, {icl['interval']['low']:.2f} to "
-            f"{icl['interval']['high']:.2f}, p = {icl['p']:.3f}); STS_act {own['sts_act']:.2f} and "
-            f"{other['sts_act']:.2f} ({act['mean']:+.2f}, {act['interval']['low']:.2f} to "
-            f"{act['interval']['high']:.2f}).") in plain
-
-
-def test_the_readme_quotes_the_second_family(readme):
-    plain, other = " ".join(readme.split()), sts.open_run("full-gemma3-270m").recorded_alone()
-    found = {measure: correlations_of(other, measure) for measure in ("bits", "bits_answer")}
-    left = row_of(other.get("baseline_confounds"), measure="bits", score="sts_act",
-                  controls=["base_bits", "question_tokens", "answer_shortness"])
-    assert (f"r = {said(found['bits']['sts_act'])} in bits per character and {said(found['bits_answer']['sts_act'])} "
-            f"per answer, above the bits per character before, {said(found['bits']['base_bits'])}; given these and "
-            f"both lengths it has {said(left)[:-1]}, p = {left['p']:.3f}). STS_ICL has "
-            f"{said(found['bits']['sts_icl'])}.") in plain
-    assert comparison_verdict(found["bits"]["base_bits"]["less"]["sts_act"]) == "better"
-    assert confound_verdict(left) == "held" and correlation_verdict(found["bits"]["sts_icl"]) == "not shown"
-    null = row_of(other.get("baseline_nulls"), measure="bits", null="energy", predictor="sts_act")
-    reach = round(null["p"] * (null["draws"] + 1)) - 1
-    assert f"({null['mean']:.2f} on average, {reach} of {null['draws']} sets reach it)" in plain
-    opening = row_of(other.get("answer_parts"), part="opening")
-    assert (f"changed by {opening['change']:+.2f} bits on average, up in some domains and down in others, and make "
-            f"{opening['share']:.0%} of the variance") in plain and 0 < opening["rose"] < opening["n"]
-    accuracy = other.get("domain_shift").query("measure == 'accuracy'")["before"].mean()
-    assert f"Accuracy is at chance there too ({accuracy:.0f}%)" in plain
-
-
-def test_the_introduction_quotes_the_recorded_runs(full):
-    plain = " ".join((ROOT / "book" / "introduction.md").read_text(encoding="utf-8").split())
-    found = correlations_of(full, "bits")
-    start, rest = said(found["sts_act"]).split(" (")
-    assert f"STS_act r = {start} (95% interval {rest}, STS_ICL {said(found['sts_icl'])}" in plain
-    assert f"takes *before* training, {said(found['base_bits'])}, not told apart" in plain
-    other = correlations_of(sts.open_run("full-gemma3-270m").recorded_alone(), "bits")
-    assert (f"STS_act has r = {said(other['sts_act'])}, above the bits per character before, "
-            f"{said(other['base_bits'])}") in plain
-    assert f"not shown there ({said(other['sts_icl']).replace(' (', ', ')}" in plain
+def test_what_is_withheld_later_and_stages_that_are_gone_leave_nothing_behind(run, tmp_path, registry, monkeypatch):
+    record(run, tmp_path)
+    name = f"scores-{run.key('scores')}"
+    assert (tmp_path / f"{name}.parquet").exists() and list(tmp_path.glob("variant_*")) == []
+    monkeypatch.setitem(CHANGED, "scores", ("size", None))
+    (tmp_path / "gone_stage-0123456789ab.json").write_text("{}")
+    record(run, tmp_path)
+    assert not (tmp_path / f"{name}.parquet").exists() and not list(tmp_path.glob("gone_stage*"))
+    assert next(provenances([tmp_path], "scores"))["withheld"] == "size"

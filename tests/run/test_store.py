@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import time
 from itertools import product
 
 import pandas
@@ -10,13 +13,11 @@ import pytest
 import torch
 from pandas.testing import assert_frame_equal
 
-from sts.errors import StsError
-from sts.run import run as stages
-from sts.stages import forecast as pipeline
-from sts.run.run import open_run, stage
+from sts.errors import ROOT, StsError
+from sts.run.resources import lm, reader
+from sts.run.run import OpenRun, open_run
+from sts.run.stage import STAGES, stage
 from sts.run.store import Store, read
-
-assert pipeline  # importing it registers the book's own stages
 
 TENSORS = {"float64": torch.tensor([1 / 3, 1e300], dtype=torch.float64), "turned": torch.arange(6.0).reshape(2, 3).T,
            "bfloat16": torch.tensor([1.5], dtype=torch.bfloat16), "count": torch.tensor(7)}
@@ -207,34 +208,33 @@ def test_a_damaged_recorded_result_is_computed_into_the_own_folder(tmp_path):
 # --- stages ---
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(registry):
     """Names of the fake stages computed so far: alpha feeds beta, gamma stands alone."""
-    monkeypatch.setattr(stages, "STAGES", dict(stages.STAGES))
     made = []
     register(made)
     return made
 
 
 def register(made, alpha_version=1, beta_fails=False):
-    @stage("json", uses=("seed",), version=alpha_version)
-    def alpha(run, report):
+    @stage("json", version=alpha_version)
+    def alpha(seed):
         """Alpha."""
         made.append("alpha")
-        return {"seed": run.settings.seed}
+        return {"seed": seed}
 
-    @stage("parquet", uses=("top_n",), needs=("alpha",))
-    def beta(run, report):
+    @stage("parquet")
+    def beta(alpha, top_n):
         """Beta."""
         made.append("beta")
         if beta_fails:
             raise RuntimeError("beta fell over")
-        return pandas.DataFrame({"value": [run.get("alpha")["seed"] * 100 + run.settings.top_n]})
+        return pandas.DataFrame({"value": [alpha["seed"] * 100 + top_n]})
 
-    @stage("tensors", uses=("bootstrap",))
-    def gamma(run, report):
+    @stage("tensors")
+    def gamma(bootstrap):
         """Gamma."""
         made.append("gamma")
-        return {"value": torch.tensor([run.settings.bootstrap])}
+        return {"value": torch.tensor([bootstrap])}
 
 
 def everything(folder, **changes):
@@ -302,23 +302,23 @@ def test_a_run_keeps_results_in_memory_and_says_what_it_used(tmp_path, calls):
 
 
 def test_changed_data_recomputes_what_reads_it(tmp_path, calls, monkeypatch):
-    @stage("json", inputs=("domain_data",))
-    def delta(run, report):
+    @stage("json")
+    def delta(questions):
         """Delta."""
         calls.append("delta")
-        return {domain: [example.question for example in group] for domain, group in run.domain_examples().items()}
+        return {domain: [example.question for example in group] for domain, group in questions.items()}
 
     monkeypatch.setenv("STS_DATA_DIR", str(tmp_path / "data"))
     (tmp_path / "data" / "mmlu").mkdir(parents=True)
 
-    def questions(text):
+    def asked(text):
         row = {"subject": "virology", "question": text, "choices": ["a", "b"], "answer": 0}
         (tmp_path / "data" / "mmlu" / "test.jsonl").write_text(json.dumps(row) + "\n")
         return open_run("smoke", results=tmp_path, domain_data="mmlu").get("delta")
 
-    assert questions("first?") == questions("first?") == {"health": ["first?"]}
+    assert asked("first?") == asked("first?") == {"health": ["first?"]}
     assert calls == ["delta"]
-    assert questions("second?") == {"health": ["second?"]}
+    assert asked("second?") == {"health": ["second?"]}
     assert calls == ["delta", "delta"]
 
 
@@ -338,11 +338,11 @@ def test_an_unknown_stage_lists_the_valid_ones(tmp_path):
 
 
 def test_nothing_in_the_store_is_a_pickle(tmp_path, calls):
-    @stage("folder", uses=("seed",))
-    def epsilon(run, report):
+    @stage("folder")
+    def epsilon(seed, scratch):
         """Epsilon."""
-        (run.scratch("epsilon") / "note.txt").write_text("note")
-        return run.scratch("epsilon")
+        (scratch / "note.txt").write_text("note")
+        return scratch
 
     everything(tmp_path)
     assert (open_run("smoke", results=tmp_path).get("epsilon") / "note.txt").read_text() == "note"
@@ -350,6 +350,106 @@ def test_nothing_in_the_store_is_a_pickle(tmp_path, calls):
     assert {path.suffix for path in files} == {".json", ".parquet", ".safetensors", ".txt"}
     # Pickles start with 0x80, torch.save's archives with PK.
     assert [path.name for path in files if path.read_bytes()[:1] == b"\x80" or path.read_bytes()[:2] == b"PK"] == []
+
+
+# --- variants and declarations ---
+
+def test_a_variant_shares_the_store_and_what_is_equal(tmp_path, calls):
+    run = open_run("smoke", results=tmp_path, seed=1)
+    run.get("gamma")
+    other = run.variant(top_n=3)
+    assert other.store is run.store and other.settings.top_n == 3 and run.settings.top_n == 16
+    assert other.get("gamma") is run.get("gamma") and calls == ["gamma"]
+    assert run.variant(top_n=3) is other and run.variant(top_n=16) is run
+    assert other.changed == {"seed": 1, "top_n": 3}
+    with pytest.raises(StsError, match="'topn' is not known.*Did you mean 'top_n'"):
+        run.variant(topn=3)
+
+
+def test_runs_of_other_seeds_and_training_sets_read_one_trained_sae_and_those_of_another_layer_do_not(tmp_path):
+    run = open_run("smoke", results=tmp_path)
+    key = run.key("sae")
+    for same in ({"seed": 1}, {"sft_data": "mmlu_exemplars", "seed": 2}, {"demonstrations": 2}):
+        assert run.variant(**same).key("sae") == key
+    for other in ({"layer": 1}, {"sae_k": 4}, {"context": 64}):
+        assert run.variant(**other).key("sae") != key
+        assert run.variant(**other).variant(seed=1).key("sae") == run.variant(**other).key("sae")
+    assert lm(run.variant(seed=1)) is lm(run) and lm(run.variant(dtype="bfloat16")) is not lm(run)
+
+
+def test_a_signature_declares_what_the_key_is_made_of(registry):
+    @stage("json", also=("fold_norms",), inputs_without=("text_data",))
+    def declared(lm, texts, masks, scores, top_n, report, work, scratch, device, tokens_per_batch, variant):
+        """First line.
+
+        More."""
+
+    spec = registry["declared"]
+    assert set(spec.uses) == {"model", "model_revision", "dtype", "text_data", "text_examples", "context", "seed",
+                              "question_tokens_only", "drop_first_positions", "outlier_norm", "top_n", "fold_norms"}
+    assert (spec.needs, spec.inputs, spec.summary) == (("scores",), ("model",), "First line.")
+
+
+def test_tokens_per_batch_device_and_published_are_in_no_key(tmp_path):
+    run = open_run("smoke", results=tmp_path)
+    other = run.variant(tokens_per_batch=512, published=True, device="cpu")
+    names = [name for name in STAGES if name != "sweep_correlations"]
+    assert {name: other.key(name) for name in names} == {name: run.key(name) for name in names}
+    assert not {"tokens_per_batch", "published", "device"} & {name for spec in STAGES.values() for name in spec.uses}
+
+
+# --- two processes at one stage ---
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from sts.run.run import open_run
+from sts.run.stage import STAGES, stage
+
+@stage("json")
+def slow(seed, scratch):
+    with open(sys.argv[1] + "/calls", "a") as stream:
+        stream.write("call\\n")
+    while sys.argv[2] == "hang":
+        time.sleep(0.1)
+    time.sleep(1.5)
+    return {"from": sys.argv[2]}
+
+print(open_run("smoke", results=Path(sys.argv[1])).get("slow")["from"])
+"""
+
+
+def start(folder, name):
+    return subprocess.Popen([sys.executable, "-c", SLOW, str(folder), name], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_of_two_processes_at_one_stage_one_computes_and_both_have_its_result(tmp_path):
+    processes = [start(tmp_path, name) for name in ("first", "second")]
+    told = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert len({output for output, _ in told}) == 1 and told[0][0].strip() in ("first", "second")
+    assert (tmp_path / "calls").read_text() == "call\n"
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_process_that_is_killed_holds_nobody_up(tmp_path):
+    holder = start(tmp_path, "hang")
+    wait_for(tmp_path / "calls")
+    waiting = start(tmp_path, "second")
+    time.sleep(1)
+    assert waiting.poll() is None
+    holder.kill()
+    output, error = waiting.communicate(timeout=120)
+    holder.communicate()
+    assert (waiting.returncode, output) == (0, "second\n"), error
 
 
 # --- settings that the SAE rules out ---
@@ -369,4 +469,4 @@ def test_more_latents_than_the_sae_has_are_refused_when_the_run_is_opened(tmp_pa
 def test_an_sae_whose_width_is_not_known_beforehand_is_checked_when_it_is_loaded(tmp_path):
     settings = open_run("smoke").settings.model_copy(update={"top_n": 129})
     with pytest.raises(StsError, match="the SAE has 128"):
-        stages.OpenRun(settings, results=tmp_path).sae()
+        reader(OpenRun(settings, results=tmp_path))

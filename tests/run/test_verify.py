@@ -9,12 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from sts.errors import StsError
-from sts.run import run as stages
 from sts.run import verify
-from sts.stages import forecast as pipeline
-from sts.run.run import open_run, stage
-
-assert pipeline  # importing it registers the book's own stages
+from sts.run.run import open_run
+from sts.run.stage import STAGES, stage
 
 FRAME = pandas.DataFrame({"domain": ["law", "math"], "n": [3, 4], "shift": [0.25, math.nan], "hit": [True, None],
                           "ids": [[1, 2], [3]]})
@@ -28,35 +25,36 @@ def changed(frame, row, column, value):
     return copy
 
 
-@pytest.mark.parametrize(("kind", "value"), [("json", JSON), ("parquet", FRAME), ("tensors", TENSORS)])
-def test_a_result_agrees_with_itself_nan_included(kind, value):
-    found = verify.compare(value, value, kind, 0.0)
+@pytest.mark.parametrize("value", [JSON, FRAME, TENSORS], ids=["json", "parquet", "tensors"])
+def test_a_result_agrees_with_itself_nan_included(value):
+    found = verify.compare(value, value, 0.0)
     assert found.agrees and found.largest == 0 and found.first == "" and found.entries >= 6
 
 
-@pytest.mark.parametrize(("kind", "stored", "computed", "where"), [
-    ("json", JSON, JSON | {"r": 0.6}, "r: stored 0.5, computed 0.6"),
-    ("json", JSON, JSON | {"n": 15}, "n: stored 14, computed 15"),
-    ("json", JSON, JSON | {"rows": [{"p": 0.01, "domain": "art"}, JSON["rows"][1]]},
+@pytest.mark.parametrize(("stored", "computed", "where"), [
+    (JSON, JSON | {"r": 0.6}, "r: stored 0.5, computed 0.6"),
+    (JSON, JSON | {"n": 15}, "n: stored 14, computed 15"),
+    (JSON, JSON | {"rows": [{"p": 0.01, "domain": "art"}, JSON["rows"][1]]},
      "rows[0].domain: stored 'law', computed 'art'"),
-    ("json", JSON, JSON | {"rows": [JSON["rows"][0]]}, "rows: stored 2 entries, computed 1"),
-    ("json", JSON, {**JSON, "extra": 1}, "the result: keys only in the computed result: extra"),
-    ("json", [1, True], [1, 1.5], "[1]: stored True, computed 1.5"),
-    ("parquet", FRAME, changed(FRAME, 0, "shift", 0.3), "row 0, column 'shift': stored 0.25, computed 0.3"),
-    ("parquet", FRAME, changed(FRAME, 1, "shift", 0.3), "row 1, column 'shift': stored nan, computed 0.3"),
-    ("parquet", FRAME, changed(FRAME, 1, "n", 5), "row 1, column 'n': stored 4, computed 5"),
-    ("parquet", FRAME, changed(FRAME, 1, "hit", False), "row 1, column 'hit': stored None, computed False"),
-    ("parquet", FRAME, changed(FRAME, 0, "ids", [1, 9]), "row 0, column 'ids'[1]: stored 2, computed 9"),
-    ("parquet", FRAME, FRAME.drop(columns="n"), "the table: columns only in the stored result: n"),
-    ("parquet", FRAME, FRAME[:1], "the table: stored 2 rows, computed 1"),
-    ("tensors", TENSORS, TENSORS | {"sum_L": torch.tensor([[1.0, 2.0], [4.0, math.nan]])},
+    (JSON, JSON | {"rows": [JSON["rows"][0]]}, "only in the stored result: rows[1].p, rows[1].domain"),
+    (JSON, {**JSON, "extra": 1}, "only in the computed result: extra"),
+    ([1, True], [1, 1.5], "[1]: stored True, computed 1.5"),
+    ({"domain": None}, {"domain": "None"}, "domain: stored None, computed 'None'"),
+    (FRAME, changed(FRAME, 0, "shift", 0.3), "shift[0]: stored 0.25, computed 0.3"),
+    (FRAME, changed(FRAME, 1, "shift", 0.3), "shift[1]: stored nan, computed 0.3"),
+    (FRAME, changed(FRAME, 1, "n", 5), "n[1]: stored 4, computed 5"),
+    (FRAME, changed(FRAME, 1, "hit", False), "hit[1]: stored None, computed False"),
+    (FRAME, changed(FRAME, 0, "ids", [1, 9]), "ids[0][1]: stored 2, computed 9"),
+    (FRAME, FRAME.drop(columns="n"), "only in the stored result: n"),
+    (FRAME[["n"]], FRAME[["n"]][:1], "n: stored (2,), computed (1,)"),
+    (TENSORS, TENSORS | {"sum_L": torch.tensor([[1.0, 2.0], [4.0, math.nan]])},
      "sum_L[1, 0]: stored 3, computed 4 (relative difference 0.25)"),
-    ("tensors", TENSORS, TENSORS | {"count": torch.tensor([7, 9])}, "count[1]: stored 8, computed 9"),
-    ("tensors", TENSORS, TENSORS | {"count": torch.tensor([7.0, 8.0])},
-     "count: stored int64 (2,), computed float32 (2,)"),
-    ("tensors", TENSORS, {"count": TENSORS["count"]}, "the tensors: tensors only in the stored result: sum_L")])
-def test_one_difference_is_found_and_named(kind, stored, computed, where):
-    found = verify.compare(stored, computed, kind, 1e-6)
+    (TENSORS, TENSORS | {"count": torch.tensor([7, 9])}, "count[1]: stored 8, computed 9"),
+    (TENSORS, TENSORS | {"count": torch.tensor([7.0, 8.0])}, "type of count: stored 'int64', computed 'float32'"),
+    (TENSORS, TENSORS | {"count": torch.tensor([[7, 8]])}, "count: stored (2,), computed (1, 2)"),
+    (TENSORS, {"count": TENSORS["count"]}, "only in the stored result: type of sum_L, sum_L")])
+def test_one_difference_is_found_and_named(stored, computed, where):
+    found = verify.compare(stored, computed, 1e-6)
     assert not found.agrees and found.differing == 1
     assert found.first.startswith(where)
 
@@ -70,24 +68,24 @@ def test_relative_differences_are_of_the_larger_value(first, second, expected):
         assert verify.relative_difference(*map(numpy.atleast_1d, pair))[0] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("kind", "one", "other"), [
-    ("json", {"x": [1.0, 2.0]}, {"x": [1.0, 2.0002]}),
-    ("parquet", pandas.DataFrame({"x": [1.0, 2.0]}), pandas.DataFrame({"x": [1.0, 2.0002]})),
-    ("tensors", {"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([1.0, 2.0002])})])
-def test_floats_agree_within_the_tolerance_and_not_beyond(kind, one, other):
-    wide, narrow = (verify.compare(one, other, kind, tolerance) for tolerance in (1.1e-4, 0.9e-4))
+@pytest.mark.parametrize(("one", "other"), [
+    ({"x": [1.0, 2.0]}, {"x": [1.0, 2.0002]}),
+    (pandas.DataFrame({"x": [1.0, 2.0]}), pandas.DataFrame({"x": [1.0, 2.0002]})),
+    ({"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([1.0, 2.0002])})])
+def test_floats_agree_within_the_tolerance_and_not_beyond(one, other):
+    wide, narrow = (verify.compare(one, other, tolerance) for tolerance in (1.1e-4, 0.9e-4))
     assert wide.agrees and not narrow.agrees
     assert wide.largest == narrow.largest == pytest.approx(1e-4, rel=2e-3)
 
 
 def test_whole_numbers_have_no_tolerance():
-    assert not verify.compare({"n": 1_000_000}, {"n": 1_000_001}, "json", 0.1).agrees
+    assert not verify.compare({"n": 1_000_000}, {"n": 1_000_001}, 0.1).agrees
 
 
 @pytest.mark.parametrize("tolerance", [-1e-6, math.nan, math.inf])
 def test_a_tolerance_that_is_none_is_refused(tolerance):
     with pytest.raises(StsError, match="0 or more, such as 1e-6"):
-        verify.compare({}, {}, "json", tolerance)
+        verify.compare({}, {}, tolerance)
 
 
 def test_folders_are_compared_by_training_record_and_weights(tmp_path):
@@ -99,35 +97,34 @@ def test_folders_are_compared_by_training_record_and_weights(tmp_path):
         return tmp_path / name
 
     stored = folder("stored")
-    assert verify.compare(stored, folder("same", config='{"path": "/elsewhere"}'), "folder", 1e-6).agrees
-    found = verify.compare(stored, folder("loss", loss=2.6), "folder", 1e-6)
+    assert verify.compare(stored, folder("same", config='{"path": "/elsewhere"}'), 1e-6).agrees
+    found = verify.compare(stored, folder("loss", loss=2.6), 1e-6)
     assert found.first.startswith("training.json.curve[0].loss: stored 2.5, computed 2.6")
-    found = verify.compare(stored, folder("weight", weight=1.5), "folder", 1e-6)
-    assert found.first.startswith("adapter/adapter_model.safetensors: a[0]: stored 1, computed 1.5")
+    found = verify.compare(stored, folder("weight", weight=1.5), 1e-6)
+    assert found.first.startswith("adapter/adapter_model.safetensors.a[0]: stored 1, computed 1.5")
     less = folder("less")
     (less / "adapter" / "adapter_model.safetensors").unlink()
-    assert "files only in the stored result" in verify.compare(stored, less, "folder", 1e-6).first
+    assert "only in the stored result: type of adapter/adapter_model.safetensors.a" in verify.compare(stored, less, 1e-6).first
 
 
 # --- against the store ---
 
 @pytest.fixture
-def counted(monkeypatch):
+def counted(registry):
     """Two stages, the second made of the first; `offset` shifts what the second computes, `calls` counts both."""
-    monkeypatch.setattr(stages, "STAGES", dict(stages.STAGES))
     state = {"offset": 0.0, "calls": []}
 
-    @stage("tensors", uses=("seed",))
-    def first(run, report):
+    @stage("tensors")
+    def first(seed):
         """The one that is needed."""
         state["calls"].append("first")
-        return {"x": torch.tensor([1.0 + run.settings.seed], dtype=torch.float64)}
+        return {"x": torch.tensor([1.0 + seed], dtype=torch.float64)}
 
-    @stage("json", uses=("seed", "dtype"), needs=("first",))
-    def second(run, report):
+    @stage("json")
+    def second(first, seed, dtype):
         """The one that is verified."""
         state["calls"].append("second")
-        return {"x": run.get("first")["x"].item() + state["offset"]}
+        return {"x": first["x"].item() + state["offset"]}
 
     return state
 
@@ -157,7 +154,7 @@ def test_a_stage_is_computed_again_from_what_is_stored_and_the_store_is_left_alo
 def test_what_is_not_stored_or_damaged_cannot_be_verified(counted, tmp_path, damaged, message):
     run = open_run("smoke", results=tmp_path)
     run.get("second")
-    path = run.store.find(damaged, run.key(damaged), stages.STAGES[damaged].kind)
+    path = run.store.find(damaged, run.key(damaged), STAGES[damaged].kind)
     path.write_bytes(path.read_bytes() + b" ")
     before = files_of(run)
     with pytest.raises(StsError, match=message):
@@ -185,9 +182,9 @@ def test_a_stage_of_the_book_comes_out_again(tmp_path):
 
 
 def test_the_report_has_verdict_difference_and_tolerance():
-    found = verify.compare(JSON, JSON | {"r": 0.6}, "json", 1e-6)
+    found = verify.compare(JSON, JSON | {"r": 0.6}, 1e-6)
     found.surroundings = ["torch 1, now 2"]
     text = verify.report("correlations", found)
     assert "differs from the stored result in 1 of" in text and "First difference: r: stored 0.5" in text
     assert "largest relative difference of two floats 0.17, tolerance 1e-06" in text and "torch 1, now 2" in text
-    assert "agrees with the stored result" in verify.report("x", verify.compare(1, 1, "json", 1e-6))
+    assert "agrees with the stored result" in verify.report("x", verify.compare(1, 1, 1e-6))
