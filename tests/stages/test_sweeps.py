@@ -264,7 +264,7 @@ def test_saes_that_were_trained_before_a_kill_are_kept(tmp_path, monkeypatch):
 
 
 def test_a_layer_that_was_read_before_a_kill_is_not_read_again(run, monkeypatch):
-    folder, frame = run.scratch("sweep_saes"), run.get("sweep_saes")
+    folder, frame = run.store.scratch("sweep_saes", run.key("sweep_saes")), run.get("sweep_saes")
     run.store.path("sweep_saes", run.key("sweep_saes"), "parquet").unlink()
     again = sts.open_run("smoke", results=run.results)
     calls, read = [], sweeps.check_fits
@@ -377,7 +377,7 @@ def test_a_run_without_lists_trains_and_reads_nothing(cheap):
 
 
 @pytest.mark.parametrize(("key", "value", "words"), [
-    ("sweep_k", [4, 4], "names a value twice"), ("sweep_widths", [0], "at least 1"), ("sweep_layers", [-1], "at least"),
+    ("sweep_k", [4, 4], "names a value twice"), ("sweep_widths", [0], "got 0"), ("sweep_layers", [-1], "got -1"),
     ("sweep_k", [200], "200 active latents of only 128"), ("sweep_widths", [4], "8 active latents of only 4"),
     ("sweep_masks", ["nothing"], "whole_prompt")])
 def test_impossible_sweeps_are_refused_by_name(key, value, words):
