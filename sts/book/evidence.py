@@ -12,8 +12,8 @@ from sts.book.tables import rows_of, value_of
 from sts.errors import StsError
 from sts.measure import paper
 from sts.measure.items import MeanInterval, crossed_mean_interval, paired_mean_interval
-from sts.measure.shift import concentration, overlap, shifted_dimensions
-from sts.measure.shift_stats import concentrations, overlap_rows, same_fraction
+from sts.measure.overlap import concentrations, overlap_rows, same_fraction
+from sts.measure.score import concentration, overlap, shifted_dimensions
 from sts.measure.training_sets import list_lead
 
 if TYPE_CHECKING:

@@ -16,9 +16,8 @@ import pandas
 import torch
 
 from sts.errors import StsError, one_of
-from sts.measure.score import score_domain
+from sts.measure.score import score_domain, shifted_dimensions
 from sts.measure.sets import matched_latents, random_latents
-from sts.measure.shift import shifted_dimensions
 
 Stats = Mapping[str, torch.Tensor]
 #: What random sets of latents are matched to D_N in.

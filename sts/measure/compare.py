@@ -44,9 +44,7 @@ class Difference:
 @dataclass(frozen=True)
 class Correlated:
     """r of a predictor with the absolute change, mean over seeds, or why there is none; None: not asked for.
-
-    `less`: r of each other predictor less this one's, or of this one less the run's own.
-    """
+    `less`: r of each other predictor less this one's, or of this one less the run's own."""
 
     n: int
     seeds: int
@@ -90,12 +88,9 @@ class BestOf:
 
 
 class Comparison:
-    """Predictors beside the absolute change of one measure.
+    """Predictors (name -> values, seeds x domains in alphabetical order) beside the absolute change of one measure.
 
-    Args:
-        differences: domain -> after minus before of its questions, items x seeds.
-        predictors: name -> values, seeds x domains (alphabetical).
-        reasons: name -> why it has no values, where that is known.
+    `differences`: domain -> after minus before of its questions, items x seeds; `reasons`: why a predictor has no values.
     """
 
     def __init__(self, differences: Mapping[str, np.ndarray], predictors: Mapping[Any, np.ndarray], *, bootstrap: int,

@@ -128,10 +128,9 @@ def tied_share(rows: pandas.DataFrame) -> float:
     return float((best.groupby(letters["example_id"]).sum() > 1).mean()) if len(letters) else math.nan
 
 
-def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, *, resamples: int = 5000,
-                  seed: int = 0) -> pandas.DataFrame:
+def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, **numbers: int) -> pandas.DataFrame:
     """`item_shifts` of what `engine.evaluate.evaluate` returned for the same examples."""
-    return item_shifts(item_measures(before), item_measures(after), resamples=resamples, seed=seed)
+    return item_shifts(item_measures(before), item_measures(after), **numbers)
 
 
 def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples: int = 5000,
@@ -172,10 +171,8 @@ def item_differences(evaluations: Mapping[int, tuple[pandas.DataFrame, pandas.Da
 
 
 def reliability(changes: Sequence[float], standard_errors: Sequence[float]) -> float:
-    """Share of the variance of measured changes over domains that is not noise of the questions, 0 to 1.
-
-    1 - mean squared standard error / variance. No forecast can be expected to correlate beyond its square root.
-    """
+    """Share of the variance of measured changes over domains that is not noise of the questions, 0 to 1. No forecast can
+    be expected to correlate beyond its square root."""
     changes_N, errors_N = np.asarray(changes, float), np.asarray(standard_errors, float)
     if changes_N.shape != errors_N.shape or len(changes_N) < 3:
         raise StsError(f"{changes_N.size} changes and {errors_N.size} standard errors given; as many of both, at least "

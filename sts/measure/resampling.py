@@ -42,9 +42,7 @@ def percentile_interval(values_B: np.ndarray, level: float = 0.95) -> Interval |
 def bootstrap_interval(x: Sequence[float], y: Sequence[float], *, level: float = 0.95, resamples: int = 5000,
                        seed: int = 0) -> Interval:
     """Percentile interval of Pearson's correlation, points drawn with replacement; resamples without one are redrawn.
-
-    With eight points it tends to be too narrow: a lower bound on the uncertainty. Raises as `pearson`.
-    """
+    With eight points it tends to be too narrow. Raises as `pearson`."""
     x_N, y_N = points(x, y)
     generator, kept, missing, drawn = np.random.default_rng(seed), [], resamples, 0
     while missing:
@@ -146,11 +144,10 @@ def hierarchical_resamples(differences_NIS: Sequence[np.ndarray], *, resamples: 
 
 def swap_tests(first_PSN: np.ndarray, second_PSN: np.ndarray, change_SN: np.ndarray, *, exact_up_to: int = 14,
                resamples: int = 16_384, seed: int = 0) -> list[PermutationTest]:
-    """Two-sided p of the difference of two scores' correlations with the same changes, mean over seeds.
+    """Two-sided p of the difference of two scores' correlations with the same changes, mean over seeds; one a pair.
 
     If two standardised scores are interchangeable, swapping them within a domain, the same in all seeds, changes
-    nothing but chance. Up to `exact_up_to` domains all 2^N swappings are counted. One test a pair; p is 1 for equal
-    scores, NaN where one is constant.
+    nothing but chance. Up to `exact_up_to` domains all 2^N swappings are counted. NaN where one is constant.
     """
     n = change_SN.shape[-1]
     exact = n <= exact_up_to

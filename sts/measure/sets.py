@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from sts.errors import StsError
-from sts.measure.shift import shifted_dimensions
+from sts.measure.score import shifted_dimensions
 
 #: How far a matched set's total energy may be from that of the set it imitates.
 TOLERANCE = 0.1

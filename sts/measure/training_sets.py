@@ -31,14 +31,11 @@ class Specificity:
     """Whether a forecast tells which training set moves a domain. `p_within` is two-sided, the others one-sided.
 
     Attributes:
-        defined: number of domains with a rank correlation.
-        by_domain: Spearman's correlation over training sets in every domain, mean over seeds; NaN if not defined.
-        within: mean of these, `low` and `high` its 95% interval over domains.
+        by_domain, within: rank correlation over training sets in every domain, and the mean of the `defined` ones with
+            its 95% interval over domains.
         p_within: training sets shuffled in each domain by itself, as if domains were independent repetitions.
-        p_sets: whole training sets shuffled, alike in all domains: at least the measured value; never below 1 / orders.
-        p_opposite: the same for the other side.
-        hits: share of domains in which the training set with the highest forecast moved it most.
-        interaction: see there; it comes without p, as domains are not exchangeable.
+        p_sets, p_opposite: whole sets shuffled, alike in all domains, for either side; never below 1 / orders.
+        hits, interaction: see there; the latter comes without p, as domains are not exchangeable.
     """
 
     training_sets: int
@@ -78,9 +75,7 @@ def _rank_units(values_STD: np.ndarray) -> np.ndarray:
 
 def _products(forecast_STD: np.ndarray, change_STD: np.ndarray) -> np.ndarray:
     """D x T x T: what forecast a beside change b adds to a domain's rank correlation; the diagonals are as measured.
-
-    Only domains in which the correlation is defined in every seed; `StsError` if there is none.
-    """
+    Only domains in which it is defined in every seed; `StsError` if there is none."""
     found_DTT = np.einsum("sad,sbd->dab", *(_rank_units(own) for own in _checked(forecast_STD, change_STD)))
     found_DTT = found_DTT[np.isfinite(found_DTT).all((1, 2))] / len(forecast_STD)
     if not len(found_DTT):
@@ -104,10 +99,8 @@ def _test(observed: float, shuffled: Iterator[np.ndarray], exact: bool) -> Permu
 
 def shuffled_within_domains(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: int = 20_000,
                             seed: int = 0) -> PermutationTest:
-    """Two-sided p of the mean within-domain rank correlation, training sets shuffled in each domain by itself.
-
-    All seeds are shuffled alike. Exact where there are fewer combinations than `resamples`.
-    """
+    """Two-sided p of the mean within-domain rank correlation, training sets shuffled in each domain by itself, alike in
+    all seeds. Exact where there are fewer combinations than `resamples`."""
     products_DTT = _products(forecast_STD, change_STD)
     domains, sets = products_DTT.shape[:2]
     orders_OT = np.concatenate(list(all_orders(sets))) if sets <= EXACT_UP_TO else None
@@ -144,9 +137,7 @@ def _shuffled_trace(products_TT: np.ndarray, resamples: int, seed: int) -> Permu
 
 def hits(forecast_STD: np.ndarray, change_STD: np.ndarray) -> float:
     """Share of domains whose highest forecast belongs to the training set that moved them most; chance is 1 / T.
-
-    Of k that tie, each counts as 1 / k, in the forecast as in the change. NaN where nothing differs in any domain.
-    """
+    Of k that tie, each counts as 1 / k, in the forecast as in the change. NaN where nothing differs in any domain."""
     highest_STD, most_STD = (own == own.max(1, keepdims=True) for own in _checked(forecast_STD, change_STD))
     share_SD = (highest_STD & most_STD).sum(1) / (highest_STD.sum(1) * most_STD.sum(1))
     kept_SD = share_SD[(np.ptp(change_STD, axis=1) > 0) & (np.ptp(forecast_STD, axis=1) > 0)]

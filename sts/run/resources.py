@@ -11,7 +11,6 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts.errors import ROOT, StsError
@@ -69,7 +68,7 @@ def values(run: OpenRun, spec: Stage, report: Reporter) -> dict[str, Any]:
     return {name: value(name) for name in spec.parameters}
 
 
-# --- models -------------------------------------------------------------------------------------------------------
+# --- models
 
 @resource(uses=_MODEL, inputs=("model",))
 def tokenizer(run):
@@ -108,7 +107,7 @@ def tuned(run):
 def reader(run):
     """The run's SAE, checked to fit the model and the layer."""
     from sts.engine.saes import check_fits, load_sae
-    from sts.measure.shift import check_top_n
+    from sts.measure.score import check_top_n
 
     name, own = sae_name(run), run.settings
     found = run.once("SAE", ("fold_norms", "sae_dtype", "device"), lambda: load_sae(
@@ -155,7 +154,7 @@ def masks(run):
     return Masks(run.settings.question_tokens_only, run.settings.drop_first_positions, run.settings.outlier_norm)
 
 
-# --- examples -----------------------------------------------------------------------------------------------------
+# --- examples
 
 def _training_set(run) -> tuple[list, list]:
     from sts.data.load import training_split
@@ -208,7 +207,7 @@ def texts(run):
 
     own = run.settings
     return run.once("texts", DECIDED_BY["text_data"], lambda: [
-        example for name in own.text_data for example in load_examples(name, limit=own.text_examples, seed=own.seed + 7)])
+        one for name in own.text_data for one in load_examples(name, limit=own.text_examples, seed=own.seed + 7)])
 
 
 @resource(uses=("sae_text", "context"), inputs=("sae_text",))
@@ -226,7 +225,7 @@ def trial(run):
     return *_training_set(_other(run, seed=seed, sft_examples=run.settings.sft_trial_examples)), seed
 
 
-# --- prompts ------------------------------------------------------------------------------------------------------
+# --- prompts
 
 @resource(uses=("shift_tokens", "shift_demonstrations", "demonstration_draws", "seed"), inputs=("sft_train",))
 def shift_groups(run):
@@ -234,9 +233,9 @@ def shift_groups(run):
     from sts.data.groups import training_groups
 
     own, model = run.settings, lm(run)
-    return training_groups(model.tokenizer, train(run), own.shift_demonstrations, own.demonstration_draws,
-                           tokens=own.shift_tokens, context_length=model.context_length, seed=own.seed,
-                           name=own.sft_data)
+    return training_groups(
+        model.tokenizer, train(run), own.shift_demonstrations, own.demonstration_draws, tokens=own.shift_tokens,
+        context_length=model.context_length, seed=own.seed, name=own.sft_data)
 
 
 @resource(uses=("score_tokens", "demonstrations", "demonstration_draws", "seed"),
@@ -246,12 +245,12 @@ def domain_groups(run):
     from sts.data.groups import groups_of_domains
 
     own, model = run.settings, lm(run)
-    return groups_of_domains(model.tokenizer, questions(run), examples_set_aside(run), own.demonstrations,
-                             own.demonstration_draws, tokens=own.score_tokens, context_length=model.context_length,
-                             seed=own.seed)
+    return groups_of_domains(
+        model.tokenizer, questions(run), examples_set_aside(run), own.demonstrations, own.demonstration_draws,
+        tokens=own.score_tokens, context_length=model.context_length, seed=own.seed)
 
 
-# --- other seeds and training sets --------------------------------------------------------------------------------
+# --- other seeds and training sets
 
 def _other(run: OpenRun, **changes: Any) -> OpenRun:
     """The run with another seed or training set, which has no others of its own."""
@@ -282,7 +281,7 @@ def each_training(run):
 
 
 class View:
-    """A run as stages over several seeds, training sets or settings see it: results by stage, `.seed`, `.training_set`."""
+    """A run as stages over several seeds, training sets or settings see it: its results by stage."""
 
     def __init__(self, run: OpenRun):
         self.get, self.seed, self.training_set, self._run = run.get, run.settings.seed, run.settings.sft_data, run
@@ -299,7 +298,7 @@ class View:
         return own.pop() if len(own) == 1 else "several"
 
 
-# --- what is read, by digest --------------------------------------------------------------------------------------
+# --- what is read, by digest
 
 def identity(run: OpenRun, what: str) -> str:
     """A digest of something that a stage reads from outside.

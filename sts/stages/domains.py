@@ -14,8 +14,8 @@ import pandas
 from sts.errors import StsError
 from sts.measure.correlation import plain
 from sts.measure.items import MEASURES
-from sts.measure.shift import overlap, shifted_dimensions
-from sts.measure.shift_stats import overlap_rows
+from sts.measure.overlap import overlap_rows
+from sts.measure.score import overlap, shifted_dimensions
 from sts.measure.training_sets import cube, list_lead, specificity
 from sts.run.stage import stage
 

@@ -8,8 +8,7 @@ from sts.engine.extract import paired_stats, row_paired_stats
 from sts.errors import StsError
 from sts.measure.baselines import split_domains
 from sts.measure.cost import prompt_tokens
-from sts.measure.score import VARIANTS, score_domains
-from sts.measure.shift import overlap, shifted_dimensions
+from sts.measure.score import VARIANTS, overlap, score_domains, shifted_dimensions
 from sts.run.stage import stage
 
 

@@ -24,8 +24,7 @@ from sts.errors import StsError
 from sts.measure.baselines import split_domains
 from sts.measure.compare import AXES, SCORES, sweeps_compared
 from sts.measure.items import item_differences
-from sts.measure.score import score_domain
-from sts.measure.shift import check_top_n, shifted_dimensions
+from sts.measure.score import check_top_n, score_domain, shifted_dimensions
 from sts.run.stage import stage
 
 #: Seed of the sweep's text and SAEs, the same in every seed of a run.

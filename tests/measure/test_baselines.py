@@ -16,7 +16,7 @@ from sklearn.linear_model import Ridge
 from sts.errors import StsError
 from sts.measure import baselines
 from sts.measure.sets import matched_latents
-from sts.measure.shift import shifted_dimensions
+from sts.measure.score import shifted_dimensions
 
 
 def stats(seed, latents=40, tokens=50):

@@ -14,7 +14,7 @@ from scipy import stats as scipy_stats
 
 from sts.errors import StsError
 from sts.measure.correlation import overlap_p
-from sts.measure.shift import concentration, overlap, shifted_dimensions
+from sts.measure.score import concentration, overlap, shifted_dimensions
 
 # --- concentration ------------------------------------------------------------------------------------------------
 
