@@ -136,8 +136,9 @@ class Page:
         """Cards of the latents of stage `latent_examples`, with what further stages on them are stored."""
         found, note = self["latent_examples"][:count], self.texts_note("latent_examples").data
         more: dict[int, dict] = {}
-        for row in [row for stage in ("latent_logits", "latent_strengths") for row in self.stored(stage) or ()]:
-            more.setdefault(row["latent"], {}).update(row)
+        for stage in ("latent_logits", "latent_strengths"):
+            for row in (self.stored(stage) if note else self[stage]) or ():
+                more.setdefault(row["latent"], {}).update(row)
         return HTML(note + latent_cards.cards(found, more, sae=self.settings.sae, texts=not note))
 
     def others(self, *stages: str) -> dict[str, OpenRun]:

@@ -34,8 +34,8 @@ def _without_tokens(cards: list[dict]) -> list[dict]:
     def blank(context: dict) -> dict:
         return context | {"tokens": [BLANK] * len(context["tokens"])}
 
-    return [card | {name: [blank(context) for context in card[name]] for name in ("contexts", "middling") if name in card}
-            for card in cards]
+    return [card | {name: [blank(context) for context in card[name]]
+                    for name in ("contexts", "middling") if name in card} for card in cards]
 
 
 def _without_answers(written: dict) -> dict:
@@ -58,11 +58,11 @@ def _sums(*kept: str) -> Callable[[Mapping], dict]:
 
 
 _SCORED = "size; the sums that scores are made of are recorded"
-_VALUES, _NULLS = "size; stage baseline_values holds what is made of it", "size; stage baseline_nulls holds what is made of it"
+_VALUES, _NULLS = (f"size; stage baseline_{name} holds what is made of it" for name in ("values", "nulls"))
 #: Stage -> (why it is not recorded as it is, what is recorded instead: a function of the result, or None for nothing).
 CHANGED: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
     "latent_examples": ("texts", _without_tokens), "ablated_answers": ("texts", _without_answers),
-    "text_activations": ("size", None),
+    "text_activations": ("size", None), "latent_strengths": ("texts", None),
     "domain_stats": (_SCORED, _sums("base_sum_L", "squared_difference_L")),
     "domain_rows": (_SCORED, _sums("base_square_sum_L", "squared_difference_L")),
     "domain_raw_stats": (_VALUES, None), "domain_model_change": (_VALUES, None), "random_latent_scores": (_NULLS, None)}
@@ -115,7 +115,8 @@ def record(run: OpenRun, target: Path) -> list[str]:
         if why:
             provenance["withheld"] = why
         if change is not None:
-            copy.write(name, key, kind, as_recorded(name, kind, read(stored, kind), copy.scratch(name, key)), provenance)
+            value = as_recorded(name, kind, read(stored, kind), copy.scratch(name, key))
+            copy.write(name, key, kind, value, provenance)
             continue
         path = copy.path(name, key, kind)
         if path.exists():  # recorded whole before
@@ -167,7 +168,8 @@ def as_recorded(name: str, kind: str, value: Any, scratch: Path) -> Any:
     _, change = CHANGED.get(name, ("", None))
     value = change(value) if change else value
     if kind == "tensors":
-        return {field: tensor.float() if str(tensor.dtype) == "torch.float64" else tensor for field, tensor in value.items()}
+        return {field: tensor.float() if str(tensor.dtype) == "torch.float64" else tensor
+                for field, tensor in value.items()}
     return value
 
 

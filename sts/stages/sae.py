@@ -8,8 +8,17 @@ import random
 import torch
 
 from sts.data.groups import token_pieces
-from sts.engine.latent_examples import latent_statistics, spread_by_rate, top_contexts
-from sts.engine.sae_quality import activation_mean, reconstruction_quality, spliced_loss
+from sts.engine.sae_quality import (
+    Firings,
+    activation_mean,
+    latent_statistics,
+    promoted_tokens,
+    reconstruction_quality,
+    spliced_loss,
+    spread_by_rate,
+    strengths,
+    top_contexts,
+)
 from sts.engine.sae_training import SaeTraining, collect_activations, save_sae, shard_paths, train_sae
 from sts.engine.saes import load_sae
 from sts.errors import StsError
@@ -103,4 +112,18 @@ def latent_examples(lm, layer, texts, context, seed, reader, text_activations):
     """Ten latents of the run's SAE, spread over firing rates by rule, with the texts they fire on most."""
     train = text_activations / "train"
     chosen = spread_by_rate(latent_statistics(reader, train), CARDS)
-    return top_contexts(reader, train, _pieces(lm, texts, context, seed, "train"), lm.tokenizer, chosen)
+    return top_contexts(Firings(reader, train, _pieces(lm, texts, context, seed, "train"), lm.tokenizer, chosen))
+
+
+@stage("json", inputs_without=("model", "text_data"))
+def latent_strengths(latent_examples, lm, layer, texts, context, seed, reader, text_activations):
+    """How strongly the latents of `latent_examples` fire, with texts on which they fire half as strongly as they can."""
+    chosen = [row["latent"] for row in latent_examples]
+    return strengths(Firings(reader, text_activations / "train", _pieces(lm, texts, context, seed, "train"),
+                             lm.tokenizer, chosen))
+
+
+@stage("json")
+def latent_logits(latent_examples, lm, reader):
+    """The tokens that the latents of `latent_examples` promote and demote: their decoder vectors through the LM head."""
+    return promoted_tokens(lm, reader, [row["latent"] for row in latent_examples])
