@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sts.engine.work import Work
 from sts.errors import ROOT
 
 PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math-verify", "reasoning-gym", "scipy",
@@ -32,16 +33,13 @@ class Reporter:
     """
 
     def __init__(self, stage: str, *, shown: bool = True):
-        from sts.engine.work import Work
-
         self.stage, self.shown, self.work = stage, shown, Work()
         self.started, self.last = time.monotonic(), 0.0
-        self._send("start", 0.0)
+        self._send("started", 0.0)
 
     def __call__(self, fraction: float) -> None:
-        now = time.monotonic()
-        if now - self.last >= 1.0:
-            self.last = now
+        if time.monotonic() - self.last >= 1.0:
+            self.last = time.monotonic()
             self._send("progress", fraction)
 
     def done(self) -> float:
@@ -50,50 +48,41 @@ class Reporter:
         return time.monotonic() - self.started
 
     def _send(self, event: str, fraction: float) -> None:
-        if not self.shown:
-            return
-        report = {"event": event, "stage": self.stage, "fraction": fraction, "seconds": time.monotonic() - self.started}
-        if target := os.environ.get("STS_PROGRESS", ""):
+        seconds, said = time.monotonic() - self.started, f"{self.stage}: {event}"
+        if event == "done":
+            said += f" in {duration(seconds)}"
+        elif fraction > 0:
+            said = f"{self.stage}: {fraction:.0%}, {duration(seconds * (1 - fraction) / fraction)} left"
+        if self.shown and (target := os.environ.get("STS_PROGRESS", "")):
             with open(target, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(report) + "\n")
-        else:
-            show(report)
-
-
-def line(report: dict) -> str:
-    """One report as a line of text, with the time left."""
-    seconds, fraction = report["seconds"], report["fraction"]
-    if report["event"] == "done":
-        return f"{report['stage']}: done in {duration(seconds)}"
-    if fraction <= 0:
-        return f"{report['stage']}: started"
-    return f"{report['stage']}: {fraction:.0%}, {duration(seconds * (1 - fraction) / fraction)} left"
+                stream.write(json.dumps([event, said]) + "\n")
+        elif self.shown:
+            show(event, said)
 
 
 def duration(seconds: float) -> str:
     """Seconds as people say them: 8 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 _shown = {"at": 0.0, "width": 0}
 
 
-def show(report: dict, stream=None) -> None:
+def show(event: str, said: str, stream=None) -> None:
     """Print a report: on a terminal one line that is rewritten, elsewhere one at start and end and each minute."""
     stream = stream or sys.__stderr__
     if stream is None:
         return
-    text = line(report)
     if stream.isatty():
-        end = "\n" if report["event"] == "done" else ""
-        stream.write(f"\r  {text}{' ' * max(0, _shown['width'] - len(text))}{end}")
-        _shown["width"] = 0 if end else len(text)
-    elif report["event"] != "progress" or time.monotonic() - _shown["at"] > 60:
+        end = "\n" if event == "done" else ""
+        stream.write(f"\r  {said:<{_shown['width']}}{end}")
+        _shown["width"] = 0 if end else len(said)
+    elif event != "progress" or time.monotonic() - _shown["at"] > 60:
         _shown["at"] = time.monotonic()
-        stream.write(f"  {text}\n")
+        stream.write(f"  {said}\n")
     stream.flush()
 
 
@@ -101,8 +90,7 @@ class Follower:
     """Shows the reports that another process appends to a file, while the `with` block runs."""
 
     def __init__(self, path: Path):
-        self.path, self.offset = Path(path), 0
-        self.finished = threading.Event()
+        self.path, self.offset, self.finished = Path(path), 0, threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Follower:
@@ -116,17 +104,13 @@ class Follower:
         self.thread.join()
 
     def _follow(self) -> None:
-        while True:
+        ended = False
+        while not ended:
             ended = self.finished.wait(0.3)
-            with open(self.path, encoding="utf-8") as stream:
-                stream.seek(self.offset)
-                for text in stream:
-                    if not text.endswith("\n"):
-                        break
-                    self.offset += len(text.encode())
-                    show(json.loads(text))
-            if ended:
-                return
+            whole = self.path.read_bytes()[self.offset:].rpartition(b"\n")[0]  # the last line may be half written
+            self.offset += len(whole) + bool(whole)
+            for text in whole.splitlines():
+                show(*json.loads(text))
 
 
 # --- provenance ---------------------------------------------------------------------------------------------------
@@ -147,19 +131,18 @@ def environment(device: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": hardware, "python": platform.python_version(),
+    return {"device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+            "python": platform.python_version(),
             "versions": {package: version(package) for package in PACKAGES}, "commit": commit()}
 
 
 def commit() -> str:
     """The repository's commit, with "+changes" if the code differs from it; "" outside git."""
-    def git(*command: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, timeout=10)
-
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, timeout=10,
+                              check=True).stdout.strip()
     try:
-        head, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--", "sts", "runs",
-                                                                   "notebooks")
-    except (OSError, subprocess.TimeoutExpired):
+        return git("rev-parse", "--short=12", "HEAD") + "+changes" * bool(
+            git("status", "--porcelain", "--", "sts", "runs", "notebooks"))
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "") if head.returncode == 0 else ""

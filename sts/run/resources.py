@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from sts.errors import ROOT, StsError
 from sts.run.settings import Run
-from sts.run.stage import RESOURCES, Resource, Stage
+from sts.run.stage import RESOURCES, Resource, View
 
 if TYPE_CHECKING:
-    from sts.run.log import Reporter
     from sts.run.run import OpenRun
 
 _MODEL = ("model", "model_revision")
@@ -50,22 +49,6 @@ def resource(*, uses: tuple[str, ...] = (), inputs: tuple[str, ...] = (), needs:
         RESOURCES[make.__name__] = Resource(make, uses, inputs, needs)
         return make
     return register
-
-
-def values(run: OpenRun, spec: Stage, report: Reporter) -> dict[str, Any]:
-    """The values of a stage's parameters."""
-    own = {"report": lambda: report, "work": lambda: report.work, "device": lambda: run.device,
-           "scratch": lambda: run.store.scratch(spec.name, run.key(spec.name)),
-           "tokens_per_batch": lambda: run.settings.tokens_per_batch,
-           "variant": lambda: lambda **changes: View(run.variant(**changes))}
-
-    def value(name: str) -> Any:
-        if name in own:
-            return own[name]()
-        if name in RESOURCES:
-            return RESOURCES[name].make(run)
-        return getattr(run.settings, name) if name in spec.uses else run.get(name)
-    return {name: value(name) for name in spec.parameters}
 
 
 # --- models
@@ -278,24 +261,6 @@ def each_seed(run):
 @resource(uses=("training_sets", "training_seeds", "sft_data", "seed"), inputs=("training_sets",))
 def each_training(run):
     return [View(one) for one in trainings_of(run)]
-
-
-class View:
-    """A run as stages over several seeds, training sets or settings see it: its results by stage."""
-
-    def __init__(self, run: OpenRun):
-        self.get, self.seed, self.training_set, self._run = run.get, run.settings.seed, run.settings.sft_data, run
-
-    def __getitem__(self, name: str) -> Any:
-        return self.get(name)
-
-    @property
-    def trained_domain(self) -> str:
-        """The evaluation domain that the training set is of; "several" if there is more than one."""
-        from sts.data.groups import trained_domains
-
-        own = trained_domains(train(self._run))
-        return own.pop() if len(own) == 1 else "several"
 
 
 # --- what is read, by digest

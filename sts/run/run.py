@@ -20,7 +20,7 @@ from sts.run import resources
 from sts.run.log import Reporter, environment, peak_memory_mb
 from sts.run.recorded import provenances, recorded_key
 from sts.run.settings import Run, load_run
-from sts.run.stage import STAGES, Stage
+from sts.run.stage import STAGES, Stage, values
 from sts.run.stage import key as key_of
 from sts.run.store import Store, read
 
@@ -220,7 +220,7 @@ class OpenRun:
         Raises:
             StsError: several processes were launched for a stage that one computes.
         """
-        from sts.engine import processes
+        from sts.engine import work as processes
 
         if name == "sae" and self._trainer is not self:
             return self._trainer.compute(name, again=again)
@@ -244,7 +244,7 @@ class OpenRun:
                 # Libraries' notes to their own developers would end up on the pages.
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
-                value = spec.compute(**resources.values(self, spec, report))
+                value = spec.compute(**values(self, spec, report))
             seconds = report.done()
             if processes.is_main():
                 self._write(spec, key, value, seconds, report)

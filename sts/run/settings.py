@@ -1,8 +1,7 @@
 """Run profiles: one flat YAML file of settings, validated and frozen.
 
-Every setting is one line with its meaning, and every one may be overridden from a notebook, from
-`sts run CHAPTER -p KEY VALUE` or from Python. An unknown key, a wrong type or an impossible value is an error that
-names the key.
+Every setting may be overridden from a notebook, from `sts run CHAPTER -p KEY VALUE` or from Python. An unknown key, a
+wrong type or an impossible value is an error that names the key.
 """
 
 from __future__ import annotations
@@ -19,17 +18,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from sts.data.sources import CORPORA, GENERATED, SOURCES
 from sts.errors import ROOT, StsError, did_you_mean
 
-QUESTION_SETS = tuple(sorted({*SOURCES, *GENERATED}))
-#: How the name of a file of text ends, among the sources of `sae_text`.
-TEXT_FILES = (".txt", ".jsonl")
+QUESTION_SETS, TEXT_FILES = tuple(sorted({*SOURCES, *GENERATED})), (".txt", ".jsonl")
 
-
-# --- types --------------------------------------------------------------------------------------------------------
 
 def _question_set(name: str) -> str:
     if name not in QUESTION_SETS:
         raise ValueError(f"data set {name!r} is not known; valid: {', '.join(QUESTION_SETS)}."
-                         f"{did_you_mean(name, QUESTION_SETS)}".rstrip("."))
+                         + did_you_mean(name, QUESTION_SETS))
     return name
 
 
@@ -52,9 +47,8 @@ def _different(values: list) -> list:
 
 def _is(meaning: str, default: Any = ..., **limits: Any) -> Any:
     """A setting: what it means, and its default, a copy for each run."""
-    if isinstance(default, list | dict):
-        return Field(default_factory=default.copy, description=meaning, **limits)
-    return Field(default, description=meaning, **limits)
+    own = {"default_factory": default.copy} if isinstance(default, list | dict) else {"default": default}
+    return Field(**own, description=meaning, **limits)
 
 
 Index = Annotated[int, Field(ge=0)]
@@ -65,13 +59,10 @@ Counts = Annotated[list[Count], AfterValidator(_different)]
 QuestionSet = Annotated[str, AfterValidator(_question_set)]
 Mixture = Annotated[str, AfterValidator(_mixture)]
 Text = Annotated[str, AfterValidator(_text)]
+Mask = Literal["whole_prompt", "first_positions", "outliers", "none"]
 
-
-# --- settings -----------------------------------------------------------------------------------------------------
 
 class Profile(BaseModel):
-    """What the run is called, and where it runs. Token counts are tokens of the model's own tokenizer."""
-
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str = _is("name of the run; its results lie in results/<name>/", pattern=r"^\w[\w.-]*$")
@@ -87,8 +78,8 @@ class Model(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _is(
         "precision of the model; auto: bfloat16 where the hardware computes in it, else float32", "auto")
     layer: Index = _is("zero-based decoder layer after which the residual stream is read")
-    tokens_per_batch: int = _is("padded tokens in one forward pass, at most; in no key, so that a stored result is "
-                                "found whatever it is, though in bf16 another batch rounds otherwise", 8192, ge=64)
+    tokens_per_batch: int = _is("padded tokens in one pass, at most; in no key, though in bf16 others round otherwise",
+                                8192, ge=64)
 
 
 class Reader(BaseModel):
@@ -104,8 +95,6 @@ class Reader(BaseModel):
 
 
 class Texts(BaseModel):
-    """What the first chapter reads, and the small SAE that it trains live."""
-
     text_data: list[QuestionSet] = _is("question sets rendered as chats, for chapter one", [])
     text_examples: Count = _is("examples of each of them at most", 300)
     small_sae_latents: Count = _is("width of the small SAE", 1152)
@@ -115,8 +104,7 @@ class Texts(BaseModel):
 
 
 class Data(BaseModel):
-    sft_data: Mixture = _is("question set to fine-tune on, and whose shift is estimated; several in equal parts: "
-                            "gsm8k+math")
+    sft_data: Mixture = _is("question set to fine-tune on and foresee; several in equal parts: gsm8k+math")
     domain_data: QuestionSet = _is("question set whose domains are scored and evaluated")
     domain_split: str = _is("its split; empty for the first", "")
     domains: list[str] = _is("domains to keep; empty for all", [])
@@ -126,12 +114,10 @@ class Data(BaseModel):
 class Forecast(BaseModel):
     question_tokens_only: bool = _is("leave out chat template and special tokens", True)
     drop_first_positions: Index = _is("positions at the start of a prompt to leave out", 1)
-    outlier_norm: float = _is("leave out tokens above this multiple of the median residual norm; 0 keeps all", 10.0,
-                              ge=0)
+    outlier_norm: float = _is("leave out tokens above this multiple of the median norm; 0 keeps all", 10.0, ge=0)
     shift_tokens: Count = _is("question tokens for the shifted dimensions, at most", 20_000)
     shift_demonstrations: Count = _is("worked examples before an SFT question", 2)
-    demonstration_split: str = _is("split of domain_data that demonstrations come from; empty: from the questions "
-                                   "themselves, which are then left out", "")
+    demonstration_split: str = _is("split that demonstrations come from; empty: some of the questions, left out", "")
     demonstrations: Count = _is("worked examples before a domain's question (m)", 5)
     demonstration_draws: Count = _is("how many different sets of them are averaged over", 2)
     score_tokens: Count = _is("question tokens a domain, at most", 10_000)
@@ -146,7 +132,7 @@ class Shift(BaseModel):
     ablation_model: Literal["tuned", "base"] = _is("model whose latents are zeroed", "tuned")
     ablation_examples: Count = _is("held-out training-domain problems scored with latents zeroed", 16)
     ablation_latents: Counts = _is("numbers of latents to zero", [10, 100, 500], min_length=1)
-    ablation_draws: int = _is("random sets of latents of each kind and number, to see how much they differ", 5, ge=2)
+    ablation_draws: int = _is("random sets of latents of each kind and number", 5, ge=2)
 
 
 class Tuning(BaseModel):
@@ -170,18 +156,16 @@ class Evaluation(BaseModel):
         "what log-likelihoods are taken of: the options' letters, the worked solution", ["letter", "solution"],
         min_length=1)
     eval_generate: list[Literal["mmlu_pro", "gsm8k", "math", "sft_held_out"]] = _is(
-        "what is answered in words as well: domain_data's questions by chain of thought (mmlu_pro), GSM8K, MATH, or the "
-        "held-out problems of sft_data", [])
+        "answered in words as well: domain_data (mmlu_pro), GSM8K, MATH, held-out problems of sft_data", [])
     eval_max_tokens: Count = _is("tokens of a generated answer, at most", 1024)
     eval_backend: Literal["hf", "vllm"] = _is("what generates answers: transformers, or vLLM", "hf")
     eval_tensor_parallel: Count = _is("GPUs that vLLM splits one copy of the model over", 1)
 
 
 class Resampling(BaseModel):
-    seeds: Indices = _is("seeds of further runs to compare with: demonstrations, fine-tuning and evaluation are done "
-                         "again for each", [])
+    seeds: Indices = _is("seeds of further runs to compare with; all but the SAE is done again for each", [])
     training_sets: Annotated[list[Mixture], AfterValidator(_different)] = _is(
-        "further values of sft_data: forecast, fine-tuning and evaluation are done again for each", [])
+        "further values of sft_data; all but the SAE is done again for each", [])
     training_seeds: Indices = _is("further seeds at which training sets are compared, sft_data among them", [])
     bootstrap: int = _is("bootstrap resamples", 5000, ge=100)
     permutations: int = _is("Monte Carlo permutations where exact ones are too many", 100_000, ge=100)
@@ -189,36 +173,28 @@ class Resampling(BaseModel):
 
 
 class Sweeps(BaseModel):
-    """Ablations: other values of single settings, beside the run's own. An empty list leaves a sweep out."""
-
-    sweep_seeds: Indices | None = _is("those of `seeds` that the ablations are repeated at; an empty list for none of "
-                                      "them, by default all", None)
+    sweep_seeds: Indices | None = _is("those of `seeds` that the ablations are repeated at; by default all", None)
     sweep_bands: Count = _is("rank bands of top_n latents each that are scored by themselves", 5)
-    sweep_top_n: Counts = _is("other numbers of latents N; those beyond the SAE's are left out",
-                              [10, 30, 100, 300, 1000])
+    sweep_top_n: Counts = _is("other numbers of latents N, as far as the SAE has so many", [10, 30, 100, 300, 1000])
     sweep_demonstrations: Counts = _is("other numbers of worked examples before a domain's question", [])
     sweep_shift_demonstrations: Counts = _is("other numbers of them before an SFT question", [])
     sweep_tokens: Counts = _is("other values of score_tokens", [])
     sweep_shift_tokens: Counts = _is("other values of shift_tokens", [])
-    sweep_masks: Annotated[list[Literal["whole_prompt", "first_positions", "outliers", "none"]],
-                           AfterValidator(_different)] = _is(
-        "masks to switch off: count the whole prompt; that and its first positions; tokens of outlier norm; all", [])
+    sweep_masks: Annotated[list[Mask], AfterValidator(_different)] = _is("masks to switch off; none: all of them", [])
     sweep_widths: Counts = _is("widths of SAEs to train beside sae_latents", [])
     sweep_layers: Indices = _is("layers to train SAEs at beside layer", [])
     sweep_k: Counts = _is("active latents per token of SAEs to train beside sae_k", [])
     sweep_sae_samples: Count = _is("training samples of each SAE of the sweep", 600_000)
-    sweep_text_tokens: int = _is("tokens of sae_text that they all train on, its sources in proportion", 400_000,
-                                 ge=1000)
+    sweep_text_tokens: int = _is("tokens that they train on, sae_text's sources in proportion", 400_000, ge=1000)
 
 
 class Run(Sweeps, Resampling, Evaluation, Tuning, Shift, Forecast, Data, Texts, Reader, Model, Profile):
-    """All settings of one run."""
-
+    """All settings of one run, flat. Token counts are tokens of the model's own tokenizer."""
     @model_validator(mode="after")
     def _consistent(self) -> Run:
-        if self.sae == "train" and not self.sae_text:
+        if not self.sae_text and self.sae == "train":
             raise ValueError("sae: 'train' needs sae_text, the text to train on")
-        if (self.sweep_widths or self.sweep_layers or self.sweep_k) and not self.sae_text:
+        if not self.sae_text and (self.sweep_widths or self.sweep_layers or self.sweep_k):
             raise ValueError("sweep_widths, sweep_layers and sweep_k train SAEs, and sae_text names no text for that")
         for key, k, width in (("sae_k", self.sae_k, self.sae_latents),
                               ("small_sae_k", self.small_sae_k, self.small_sae_latents),
@@ -230,8 +206,6 @@ class Run(Sweeps, Resampling, Evaluation, Tuning, Shift, Forecast, Data, Texts, 
             raise ValueError(f"sweep_seeds: {unknown} must be among the run's seeds, {self.seeds}")
         return self
 
-
-# --- reading ------------------------------------------------------------------------------------------------------
 
 class _Loader(yaml.SafeLoader):
     """YAML that reads 4e-4 as a number (YAML 1.1 alone takes it for a word), and in which no key stands twice."""
@@ -304,13 +278,10 @@ def _located(settings: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
         there = isinstance(name, str) and (folder / name / mark).is_file()
         return os.path.abspath(folder / name) if there else name
 
-    found = dict(settings)
-    for key, mark in (("model", "config.json"), ("sae", "cfg.json")):
-        if key in found:
-            found[key] = at(found[key], mark)
+    marks = {"model": "config.json", "sae": "cfg.json"}
+    found = {key: at(value, marks[key]) if key in marks else value for key, value in settings.items()}
     if isinstance(text := found.get("sae_text"), dict):
-        found["sae_text"] = {at(name) if str(name).endswith(TEXT_FILES) else name: tokens
-                             for name, tokens in text.items()}
+        found["sae_text"] = {at(name): tokens for name, tokens in text.items()}
     return found
 
 

@@ -11,9 +11,13 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sts.run.settings import Run
+
+if TYPE_CHECKING:
+    from sts.run.log import Reporter
+    from sts.run.run import OpenRun
 
 #: Handed to whoever asks, and part of no key: they change how a result is computed, not what it means.
 NEVER = frozenset({"report", "work", "scratch", "device", "tokens_per_batch", "variant"})
@@ -82,3 +86,37 @@ def key(spec: Stage, uses: Mapping[str, Any], needs: Mapping[str, str], inputs: 
     content = {"stage": spec.name, "version": spec.version, "kind": spec.kind, "uses": uses, "needs": needs,
                "inputs": inputs}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class View:
+    """A run as stages over several seeds, training sets or settings see it: its results by stage."""
+
+    def __init__(self, run: OpenRun):
+        self.get, self.seed, self.training_set, self._run = run.get, run.settings.seed, run.settings.sft_data, run
+
+    def __getitem__(self, name: str) -> Any:
+        return self.get(name)
+
+    @property
+    def trained_domain(self) -> str:
+        """The evaluation domain that the training set is of; "several" if there is more than one."""
+        from sts.data.groups import trained_domains
+
+        own = trained_domains(RESOURCES["train"].make(self._run))
+        return own.pop() if len(own) == 1 else "several"
+
+
+def values(run: OpenRun, spec: Stage, report: Reporter) -> dict[str, Any]:
+    """The values of a stage's parameters."""
+    own = {"report": lambda: report, "work": lambda: report.work, "device": lambda: run.device,
+           "scratch": lambda: run.store.scratch(spec.name, run.key(spec.name)),
+           "tokens_per_batch": lambda: run.settings.tokens_per_batch,
+           "variant": lambda: lambda **changes: View(run.variant(**changes))}
+
+    def value(name: str) -> Any:
+        if name in own:
+            return own[name]()
+        if name in RESOURCES:
+            return RESOURCES[name].make(run)
+        return getattr(run.settings, name) if name in spec.uses else run.get(name)
+    return {name: value(name) for name in spec.parameters}

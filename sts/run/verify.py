@@ -119,7 +119,8 @@ def compare(stored: Any, computed: Any, tolerance: float) -> Comparison:
         found.entries, found.differing = found.entries + one.size, found.differing + int(numpy.sum(wrong))
         if numpy.any(wrong) and not found.first:
             at = tuple(int(place) for place in numpy.argwhere(wrong)[0]) if one.ndim else ()
-            was, now = (f"{own:.9g}" if isinstance(own, float) else repr(own) for own in (one.item(*at), other.item(*at)))
+            was, now = (f"{own:.9g}" if isinstance(own, float) else repr(own)
+                        for own in (one.item(*at), other.item(*at)))
             found.first = (f"{name}{list(at) if at else ''}: stored {was}, computed {now}"
                            + (f" (relative difference {relative[at]:.2g})" if relative is not None else ""))
     return found

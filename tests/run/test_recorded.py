@@ -120,7 +120,7 @@ def test_further_seeds_record_their_scores_without_the_sums(run, tmp_path):
     assert len(list((tmp_path / "recorded").glob("scores-*.parquet"))) == 2
     own, = (tmp_path / "recorded").glob("domain_stats-*.safetensors")
     assert opened.key("domain_stats") in own.name
-    note = tmp_path / "recorded" / (f"domain_stats-{opened.with_seed(1).key('domain_stats')}"
+    note = tmp_path / "recorded" / (f"domain_stats-{seeds_of(opened)[1].key('domain_stats')}"
                                        ".safetensors.provenance.json")
     assert json.loads(note.read_text())["withheld"] == "size; recorded for seed 0 alone"
 
@@ -152,7 +152,8 @@ def test_the_hub_is_asked_only_for_what_is_not_recorded(run, tmp_path, monkeypat
     key = first.key("sft")
     assert asked
     spec = STAGES["sft"]
-    provenance = {"stage": "sft", "key": key, "version": spec.version, "needs": {}, "drawn": drawn(first.settings, spec.inputs),
+    provenance = {"stage": "sft", "key": key, "version": spec.version, "needs": {},
+                  "drawn": drawn(first.settings, spec.inputs),
                   "settings": {name: getattr(first.settings, name) for name in spec.uses},
                   "inputs": {what: first.identity(what) for what in spec.inputs}}
     folder = tmp_path / "recorded"
@@ -287,7 +288,8 @@ RECORD = {"key": "k", "version": 2, "settings": {"model": "m"}, "needs": {"shift
     ({}, {"settings": {"model": "n"}}, None), ({}, {"needs": {"shift": "t"}}, None),
     ({}, {"inputs": {"model": "a", "seeds": "c"}}, None)], ids=str)
 def test_a_recorded_key_is_found_by_what_is_known(inputs, changed, expected):
-    found = recorded_key([RECORD | changed], SPEC, {"model": "m"}, {"shift": "s"}, RECORD["inputs"] | inputs, {"seed": 0})
+    found = recorded_key([RECORD | changed], SPEC, {"model": "m"}, {"shift": "s"}, RECORD["inputs"] | inputs,
+                         {"seed": 0})
     assert found == expected
 
 
