@@ -90,7 +90,7 @@ class BestOf:
 class Comparison:
     """Predictors (name -> values, seeds x domains in alphabetical order) beside the absolute change of one measure.
 
-    `differences`: domain -> after minus before of its questions, items x seeds; `reasons`: why a predictor has no values.
+    `differences`: domain -> after minus before of its questions, items x seeds; `reasons`: why one has no values.
     """
 
     def __init__(self, differences: Mapping[str, np.ndarray], predictors: Mapping[Any, np.ndarray], *, bootstrap: int,

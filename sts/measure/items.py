@@ -171,8 +171,8 @@ def item_differences(evaluations: Mapping[int, tuple[pandas.DataFrame, pandas.Da
 
 
 def reliability(changes: Sequence[float], standard_errors: Sequence[float]) -> float:
-    """Share of the variance of measured changes over domains that is not noise of the questions, 0 to 1. No forecast can
-    be expected to correlate beyond its square root."""
+    """Share of the variance of measured changes over domains that is not noise of the questions, 0 to 1. No forecast
+    can be expected to correlate beyond its square root."""
     changes_N, errors_N = np.asarray(changes, float), np.asarray(standard_errors, float)
     if changes_N.shape != errors_N.shape or len(changes_N) < 3:
         raise StsError(f"{changes_N.size} changes and {errors_N.size} standard errors given; as many of both, at least "
