@@ -7,114 +7,71 @@ extreme of fourteen domains does to a correlation.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
 
-from sts.errors import StsError, one_of
+from sts.errors import ROOT, StsError, one_of
 from sts.measure import correlation as stats
 
-FOLDER = Path(__file__).resolve().parent.parent.parent / "data" / "paper"
-
+FOLDER = ROOT / "data" / "paper"
 #: The paper's models, in its order, and how they are written in text.
 MODELS = {"llama3-8b-instruct": "Llama3-8B-Instruct", "qwen2.5-7b-instruct": "Qwen2.5-7B-Instruct",
           "gemma2-9b-it": "Gemma2-9B-Instruct"}
 #: The two scores of a domain.
 METRICS = {"act": "STS_act", "icl": "STS_ICL"}
-#: Tables that `published_table` knows, and what each is about; Tables 2 to 4 are in `accuracy_shifts`.
-TABLES = {
-    1: "Training on code or on health instead of maths: correlation and overlap of estimated and actual dimensions",
-    5: "Other forecasts of the absolute change, beside STS",
-    6: "Correlation of either score with the absolute change",
-    7: "Share of the estimated dimensions that a language model labels as maths",
-    8: "Share of the labelled maths and code latents found among the estimated dimensions",
-    9: "R² of either score",
-    10: "Maths accuracy before fine-tuning, after it, and after adding examples in proportion to STS",
-    11: "Maths accuracy after training only read-outs of random or of estimated dimensions",
-    12: "Correlation with SAEs of different sparsity",
-    13: "Trained probes as forecasts, beside STS",
-}
-
-_COLUMNS = {
-    "published_numbers.csv": ["source", "quantity", "model", "value", "std", "note"],
-    "accuracy_shift_by_domain.csv": ["source", "model", "train_data", "domain", "shift_pct"],
-    "figure3_points_digitised.csv": ["model", "metric", "domain", "sts", "abs_shift_pct"],
-}
 
 
 # --- the published numbers ----------------------------------------------------------------------------------------
 
-def _read(name: str, folder: Path | None) -> pd.DataFrame:
-    path = (folder or FOLDER) / name
-    if not path.is_file():
-        raise StsError(f"The paper's numbers, {name}, are not in {path.parent}. They are part of the repository: run "
-                       "from a checkout (pip install -e .), which has them in data/paper.")
-    try:
-        frame = pd.read_csv(path)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise StsError(f"{path} could not be read as CSV ({error}); restore it from the repository.") from error
-    missing = [column for column in _COLUMNS[name] if column not in frame.columns]
-    if missing:
-        raise StsError(f"{path} lacks the column(s) {', '.join(missing)}; restore it from the repository.")
-    return frame[_COLUMNS[name]]
-
-
-def published_numbers(folder: Path | None = None) -> pd.DataFrame:
+def published_numbers() -> pd.DataFrame:
     """Every number the paper prints that the book refers to, one a row.
 
     Columns: source ("Table 1", ...), quantity, model, value (float; NaN where the paper prints only a description,
     which is then in `note`), std (over the paper's repetitions; NaN where not printed), note ("" for none).
-
-    Raises:
-        StsError: the file is missing or damaged (so do the two functions below).
     """
-    frame = _read("published_numbers.csv", folder)
-    value = pd.to_numeric(frame["value"], errors="coerce")
-    note = frame["note"].fillna("").astype(str)
-    described = value.isna()
-    note = note.where(~described, (frame["value"].astype(str) + "; " + note).str.rstrip("; "))
+    frame = pd.read_csv(FOLDER / "published_numbers.csv")
+    value, note = pd.to_numeric(frame["value"], errors="coerce"), frame["note"].fillna("").astype(str)
+    note = note.where(value.notna(), (frame["value"].astype(str) + "; " + note).str.rstrip("; "))
     return frame.assign(value=value, note=note)
 
 
-def accuracy_shifts(folder: Path | None = None) -> pd.DataFrame:
+def accuracy_shifts() -> pd.DataFrame:
     """Tables 2 to 4: change of MMLU-Pro accuracy by fine-tuning on LIMO, 14 domains for each of 3 models.
 
     Columns: source, model, train_data, domain, shift_pct (percentage points, after minus before), abs_shift_pct.
     """
-    frame = _read("accuracy_shift_by_domain.csv", folder)
+    frame = pd.read_csv(FOLDER / "accuracy_shift_by_domain.csv")
     return frame.assign(abs_shift_pct=frame["shift_pct"].abs())
 
 
-def figure3_points(folder: Path | None = None) -> pd.DataFrame:
+def figure3_points() -> pd.DataFrame:
     """Figure 3's points: model, metric ("act" or "icl"), domain, sts (digitised), abs_shift_pct (percentage points)."""
-    return _read("figure3_points_digitised.csv", folder)
+    return pd.read_csv(FOLDER / "figure3_points_digitised.csv")
 
 
-def published_table(number: int, folder: Path | None = None) -> pd.DataFrame:
+def published_table(number: int) -> pd.DataFrame:
     """One of the paper's Tables 1 and 5 to 13, tidy: quantity, model, value, std, note.
 
     Raises:
         StsError: another number; Tables 2 to 4 are `accuracy_shifts()`.
     """
-    if number not in TABLES:
-        raise StsError(f"Table {number!r} is not known. Valid: {', '.join(map(str, TABLES))}; Tables 2 to 4 are "
-                       "accuracy_shifts().")
-    numbers = published_numbers(folder)
+    numbers = published_numbers()
     rows = numbers[numbers["source"].str.split(", ").map(lambda sources: f"Table {number}" in sources)]
+    if rows.empty:
+        raise StsError(f"Table {number!r} is not known. Valid: 1 and 5 to 13; Tables 2 to 4 are accuracy_shifts().")
     return rows.drop(columns="source").reset_index(drop=True)
 
 
-def published_correlations(folder: Path | None = None) -> pd.DataFrame:
+def published_correlations() -> pd.DataFrame:
     """Tables 6 and 9 side by side: model, metric, pearson, pearson_std, r_squared, r_squared_std."""
     rows = []
     for table, name in ((6, "pearson"), (9, "r_squared")):
-        frame = published_table(table, folder)
+        frame = published_table(table)
         # "STS_act" or "STS_ICL" is the one word of the quantity that tells the metric.
         metric = frame["quantity"].str.extract(r"STS_(act|ICL)", expand=False).str.lower()
         rows.append(frame.assign(metric=metric).rename(columns={"value": name, "std": f"{name}_std"})
@@ -124,38 +81,7 @@ def published_correlations(folder: Path | None = None) -> pd.DataFrame:
 
 def disagreements() -> pd.DataFrame:
     """Where the paper's text and its official code differ: topic, paper, code, why_it_matters."""
-    return pd.DataFrame([
-        ("STS_act", "sums the activations of the shifted dimensions",
-         "averages squared activations over tokens and over the shifted dimensions",
-         "squaring lets a few strong latents decide the score"),
-        ("Pairing", "the same question, with and without demonstrations before it",
-         "subtracts the first 10,000 rows of two separate runs",
-         "row by row, the two runs hold different tokens, so the difference is not a shift of any token"),
-        ("Site", "the residual stream after a layer",
-         "first item of a vLLM layer's output: the MLP's output where the layer returns (hidden_states, residual)",
-         "an SAE trained on one site does not fit the other"),
-        ("Rows", "tokens of the question",
-         "prompt, template, demonstrations and generated tokens alike; first batch twice; stops at 40,000 rows",
-         "what is averaged depends on the batch and on what the model happens to write"),
-        ("SAE", "16,384 latents for Llama; ReLU for all three models",
-         "65,536 latents for Llama; the Gemma Scope SAEs are JumpReLU",
-         "the top 100 are a different share of the SAE, and its sparsity differs"),
-        ("Accuracy shifts", "absolute change of measured accuracy",
-         "absolute values typed into the notebook",
-         "the correlation cannot be traced to evaluation results, and the sign is gone"),
-        ("Decoder norms", "not said whether folded into the latents", "not said either",
-         "without folding, ranking latents by the size of their change compares different units"),
-    ], columns=["topic", "paper", "code", "why_it_matters"])
-
-
-def sources(folder: Path | None = None) -> pd.DataFrame:
-    """The files behind this module: file, rows, sha256 (of its bytes, first 16 hex digits)."""
-    rows = []
-    for name in _COLUMNS:
-        frame = _read(name, folder)
-        digest = hashlib.sha256(((folder or FOLDER) / name).read_bytes()).hexdigest()
-        rows.append({"file": f"data/paper/{name}", "rows": len(frame), "sha256": digest[:16]})
-    return pd.DataFrame(rows)
+    return pd.read_csv(FOLDER / "disagreements.csv")
 
 
 # --- recomputed from the points -----------------------------------------------------------------------------------
@@ -333,12 +259,3 @@ def selection_effect(correlations: Sequence[float], *, shifts: Sequence[float] |
 def _found(correlations: np.ndarray, n: int) -> float:
     t = scipy_stats.t.ppf(0.975, n - 2)
     return float((np.abs(correlations) > t / math.sqrt(n - 2 + t ** 2)).mean())
-
-
-def detectable(points: Sequence[int] = (8, 14), alpha: float = 0.05, power: float = 0.8) -> pd.DataFrame:
-    """Smallest true correlation found with `power` at `alpha`, for each number of points; columns points, correlation.
-
-    For points drawn at random (`stats.smallest_detectable_correlation`).
-    """
-    return pd.DataFrame({"points": list(points), "correlation": [
-        stats.smallest_detectable_correlation(n, alpha, power) for n in points]})
