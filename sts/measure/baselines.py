@@ -16,10 +16,9 @@ import pandas
 import torch
 
 from sts.errors import StsError, one_of
-from sts.measure.score import score_domain, shifted_dimensions
+from sts.measure.score import Stats, score_domain, shifted_dimensions
 from sts.measure.sets import matched_latents, random_latents
 
-Stats = Mapping[str, torch.Tensor]
 #: What random sets of latents are matched to D_N in.
 RANDOM = {"uniform": "random latents", "rate": "random, like firing rates", "energy": "random, like energy"}
 SCORES = {"act": "sts_act", "icl": "sts_icl"}
@@ -90,7 +89,7 @@ def chosen_by(shift: Stats, count: int) -> torch.Tensor:
 def dimension_scores(shift: Stats, domains: Mapping[str, Stats], count: int, score: str) -> pandas.Series:
     """One of the paper's scores on the dimensions that `shift` moves most, by domain."""
     chosen = chosen_by(shift, count)
-    return pandas.Series({domain: score_domain("paper", dict(own), chosen)[score] for domain, own in domains.items()})
+    return pandas.Series({domain: score_domain("paper", own, chosen)[score] for domain, own in domains.items()})
 
 
 def mean_square(run: Known) -> pandas.Series:
@@ -199,7 +198,7 @@ def random_set_scores(kind: str, shift: Stats, domains: Mapping[str, Stats], cou
     seeds = [100_000 * seed + draw for draw in range(draws)]
     sets_RK = torch.stack([random_latents(width, chosen, count, own) if kind == "uniform"
                            else matched_latents(like_L, chosen, own) for own in seeds])
-    scored = [[score_domain("paper", dict(stats), own_K) for stats in domains.values()] for own_K in sets_RK]
+    scored = [[score_domain("paper", stats, own_K) for stats in domains.values()] for own_K in sets_RK]
     return {f"{name}_RD": torch.tensor([[own[score] for own in row] for row in scored], dtype=torch.float64)
             for name, score in SCORES.items()} | {
         "matched_R": like_L[sets_RK].mean(-1), "chosen": like_L[chosen].mean()[None],

@@ -18,6 +18,7 @@ from sts.measure import baselines
 from sts.measure.compare import SCORES, Comparison, null
 from sts.measure.correlation import correlation_rows, plain
 from sts.measure.items import MEASURES, item_differences, reliability
+from sts.measure.overlap import same_fraction
 from sts.measure.paper import extremes, spread_ratio, with_selection
 from sts.measure.resampling import correlate, power_of_design
 from sts.measure.score import VARIANTS
@@ -131,7 +132,7 @@ def baseline_values(scores, shift, shift_controls, sft_shift, domain_stats, doma
         shift, raw_shift, split(sft_shift)["sae"], split(domain_stats), split(domain_raw_stats),
         split(domain_model_change),
         scores[scores["variant"] == "paper"].set_index("domain"), text_baselines.set_index("domain"), bits,
-        top_n, max(1, round(top_n / widths[0] * widths[1])))).reset_index()
+        top_n, same_fraction(top_n, *widths))).reset_index()
 
 
 @stage("tensors", version=2)

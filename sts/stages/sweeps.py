@@ -24,7 +24,8 @@ from sts.errors import StsError
 from sts.measure.baselines import split_domains
 from sts.measure.compare import AXES, SCORES, sweeps_compared
 from sts.measure.items import item_differences
-from sts.measure.score import check_top_n, score_domain, shifted_dimensions
+from sts.measure.overlap import same_fraction
+from sts.measure.score import Stats, check_top_n, score_domain, shifted_dimensions
 from sts.run.stage import stage
 
 #: Seed of the sweep's text and SAEs, the same in every seed of a run.
@@ -38,7 +39,6 @@ MASKS_OFF = {"whole_prompt": ("template too", {"question_tokens_only": False}),
                                  {"question_tokens_only": False, "drop_first_positions": 0}),
              "outliers": ("outlier norms too", {"outlier_norm": 0.0}),
              "none": ("all tokens", {"question_tokens_only": False, "drop_first_positions": 0, "outlier_norm": 0.0})}
-Stats = Mapping[str, torch.Tensor]
 
 
 def ranking(shift: Stats) -> torch.Tensor:
@@ -50,7 +50,7 @@ def score_rows(axis: str, value: str, own: bool, chosen: torch.Tensor, domains: 
     """The paper's scores of every domain with chosen latents, under the axis and value they belong to."""
     return [{"axis": axis, "value": value, "own": own, "domain": domain,
              **{name: row[name] for name in SCORES}} for domain, stats in domains.items()
-            for row in (score_domain("paper", dict(stats), chosen),)]
+            for row in (score_domain("paper", stats, chosen),)]
 
 
 def _frame(rows: list[dict], *more: str) -> pandas.DataFrame:
@@ -214,10 +214,10 @@ def _scored(spec: SaeSpec, folder: Path, sums: dict[str, Stats], top_n: int, sae
     about = {**spec._asdict(), "l0": quality["l0"], "explained": quality["fraction_of_variance_explained"],
              "silent": quality["dead"] / spec.latents}
     before = {name: unfolded(stats, norms_L) for name, stats in sums.items()}
-    share = max(1, round(top_n / sae_latents * spec.latents))
+    share = same_fraction(top_n, sae_latents, spec.latents)
     return {kind: [{**about, "domain": name, **{score: row[score] for score in SCORES}}
                    for name, stats in of.items() if name
-                   for row in (score_domain("paper", dict(stats), ranking(of[""])[:count]),)]
+                   for row in (score_domain("paper", stats, ranking(of[""])[:count]),)]
             for kind, of, count in (("number", sums, top_n), ("share", sums, share), ("unfolded", before, top_n))}
 
 

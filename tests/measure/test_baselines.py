@@ -15,8 +15,8 @@ from sklearn.linear_model import Ridge
 
 from sts.errors import StsError
 from sts.measure import baselines
-from sts.measure.sets import matched_latents
 from sts.measure.score import shifted_dimensions
+from sts.measure.sets import matched_latents
 
 
 def stats(seed, latents=40, tokens=50):
