@@ -18,7 +18,8 @@ from benchmarks.shapes import SHAPES, compile_layers, shape_workload
 from benchmarks.workloads import demonstrations_workload, memory_workload, precision_workload, text_workload
 from sts.engine.models import DTYPES, resolve_model
 from sts.errors import StsError
-from sts.run.provenance import environment
+from sts.run import resources
+from sts.run.log import environment
 from sts.run.run import OpenRun, open_run
 
 WORKLOADS = ("memory", "text", "demonstrations", "options", "precision", "shape")
@@ -71,7 +72,7 @@ def _measure(options: argparse.Namespace) -> int:
                        "yours.") from error
     if "shape" in chosen and not on_gpu and options.shape != "tiny":
         raise StsError(f"--workloads shape: the shape {options.shape!r} needs a GPU. On a CPU use --shape tiny.")
-    setup = Setup(run.lm, run.sae(), run.settings.layer, options.tokens_per_batch)
+    setup = Setup(resources.lm(run), resources.reader(run), run.settings.layer, options.tokens_per_batch)
     proxies = _proxies(run) if {"memory", "text"} & set(chosen) else {}
     rows, ratios, shapes = [], [], []
 
@@ -87,7 +88,7 @@ def _measure(options: argparse.Namespace) -> int:
         elif name == "text":
             compiled = None
             if options.compiled:
-                lm = run.load_model()
+                lm = resources.fresh_lm(run)()
                 compile_layers(lm.model)
                 compiled = dataclasses.replace(setup, lm=lm)
             new = text_workload(setup, proxies, options.tokens, options.repetitions, report, compiled)
@@ -95,7 +96,7 @@ def _measure(options: argparse.Namespace) -> int:
             new = demonstrations_workload(setup, options.questions, options.repetitions, report,
                                           options.demonstration_tokens)
         elif name == "precision":
-            exact = dataclasses.replace(setup, lm=run.load_model("float32"))
+            exact = dataclasses.replace(setup, lm=resources.fresh_lm(run)("float32"))
             new = precision_workload(setup, exact, min(16, options.questions), report)
         elif name == "options":
             new = options_workload(setup, options.option_questions, options.repetitions, report)

@@ -136,7 +136,7 @@ class SaeTexts:
 
     def documents(self, name: str) -> list[Example | str]:
         """Documents of one source."""
-        base, _, split = name.partition(":")
+        base, _, split = (name, "", "") if name.endswith((".txt", ".jsonl")) else name.partition(":")
         if base in CORPORA or base.endswith((".txt", ".jsonl")):
             # Books are cut, so that the tokens asked for come from many of them.
             return [text[start:start + 20_000].strip() for text in load_texts(base)

@@ -296,7 +296,7 @@ def test_a_recorded_key_is_found_by_what_is_known(inputs, changed, expected):
 def test_a_missing_model_is_explained_like_missing_data(elsewhere):
     other = sts.open_run("smoke", results=elsewhere.results, seeds=[], score_tokens=100)
     other.store = elsewhere.store
-    with pytest.raises(StsError, match="'domain_stats' with score_tokens = 100, .*is not recorded.*not here") as error:
+    with pytest.raises(StsError, match="'domain_stats' with score_tokens = 100 is not recorded.*not here") as error:
         other.get("domain_stats")
     assert str(error.value).count("is not recorded") == 1
 
