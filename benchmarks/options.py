@@ -1,4 +1,4 @@
-"""Log-likelihoods of ten options a question: the book's model class against lm-evaluation-harness's own."""
+"""Log-likelihoods of ten options a question: the book's packed rows against lm-evaluation-harness's own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import partial
 from benchmarks.measure import Ratio, Row
 from benchmarks.routes import Setup
 from benchmarks.workloads import _ratio, _repeat
+from sts.data.check import LETTERS
 from sts.data.load import load_examples
 from sts.data.prompts import render
-from sts.data.sources import LETTERS
-from sts.engine.harness import open_harness
+from sts.engine.evaluate import loglikelihoods
 
 OPTIONS = 10
 
@@ -40,8 +40,8 @@ def ten_option_requests(setup: Setup, questions: int, seed: int = 0) -> list[Req
 
 
 def ours(setup: Setup, requests: list[Request], batch: int) -> list[float]:
-    """Contexts once, their options behind the cache."""
-    return [value for value, _ in open_harness(setup.lm, batch=batch)._loglikelihood_tokens(requests)]
+    """Contexts once, their options packed behind them."""
+    return loglikelihoods(setup.lm, [(context, option) for _, context, option in requests], batch=batch)
 
 
 def harness_own(setup: Setup, requests: list[Request], batch: int) -> list[float]:

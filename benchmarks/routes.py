@@ -1,7 +1,7 @@
 """The ways to per-latent sums that are compared. Each takes prompts and gives the sums; the work between differs.
 
-`ours` is the engine itself (`latent_stats` is `paired_stats` with one side). The others are what one would write
-otherwise, on the same prompts in the same batches.
+`ours` is the engine itself (`latent_stats` puts its parts together as `paired_stats` does). The others are what one would
+write otherwise, on the same prompts in the same batches.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from sts.data.prompts import Prompt, PromptGroup, paired_positions
-from sts.engine.extract import Masks, latent_stats, paired_stats
+from sts.engine.extract import Masks, Rows, paired_stats
+from sts.engine.latents import Encoder, LatentStats
 from sts.engine.models import LanguageModel, decoder_layers
-from sts.engine.residuals import batches
+from sts.engine.residuals import Extractor, batches
 
 #: All tokens of a text but its first, and those with an outlier norm, which the product leaves out and others keep.
 EVERY_TOKEN = Masks(question_tokens_only=False)
@@ -62,6 +63,20 @@ def full_forward(setup: Setup, prompts: list[Prompt]) -> None:
     with torch.inference_mode():
         for ids_BP, _ in setup.padded(prompts):
             setup.lm.model(input_ids=ids_BP, use_cache=False)
+
+
+def latent_stats(lm: LanguageModel, sae, layer: int, prompts: list[Prompt], masks: Masks, *,
+                 tokens_per_batch: int) -> LatentStats:
+    """The engine's statistics of every latent over prompts, in memory that does not grow with their number."""
+    extractor, spans = Extractor(lm, layer, tokens_per_batch), [masks.span(prompt) for prompt in prompts]
+    encoder, stats = Encoder(sae, extractor.work), LatentStats(sae.cfg.d_sae, sae.device)
+    rows = Rows(extractor, [prompt.ids for prompt in prompts], spans)
+    limit, = rows.thresholds(masks.outlier_norm)
+    for batch in extractor.batches([last for _, last in spans]):
+        residual_TD = torch.cat(rows.take(batch))
+        for (chunk,) in encoder.chunks(residual_TD[residual_TD.float().norm(dim=-1) <= limit]):
+            stats.add(chunk)
+    return stats
 
 
 def ours(setup: Setup, prompts: list[Prompt]) -> torch.Tensor:

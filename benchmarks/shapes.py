@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.measure import Row, measured
+from benchmarks.routes import latent_stats
 from sts.data.prompts import Prompt
-from sts.engine.extract import Masks, latent_stats
+from sts.engine.extract import Masks
 from sts.engine.models import LanguageModel, decoder_layers
 
 #: Dense bf16 peak of an accelerator in TFLOP/s, without sparsity, by a part of its name (vendors' data sheets).

@@ -1,24 +1,25 @@
 """Data sets: questions with worked solutions, and plain text.
 
 Every question set is read into `Example`s, whether it comes from a local folder (`STS_DATA_DIR`), from the hub at a
-pinned revision, or from an installed package. The columns are those of the public releases, so one reader serves
-the local files and the hub alike.
+pinned revision, or from an installed package. One reader serves local files and the hub alike; `check` holds each row.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 
-from sts.data.sources import CORPORA, GENERATED, LETTERS, MMLU_PRO_CATEGORY, SOURCES, Example, Source, without_preamble
+from sts.data.check import LETTERS, Row, json_lines, read_text
+from sts.data.sources import CORPORA, GENERATED, MMLU_PRO_CATEGORY, SOURCES, Example, Source, without_preamble
 from sts.errors import MissingData, StsError, one_of
 
 #: Whether data sets that are not here may be asked from the hub.
@@ -37,30 +38,32 @@ def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) 
         seed: for `limit`, and for generating "gsm_symbolic".
 
     Raises:
-        StsError: unknown name or split; neither local folder nor hub has it.
+        StsError: unknown name or split; neither local folder nor hub has it; a row that does not pass `check`.
     """
-    if name in GENERATED and split and split not in GENERATED[name]:
-        raise one_of(f"Split of data set {name!r}", split, GENERATED[name])
+    if name not in SOURCES and name not in GENERATED:
+        raise one_of("Data set", name, [*SOURCES, *GENERATED])
+    splits = GENERATED.get(name) or SOURCES[name].splits
+    if split and split not in splits:
+        raise one_of(f"Split of data set {name!r}", split, splits)
     if name == "gsm_symbolic":
         return gsm_symbolic(limit or 1000, seed=seed + (1_000_000 if split == "test" else 0))
-    if name == "mmlu_exemplars":
-        examples = mmlu_exemplars()
-    elif name in SOURCES:
-        source = SOURCES[name]
-        split = split or source.splits[0]
-        examples = [_example(source, row, f"{name}-{split}-{index}")
-                    for index, row in enumerate(load_rows(name, split))]
-    else:
-        raise one_of("Data set", name, [*SOURCES, *GENERATED])
-    if limit:
-        examples = random.Random(seed).sample(examples, min(limit, len(examples)))
-    return examples
+    examples = mmlu_exemplars() if name == "mmlu_exemplars" else _read(name, SOURCES[name], split or splits[0])
+    return random.Random(seed).sample(examples, min(limit, len(examples))) if limit else examples
+
+
+def _read(name: str, source: Source, split: str) -> list[Example]:
+    examples: dict[str, Example] = {}
+    for index, row in enumerate(_rows(name, source, split)):
+        example = source.read(row, f"{name}-{split}-{index}")
+        if examples.setdefault(example.example_id, example) is not example:
+            raise StsError(f"{row.file}, row {row.number}: a second question with the id {example.example_id!r}. "
+                           "Give every question an id of its own.")
+    return list(examples.values())
 
 
 def load_mixture(names: str, count: int, *, seed: int = 0) -> list[Example]:
-    """`count` examples of the first split of a question set, or of several in equal parts, mixed.
-
-    No question of a released set comes twice.
+    """`count` examples of the first split of a question set, or of several in equal parts, mixed; fewer if it has
+    fewer. No question of a released set comes twice.
 
     Args:
         names: a question set, or several joined by "+", such as "gsm8k+math".
@@ -88,24 +91,30 @@ def _drawn(name: str, count: int, seed: int) -> list[Example]:
     return random.Random(seed).sample(list(first.values()), min(count, len(first)))
 
 
-def load_rows(name: str, split: str = "") -> list[dict]:
-    """The rows of one of `SOURCES` as published, for what `Example` leaves out. Raises as `load_examples`."""
-    if name not in SOURCES:
-        raise one_of("Data set", name, SOURCES)
-    split = split or SOURCES[name].splits[0]
-    if split not in SOURCES[name].splits:
-        raise one_of(f"Split of data set {name!r}", split, SOURCES[name].splits)
-    return list(_rows(name, SOURCES[name], split))
+def training_split(names: str, train: int, held_out: int, *, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """Examples to train on, and others held out; where there are fewer, both are smaller in proportion, with a warning.
+
+    Args:
+        names, seed: as in `load_mixture`.
+
+    Raises:
+        StsError: fewer than one example for either part.
+    """
+    examples = load_mixture(names, train + held_out, seed=seed)
+    kept = len(examples) - held_out if len(examples) == train + held_out else \
+        round(len(examples) * train / (train + held_out))
+    if len(examples) < train + held_out:
+        few = f"Data set {names!r} has {len(examples)} examples of {train + held_out} asked for ({train} to train on)"
+        if not 0 < kept < len(examples):
+            raise StsError(f"{few}: too few to train on some and hold out others. Use more examples, or ask for fewer.")
+        logging.getLogger("sts").warning("%s: only %d are trained on and %d held out.", few, kept, len(examples) - kept)
+    return examples[:kept], examples[kept:]
 
 
-def _example(source: Source, row: dict, row_id: str) -> Example:
-    try:
-        return source.read(row, row_id)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        wrong = f"column {error.args[0]!r} is missing" if isinstance(error, KeyError) else repr(error)
-        has = ", ".join(row) if isinstance(row, dict) else repr(row)[:80]
-        raise StsError(f"Row {row_id!r} does not have the columns of the public release of {source.folder}: {wrong}; "
-                       f"the row has {has}. The README shows a row of mmlu_pro and of gsm8k.") from error
+def shared_questions(first: Iterable[Example], second: Iterable[Example]) -> int:
+    """How many questions of `second` are in `first` too, word for word: trained on and evaluated, say."""
+    known = {" ".join(example.question.split()) for example in first}
+    return sum(" ".join(example.question.split()) in known for example in second)
 
 
 @contextmanager
@@ -125,49 +134,37 @@ def local_file(folder: str, split: str) -> Path | None:
     return path if root and path.is_file() else None
 
 
-def _named() -> str:
-    """What STS_DATA_DIR names at present, for an error: most often it is not set, or misspelled."""
-    root = os.environ.get("STS_DATA_DIR", "")
-    if not root:
-        return " (not set now)"
-    return f" (now {root}, " + ("without that file)" if Path(root).expanduser().is_dir() else "which is no folder)")
-
-
-def _rows(name: str, source: Source, split: str) -> Iterator[dict]:
+def _rows(name: str, source: Source, split: str) -> Iterator[Row]:
     path = local_file(source.folder, split)
     if path is not None:
-        rows = list(_json_lines(path))
+        rows = list(json_lines(path))
         if not rows:
             raise StsError(f"{path} holds no rows; write one JSON object a line, or remove the file.")
         yield from rows
         return
-    local_hint = f"put {source.folder}/{split}.jsonl in a folder and name that folder in STS_DATA_DIR{_named()}"
+    root = os.environ.get("STS_DATA_DIR", "")
+    # What it names at present: most often it is not set, or misspelled.
+    now = ("not set now" if not root else f"now {root}, "
+           + ("without that file" if Path(root).expanduser().is_dir() else "which is no folder"))
+    hint = f"put {source.folder}/{split}.jsonl in a folder and name that folder in STS_DATA_DIR ({now})"
     if not source.hub:
-        raise MissingData(f"Data set {name!r} is read from a local folder only: {local_hint}.")
+        raise MissingData(f"Data set {name!r} is read from a local folder only: {hint}.")
     if not _HUB.get():
-        raise MissingData(f"Data set {name!r} is in no local folder: {local_hint}.")
+        raise MissingData(f"Data set {name!r} is in no local folder: {hint}.")
     import datasets
 
     try:
         for config in source.hub_configs:
-            yield from datasets.load_dataset(source.hub, config, split=split, revision=source.revision or None)
+            rows = datasets.load_dataset(source.hub, config, split=split, revision=source.revision or None)
+            yield from (Row(row, f"{source.hub} ({config}, {split})", number) for number, row in enumerate(rows, 1))
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MissingData(
             f"Data set {name!r} was asked from the hub ({source.hub}), which could not be reached or does not have "
-            f"it ({reason}). What works without a network: {local_hint}, or the data sets {', '.join(GENERATED)}."
-        ) from error
+            f"it ({reason}). What works without a network: {hint}, or the data sets {', '.join(GENERATED)}.") from error
 
 
-def _json_lines(path: Path) -> Iterator[dict]:
-    with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise StsError(f"{path.name}, line {number}: not JSON ({error}).") from error
-
+# --- from installed packages --------------------------------------------------------------------------------------
 
 def gsm_symbolic(count: int, *, seed: int) -> list[Example]:
     """Grade-school arithmetic problems with worked solutions from reasoning-gym's templates of GSM-Symbolic."""
@@ -182,10 +179,9 @@ def gsm_symbolic(count: int, *, seed: int) -> list[Example]:
 
 
 def mmlu_exemplars() -> list[Example]:
-    """The 282 worked MMLU examples (4 or 5 for each of 57 subjects) that lm-evaluation-harness carries.
+    """The 282 worked MMLU examples (4 or 5 for each of 57 subjects) of lm-evaluation-harness' `flan_cot_fewshot` tasks.
 
-    From its `flan_cot_fewshot` tasks. The boilerplate that opens each solution ("Let's think step by step. We refer
-    to Wikipedia articles on ... for help.") is the same for all and is left out.
+    The boilerplate that opens each solution is the same for all and is left out (`sources.without_preamble`).
     """
     import lm_eval
     import yaml
@@ -221,10 +217,9 @@ def split_options(text: str) -> tuple[str, tuple[str, ...]]:
         end = rest.find(f"({following})")
         options.append(" ".join((rest if end < 0 else rest[:end]).split()))
         if end < 0:
-            return text[:start].strip(), tuple(options)
+            break
         rest = rest[end:]
     return text[:start].strip(), tuple(options)
-
 
 
 def by_domain(examples: list[Example], domains: tuple[str, ...] = ()) -> dict[str, list[Example]]:
@@ -261,11 +256,8 @@ def load_texts(name: str) -> list[str]:
             raise StsError(f"Text {name!r} is not known. Valid: {', '.join(CORPORA)}, a question set "
                            f"({', '.join([*SOURCES, *GENERATED])}), or the path of a .txt or .jsonl file.")
     if path.suffix == ".jsonl":
-        rows = list(_json_lines(path))
-        if any("text" not in row for row in rows):
-            raise StsError(f'{path.name}: every line needs a "text" field.')
-        return [row["text"] for row in rows]
-    return [path.read_text(encoding="utf-8")]
+        return [row.text("text") for row in json_lines(path)]
+    return [read_text(path)]
 
 
 def digest(examples: list[Example] | list[str]) -> str:

@@ -1,22 +1,30 @@
 """Prompts: token ids, and which of them are the question's own.
 
 A prompt is the model's chat template (or a plain question-and-answer layout where the tokenizer has none) around
-zero or more worked demonstrations and one question.
+zero or more worked demonstrations and one question. What is read, trained on and scored is one text, on every day:
+templates are told a fixed date, and a format's token inside a question is plain text.
 """
 
 from __future__ import annotations
 
+import datetime
 import random
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-from sts.data.sources import LETTERS, Example
+from sts.data.check import LETTERS
+from sts.data.sources import Example
 from sts.errors import StsError
 
 #: A character from Unicode's private use area, which no text holds.
 MARKER = "\ue000"
+#: The date that templates are told: what Llama 3's own falls back to.
+DATE = datetime.date(2024, 7, 26)
+#: Characters of a private use area that stand in a rendered text for the format's tokens where they are plain text.
+PLAIN, _PLAIN = 0xF0000, re.compile("([\U000f0000-\U000ffffd])")
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,11 @@ class PromptGroup:
 OPENING = "The answer is ("
 
 
+# --- texts --------------------------------------------------------------------------------------------------------
+
 def question_text(example: Example) -> str:
     """The question as the user's turn: the question, then its options as "(A) ..." lines."""
-    options = [f"({letter}) {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
+    options = [f"({letter}) {option.strip()}" for letter, option in zip(LETTERS, example.options, strict=False)]
     # Stripped: templates that trim their turns (Llama 3, Gemma) would otherwise change the question.
     return "\n".join([example.question.strip(), *options]).strip()
 
@@ -54,9 +64,9 @@ def solution_text(example: Example) -> str:
     """
     worked = example.solution.strip()
     if not example.options:
-        return worked or example.answer
+        return worked or example.answer.strip()
     worked = re.sub(r"\s*(So |Thus,? |Therefore,? |Hence,? )?[Tt]he answer is \(?[A-J]\)?\.?\s*$", "", worked)
-    return f"{worked} {OPENING}{LETTERS[example.answer_index]}) {example.answer.rstrip('.')}.".strip()
+    return f"{worked} {OPENING}{LETTERS[example.answer_index]}) {example.answer.strip().rstrip('.')}.".strip()
 
 
 def without_options(example: Example) -> Example:
@@ -69,27 +79,77 @@ def without_options(example: Example) -> Example:
 
 def render(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: tuple[Example, ...] = (),
            answer: str | None = None) -> str:
-    """The prompt's text: demonstrations as earlier turns, the question last, ready for the answer.
+    """The prompt's text, for `encode`: demonstrations as earlier turns, the question last, ready for the answer.
 
     With `answer`, the whole conversation including that answer instead.
     """
-    turns = [(question_text(example), solution_text(example)) for example in demonstrations]
+    turns = [(_plain(tokenizer, question_text(example)), _plain(tokenizer, solution_text(example)))
+             for example in demonstrations]
+    turns.append((_plain(tokenizer, question), "" if answer is None else _plain(tokenizer, answer)))
     if tokenizer.chat_template:
-        messages = [message for user, assistant in turns
-                    for message in ({"role": "user", "content": user}, {"role": "assistant", "content": assistant})]
-        messages.append({"role": "user", "content": question})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
-    blocks = [f"Question: {user}\nAnswer: {assistant}" for user, assistant in turns]
-    blocks.append(f"Question: {question}\nAnswer:" + (f" {answer}" if answer is not None else ""))
-    return "\n\n".join(blocks)
+        messages = [{"role": role, "content": text} for turn in turns
+                    for role, text in zip(("user", "assistant"), turn, strict=True)]
+        return tokenizer.apply_chat_template(messages[:-1] if answer is None else messages, tokenize=False,
+                                             add_generation_prompt=answer is None, strftime_now=DATE.strftime)
+    text = "\n\n".join(f"Question: {user}\nAnswer: {assistant}" for user, assistant in turns)
+    return text[:-1] if answer is None else text
+
+
+def context_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """What a finished turn has in front of its solution, for `encode`; some templates write more there than a prompt
+    that awaits an answer ends with."""
+    text = render(tokenizer, question, answer=MARKER)
+    return text[:text.rfind(MARKER)]
+
+
+@lru_cache(maxsize=8)
+def _format_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The format's own tokens, such as the end of a turn, the longest first."""
+    return tuple(sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special),
+                        key=lambda token: (-len(token), token)))
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text in which the format's tokens stand as plain text."""
+    for place, token in enumerate(_format_tokens(tokenizer)):
+        if token in text:
+            text = text.replace(token, chr(PLAIN + place))
+    return text
+
+
+# --- token ids ----------------------------------------------------------------------------------------------------
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    """Token ids of a rendered text, and each one's half-open range of characters in it (empty for a BOS added)."""
+    ids, offsets, at = [], [], 0
+    for place, part in enumerate(_PLAIN.split(text)):  # every second part is one of `_plain`'s characters
+        if place % 2:
+            own = tokenizer(_format_tokens(tokenizer)[ord(part) - PLAIN], add_special_tokens=False,
+                            split_special_tokens=True)["input_ids"]
+            ids += own
+            offsets += [(at, at + 1)] * len(own)
+        elif part or not place:
+            # A chat template writes BOS itself; without one the tokenizer adds what the model expects.
+            found = tokenizer(part, add_special_tokens=not (place or tokenizer.chat_template),
+                              return_offsets_mapping=True)
+            ids += found["input_ids"]
+            offsets += [(left + at, right + at) for left, right in found["offset_mapping"]]
+        at += len(part)
+    return tuple(ids), offsets
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the model expects before plain text: the BOS token if the tokenizer adds one and no chat template does."""
     ids = [] if tokenizer.chat_template else tokenizer("")["input_ids"]
     return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+
+
+def document_ids(tokenizer: PreTrainedTokenizerBase, document: Example | str) -> list[int]:
+    """Token ids of a plain text, or of a question with its solution as in a chat; without `start_ids`."""
+    text = _plain(tokenizer, document) if isinstance(document, str) else \
+        render(tokenizer, question_text(document), answer=solution_text(document))
+    ids = encode(tokenizer, text)[0]
+    return list(ids[len(start_ids(tokenizer)):])
 
 
 def make_prompt(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: tuple[Example, ...] = (), *,
@@ -105,13 +165,11 @@ def make_prompt(tokenizer: PreTrainedTokenizerBase, question: str, demonstration
     text = render(tokenizer, question, demonstrations)
     # Where the question starts: a marker in its place, as the question's words may occur in the template too.
     start = render(tokenizer, MARKER, demonstrations).rfind(MARKER)
-    if text[start:start + len(question)] != question:  # a template that trims or rewrites the content
+    end = start + len(_plain(tokenizer, question))
+    if text[start:end] != _plain(tokenizer, question):  # a template that trims or rewrites the content
         raise StsError(f"The chat template changes the question, so its tokens cannot be found: {question[:60]!r}")
-    # A chat template writes BOS itself; without one the tokenizer adds what the model expects.
-    encoded = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True)
-    ids = tuple(encoded["input_ids"])
-    own = [index for index, (left, right) in enumerate(encoded["offset_mapping"])
-           if left < right and left >= start and right <= start + len(question)]
+    ids, offsets = encode(tokenizer, text)
+    own = [index for index, (left, right) in enumerate(offsets) if left < right and left >= start and right <= end]
     if not own:
         raise StsError(f"The question has no tokens of its own: {question[:60]!r}")
     if context_length and len(ids) > context_length:
@@ -127,17 +185,15 @@ def solution_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, *, con
         context_length: the model's context in tokens; 0 for no check.
 
     Raises:
-        StsError: the conversation does not fit the context, or the template changes the solution.
+        StsError: the conversation does not fit the context, there is no solution, or the template changes it.
     """
-    solution = solution_text(example)
+    solution, start = solution_text(example), len(context_text(tokenizer, question_text(example)))
     text = render(tokenizer, question_text(example), answer=solution)
-    start = text.rfind(solution)
-    if not solution or start < 0:
+    end = start + len(_plain(tokenizer, solution))
+    if not solution or text[start:end] != _plain(tokenizer, solution):
         raise StsError(f"The solution of {example.example_id} has no tokens of its own in the chat: {solution[:60]!r}")
-    encoded = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True)
-    ids = tuple(encoded["input_ids"])
-    own = [index for index, (left, right) in enumerate(encoded["offset_mapping"])
-           if left < right and right > start and left < start + len(solution)]
+    ids, offsets = encode(tokenizer, text)
+    own = [index for index, (left, right) in enumerate(offsets) if left < right and right > start and left < end]
     if context_length and len(ids) > context_length:
         raise StsError(f"Item {example.example_id} has {len(ids)} tokens with its solution; the model's context is "
                        f"{context_length}.")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+from sts.data.check import Row
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Example:
 class Source:
     """Where a question set is found: local file per split, and repository, configurations and revision on the hub."""
 
-    read: Callable[[dict, str], Example]
+    read: Callable[[Row, str], Example]
     folder: str
     splits: tuple[str, ...]
     hub: str = ""
@@ -65,54 +65,76 @@ def last_boxed(solution: str) -> str:
 
 # --- readers: one row of a public data set -> Example -------------------------------------------------------------
 
-def _mmlu_pro(row: dict, row_id: str) -> Example:
-    options, index = tuple(row["options"]), int(row["answer_index"])
-    return Example(f"mmlu_pro-{row['question_id']}", row["category"], row["question"], options, index,
-                   options[index], without_preamble(row.get("cot_content") or ""))
+def _chosen(example_id: str, domain: str, question: str, options: tuple[str, ...], index: int,
+            solution: str = "") -> Example:
+    return Example(example_id, domain, question, options, index, options[index], solution)
 
 
-def _mmlu(row: dict, row_id: str) -> Example:
-    options, index = tuple(row["choices"]), int(row["answer"])
-    return Example(row_id, MMLU_PRO_CATEGORY[row["subject"]], row["question"], options, index, options[index], "")
+def _mmlu_pro(row: Row, row_id: str) -> Example:
+    options = row.options("options")
+    index = row.index("answer_index", options)
+    row.agrees("answer", options, index)
+    return _chosen(f"mmlu_pro-{row.text('question_id')}", row.text("category"), row.text("question"), options, index,
+                   without_preamble(row.text("cot_content", empty=True)))
 
 
-def _gsm8k(row: dict, row_id: str) -> Example:
-    worked, _, final = row["answer"].partition("####")
+def _mmlu(row: Row, row_id: str) -> Example:
+    options = row.options("choices")
+    return _chosen(row_id, MMLU_PRO_CATEGORY[row.among("subject", MMLU_PRO_CATEGORY)], row.text("question"), options,
+                   row.index("answer", options))
+
+
+def _gsm8k(row: Row, row_id: str) -> Example:
+    worked, _, final = row.text("answer").partition("####")
+    if not final.strip():
+        raise row.wrong("answer", 'no final answer. End the solution with a line such as "#### 42".')
     # <<48/2=24>> are calculator annotations of the release, not part of the prose.
     worked = re.sub(r"<<.*?>>", "", worked).strip()
-    return Example(row_id, "math", row["question"], (), -1, final.strip(), f"{worked}\n#### {final.strip()}")
+    return _open(row_id, "math", row.text("question"), f"{worked}\n#### {final.strip()}", final.strip())
 
 
-def _math(row: dict, row_id: str) -> Example:
-    return Example(row_id, "math", row["problem"], (), -1, last_boxed(row["solution"]), row["solution"])
+def _open(example_id: str, domain: str, question: str, solution: str, answer: str = "") -> Example:
+    return Example(example_id, domain, question, (), -1, answer, solution)
 
 
-def _limo(row: dict, row_id: str) -> Example:
-    return Example(row_id, "math", row["question"], (), -1, str(row["answer"]), row["solution"])
+def _math(row: Row, row_id: str) -> Example:
+    solution = row.text("solution")
+    if not last_boxed(solution):
+        raise row.wrong("solution", "no final answer. Put it in \\boxed{...}.")
+    return _open(row_id, "math", row.text("problem"), solution, last_boxed(solution))
 
 
-def _arc(row: dict, row_id: str) -> Example:
-    options = tuple(row["choices"]["text"])
-    index = list(row["choices"]["label"]).index(row["answerKey"])
-    return Example(row_id, "science", row["question"], options, index, options[index], "")
+def _limo(row: Row, row_id: str) -> Example:
+    return _open(row_id, "math", row.text("question"), row.text("solution"), row.text("answer"))
 
 
-def _mbpp(row: dict, row_id: str) -> Example:
-    return Example(row_id, "code", row["text"], (), -1, "", row["code"].replace("\r\n", "\n"))
+def _arc(row: Row, row_id: str) -> Example:
+    choices = row.value("choices")
+    if not isinstance(choices, dict):
+        raise row.wrong("choices", f'{str(choices)[:60]!r} is no object with "text" and "label".')
+    choices = Row(choices, row.file, row.number)
+    options = choices.options("text")
+    return _chosen(row_id, "science", row.text("question"), options,
+                   choices.texts("label").index(row.among("answerKey", choices.texts("label"))))
 
 
-def _counsel_chat(row: dict, row_id: str) -> Example:
-    return Example(row_id, "mental health", f"{row['title']}\n{row['question'] or ''}".strip(), (), -1, "",
-                   row["answer"] or "")
+def _mbpp(row: Row, row_id: str) -> Example:
+    return _open(row_id, "code", row.text("text"), row.text("code").replace("\r\n", "\n"))
 
 
-def _pubmedqa(row: dict, row_id: str) -> Example:
-    question = "\n".join([*row["contexts"], row["question"]])
-    return Example(row_id, "medicine", question, (), -1, row["final_decision"], row["long_answer"])
+def _counsel_chat(row: Row, row_id: str) -> Example:
+    question = f"{row.text('title')}\n{row.text('question', empty=True)}".strip()
+    return _open(row_id, "mental health", question, row.text("answer", empty=True))
 
 
-def _roleplay(row: dict, row_id: str) -> Example:
-    return Example(row_id, "roleplay", f"{row['instruction']}\n{row['input']}".strip(), (), -1, "", row["response"])
+def _pubmedqa(row: Row, row_id: str) -> Example:
+    question = "\n".join([*row.texts("contexts"), row.text("question")])
+    return _open(row_id, "medicine", question, row.text("long_answer"), row.text("final_decision"))
+
+
+def _roleplay(row: Row, row_id: str) -> Example:
+    question = f"{row.text('instruction')}\n{row.text('input', empty=True)}".strip()
+    return _open(row_id, "roleplay", question, row.text("response"))
 
 
 SOURCES: dict[str, Source] = {

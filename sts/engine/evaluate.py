@@ -1,48 +1,51 @@
-"""Evaluation by log-likelihoods through lm-evaluation-harness, and what a domain's shift is measured in.
-
-Prompts and targets are ours; tokenisation, requests and scores are the harness's (see `harness`). The kinds of target:
+"""Evaluation by log-likelihoods. The kinds of target:
 
 - `letter`: each option's letter after "The answer is (", one forward pass a question.
-- `option`: each option's text after "The answer is"; divided by its characters it gives normalised accuracy.
 - `solution`: the right answer with its worked solution; divided by its characters it gives bits per character, which a
   small model can resolve where its accuracy is near chance.
 
-Every target's log-likelihood is kept, so that any measure can be computed again.
+Every target's log-likelihood is kept, so that any measure can be computed again. What is scored are the very tokens
+that fine-tuning trains on (`prompts.solution_prompt`), behind what a finished turn has in front of them.
+
+lm-evaluation-harness' own class reads a question again for its solution, and computes logits at every position: twice
+the time on a small model. Here sequences that begin alike are packed into one row: the tokens that they share once,
+then each one's rest, which attends to what is shared and to itself ("tree attention", Miao et al., 2023, arXiv
+2305.09781). The numbers are those of one sequence at a time.
+
+Shape suffixes: B rows, P positions, T tokens whose logits are needed, V vocabulary, N target tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import numpy
 import pandas
+import torch
 
-from sts.data.prompts import OPENING, question_text, render, solution_text
-from sts.data.sources import LETTERS, Example
-from sts.engine.models import LanguageModel
+from sts.data.check import LETTERS
+from sts.data.prompts import OPENING, context_text, encode, question_text, solution_prompt, solution_text
+from sts.data.sources import Example
+from sts.engine.models import LanguageModel, decoder_layers, logits_at
+from sts.engine.prefix import common_prefix, why_not_reusable
+from sts.engine.residuals import PADDING, batches, is_out_of_memory
 from sts.engine.work import Work
 from sts.errors import StsError, one_of
-from sts.measure.items import mcnemar_p, paired_mean_interval
 
-#: What the domain shift is measured in: column -> label with units.
-MEASURES = {
-    "accuracy": "accuracy (percentage points)",
-    "accuracy_norm": "normalised accuracy (percentage points)",
-    "p_right": "probability of the right option (percentage points)",
-    "bits": "bits per character of the right answer",
-    "accuracy_generated": "accuracy of generated answers (percentage points)",
-    "bits_answer": "bits of the whole right answer",
-}
-#: The measures that say of an item only whether it is right.
-BINARY = ("accuracy", "accuracy_norm", "accuracy_generated")
-KINDS = ("letter", "option", "solution")
+KINDS = ("letter", "solution")
+Ids = tuple[int, ...]
+#: Sequences are packed where that saves at least so many tokens, which is what another forward pass costs.
+PASS_TOKENS = 32
+#: Tokens of a packed row, at most: attention grows with their square.
+ROW_TOKENS = 2048
 
 
-def evaluate(lm: LanguageModel, examples: list[Example], *, kinds: Sequence[str] = ("letter", "solution"),
-             batch: int = 8, report: Callable[[float], None] = lambda fraction: None,
-             work: Work | None = None) -> pandas.DataFrame:
-    """Score every example's targets of the given kinds: options where it has some, its solution where it has one.
+
+def evaluate(lm: LanguageModel, examples: list[Example], *, kinds: Sequence[str] = KINDS, batch: int = 8,
+             report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> pandas.DataFrame:
+    """Score every example's targets of the given kinds: letters where it has options, its solution where it has one.
 
     Args:
         kinds: of `KINDS`.
@@ -52,175 +55,199 @@ def evaluate(lm: LanguageModel, examples: list[Example], *, kinds: Sequence[str]
 
     Returns:
         One row per item and option and kind, and one per item's solution: example_id, domain, kind, option (index; -1
-        for a solution), is_right, loglikelihood (nats), characters (of the target; of an option its text alone).
+        for a solution), loglikelihood (nats), characters (of the target), is_right.
 
     Raises:
-        StsError: an unknown kind, nothing to score, or a prompt longer than the model's context.
+        StsError: an unknown kind, nothing to score, a prompt longer than the model's context, or a log-likelihood that
+            is not finite.
     """
     for kind in kinds:
         if kind not in KINDS:
             raise one_of("Kind of evaluation", kind, KINDS)
-    by_id = {example.example_id: example for example in examples}
-    requests = [row for example in examples for row in _requests(lm, example) if row["kind"] in kinds]
-    if not requests:
-        raise StsError(f"None of the {len(examples)} examples has anything to score by {', '.join(kinds)}; letter and "
-                       "option need questions with options, solution a worked solution or an answer.")
-    limit = lm.context_length
-    for request in requests:
-        length = len(lm.tokenizer(request["context"] + request["target"], add_special_tokens=False)["input_ids"])
-        if length > limit:
-            raise StsError(f"Item {request['example_id']} needs {length} tokens; the model's context is {limit}.")
-    loglikelihoods = harness_loglikelihoods(lm, requests, batch=batch, report=report, work=work)
-    rows = []
-    for request, value in zip(requests, loglikelihoods, strict=True):
-        example = by_id[request["example_id"]]
-        rows.append({"example_id": example.example_id, "domain": example.domain, "kind": request["kind"],
-                     "option": request["option"], "loglikelihood": value, "characters": request["characters"],
-                     "is_right": request["kind"] == "solution" or request["option"] == example.answer_index})
-    return pandas.DataFrame(rows)
+    rows, targets = [], []
+    for example in examples:
+        for row, target in requests(lm, example, kinds):
+            rows.append(row)
+            targets.append(target)
+    if not rows:
+        raise StsError(f"None of the {len(examples)} examples has anything to score by {', '.join(kinds)}; letter "
+                       "needs questions with options, solution a worked solution or an answer.")
+    for row, (context, target) in zip(rows, targets, strict=True):
+        if len(context) + len(target) > lm.context_length:
+            raise StsError(f"Item {row['example_id']} needs {len(context) + len(target)} tokens; the model's context "
+                           f"is {lm.context_length}.")
+    for row, value in zip(rows, loglikelihoods(lm, targets, batch=batch, report=report, work=work), strict=True):
+        if not math.isfinite(value):
+            raise StsError(f"Item {row['example_id']}: its log-likelihood is {value}. The model's output is not "
+                           "finite; if it was fine-tuned, try a lower sft_lr, else dtype float32.")
+        row["loglikelihood"] = value
+    return pandas.DataFrame(rows)[["example_id", "domain", "kind", "option", "loglikelihood", "characters",
+                                   "is_right"]]
 
 
-def _requests(lm: LanguageModel, example: Example) -> list[dict]:
-    context = render(lm.tokenizer, question_text(example))
-    # Without a template the prompt ends with "Answer:", and a blank comes next.
-    blank = "" if lm.tokenizer.chat_template else " "
+def requests(lm: LanguageModel, example: Example, kinds: Sequence[str] = KINDS) -> Iterator[
+        tuple[dict[str, Any], tuple[Sequence[int], Sequence[int]]]]:
+    """(what `evaluate` says of a target, (token ids of its context, of the target)) for each of an example's."""
+    tokenizer = lm.tokenizer
 
-    def row(kind: str, option: int, cue: str, target: str, characters: int) -> dict:
-        return {"example_id": example.example_id, "kind": kind, "option": option, "context": context + cue,
-                "target": target, "characters": characters}
+    def row(kind: str, option: int, characters: int) -> dict[str, Any]:
+        return {"example_id": example.example_id, "domain": example.domain, "kind": kind, "option": option,
+                "characters": characters, "is_right": kind == "solution" or option == example.answer_index}
 
-    # As the options are written in the question and the solutions: "(A)".
-    rows = [row("letter", index, blank + OPENING, letter, len(letter))
-            for index, letter in enumerate(LETTERS[:len(example.options)])]
-    rows += [row("option", index, blank + "The answer is", f" {option.strip()}", max(1, len(option.strip())))
-             for index, option in enumerate(example.options)]
-    if solution := solution_text(example):
-        rows.append(row("solution", -1, "", blank + solution, len(blank + solution)))
+    if "letter" in kinds and example.options:
+        # As the options are written in the question and the solutions: "(A)".
+        context = encode(tokenizer, context_text(tokenizer, question_text(example)) + OPENING)[0]
+        cue = tokenizer(OPENING, add_special_tokens=False)["input_ids"]
+        for index, letter in enumerate(LETTERS[:len(example.options)]):
+            ids = tokenizer(OPENING + letter, add_special_tokens=False)["input_ids"]
+            # Where the bracket would merge with the letter, they are kept apart.
+            own = ids[len(cue):] if ids[:len(cue)] == cue else tokenizer(letter, add_special_tokens=False)["input_ids"]
+            yield row("letter", index, len(letter)), (context, own)
+    if "solution" in kinds and solution_text(example):
+        prompt = solution_prompt(tokenizer, example)
+        first, last = prompt.question
+        # Without a template the prompt ends with "Answer:", and the blank that comes next is scored with the solution.
+        blank = 0 if tokenizer.chat_template else 1
+        yield row("solution", -1, blank + len(solution_text(example))), (prompt.ids[:first], prompt.ids[first:last])
+
+
+# --- log-likelihoods ----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Row:
+    """Sequences in one row: their first `shared` tokens once, then each one's rest."""
+
+    shared: int
+    sequences: tuple[Ids, ...]
+
+    def __len__(self) -> int:
+        return self.shared + sum(len(ids) - self.shared for ids in self.sequences)
+
+    def branches(self) -> Iterator[tuple[int, Ids]]:
+        """(place of the first token that is its own, sequence) of each."""
+        start = self.shared
+        for ids in self.sequences:
+            yield start, ids
+            start += len(ids) - self.shared
+
+
+def pack(sequences: Iterable[Ids]) -> list[Row]:
+    """Rows of different sequences, in lexical order."""
+    rows: list[Row] = []
+    for ids in sorted(sequences):
+        if rows:
+            last = rows[-1]
+            shared = common_prefix([last.sequences[0][:last.shared], ids], last.shared)
+            joined = Row(shared, (*last.sequences, ids))
+            if len(last) + len(ids) - len(joined) >= PASS_TOKENS and len(joined) <= max(ROW_TOKENS, len(ids)):
+                rows[-1] = joined
+                continue
+        rows.append(Row(len(ids), (ids,)))
     return rows
 
 
-def openings(lm: LanguageModel, examples: list[Example], *, batch: int = 8,
-             report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> pandas.DataFrame:
-    """Score the words that an answer opens with (`prompts.OPENING`), of the examples whose solution opens with them.
+def loglikelihoods(lm: LanguageModel, requests: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch: int = 8,
+                   report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> list[float]:
+    """Log-likelihood (nats) of each (context, target), token ids, neither of them empty.
 
     Args:
-        batch, report, work: as in `evaluate`.
-
-    Returns:
-        One row an item: example_id, domain, loglikelihood (nats). Items with a worked solution have none.
-    """
-    chosen = [example for example in examples if solution_text(example).startswith(OPENING)]
-    blank = "" if lm.tokenizer.chat_template else " "
-    requests = [{"example_id": example.example_id, "context": render(lm.tokenizer, question_text(example)),
-                 "target": blank + OPENING} for example in chosen]
-    values = harness_loglikelihoods(lm, requests, batch=batch, report=report, work=work) if requests else []
-    return pandas.DataFrame([(example.example_id, example.domain, value)
-                             for example, value in zip(chosen, values, strict=True)],
-                            columns=["example_id", "domain", "loglikelihood"])
-
-
-def harness_loglikelihoods(lm: LanguageModel, requests: list[dict], *, batch: int,
-                           report: Callable[[float], None] = lambda fraction: None,
-                           work: Work | None = None) -> list[float]:
-    """Log-likelihoods (nats) of `target` after `context`, a text made by `prompts.render`, by lm-evaluation-harness.
+        batch: packed rows in one forward pass, at most.
+        report: called with the fraction done.
+        work: counts what is run.
 
     Raises:
-        StsError: a log-likelihood is not a finite number.
+        StsError: a request longer than the model's context, or one that memory has no room for.
     """
-    from lm_eval.api.instance import Instance
-
-    from sts.engine.harness import open_harness
-
-    harness = open_harness(lm, batch=batch, chat=bool(lm.tokenizer.chat_template), report=report, work=work)
-    instances = [Instance(request_type="loglikelihood", doc={}, arguments=(row["context"], row["target"]), idx=index)
-                 for index, row in enumerate(requests)]
-    values = [value for value, _ in harness.loglikelihood(instances, disable_tqdm=True)]
-    for request, value in zip(requests, values, strict=True):
-        if not math.isfinite(value):
-            raise StsError(f"Item {request['example_id']}: its log-likelihood is {value}. The model's output is not "
-                           "finite; if it was fine-tuned, try a lower sft_lr, else dtype float32.")
+    work = Work() if work is None else work
+    work.of_layers = len(decoder_layers(lm.model))
+    wanted: dict[Ids, list[tuple[int, Ids]]] = {}  # the last target token is predicted, not read
+    for index, (context, target) in enumerate(requests):
+        if not context or not target or len(context) + len(target) > lm.context_length:
+            raise StsError(f"{len(target)} tokens behind {len(context)} cannot be scored: at least one of each, and "
+                           f"{lm.context_length} in all, the model's context.")
+        wanted.setdefault((*context, *target[:-1]), []).append((index, tuple(target)))
+    kept: dict[Ids, list[tuple[int, Ids]]] = {}
+    longer: Ids = ()
+    for ids in sorted(wanted, reverse=True):  # a sequence that another begins with comes right after it
+        longer = longer if longer[:len(ids)] == ids else ids
+        kept.setdefault(longer, []).extend((index, (len(ids) - len(target) + 1, target))
+                                           for index, target in wanted[ids])
+    reason = why_not_reusable(lm.model)  # what forbids a shared cache forbids shared rows
+    rows = [Row(len(ids), (ids,)) for ids in sorted(kept)] if reason else pack(kept)
+    values, done = [0.0] * len(requests), 0
+    for alone in (True, False):  # rows of one sequence need no mask
+        own = [row for row in rows if (len(row.sequences) == 1) == alone]
+        for places in batches([len(row) for row in own], most=batch, padding=0 if reason else PADDING,
+                              slack=0 if reason else PASS_TOKENS):
+            for index, value in _score(lm, [own[place] for place in places], kept, work):
+                values[index] = value
+            done += len(places)
+            report(done / len(rows))
     return values
 
 
-# --- from log-likelihoods to measures -----------------------------------------------------------------------------
-
-def item_measures(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """Every measure of every item.
-
-    accuracy: the right option's letter is the likeliest; accuracy_norm: its text is, per character (the harness's
-    `acc_norm`); p_right: the right letter's share of the letters' probability. All three are 0 to 100. bits and
-    bits_answer: of the solution, per character and in all.
-
-    Letters that tie for the likeliest count as the harness counts them: the first is taken.
-
-    Returns:
-        index example_id; columns domain and the keys of `MEASURES`; NaN where an item was not evaluated that way.
-    """
-    items = rows.groupby("example_id", sort=False)["domain"].first().to_frame()
-    items[list(MEASURES)] = numpy.nan
-    letters = rows[rows["kind"] == "letter"]
-    if len(letters):
-        relative = letters["loglikelihood"] - letters.groupby("example_id")["loglikelihood"].transform("max")
-        weight = numpy.exp(relative)
-        p = weight / weight.groupby(letters["example_id"]).transform("sum")
-        items["p_right"] = 100 * p[letters["is_right"]].set_axis(letters.loc[letters["is_right"], "example_id"])
-        items["accuracy"] = _best_is_right(letters, letters["loglikelihood"])
-    options = rows[rows["kind"] == "option"]
-    if len(options):
-        items["accuracy_norm"] = _best_is_right(options, options["loglikelihood"] / options["characters"])
-    solutions = rows[rows["kind"] == "solution"].set_index("example_id")
-    items["bits_answer"] = -solutions["loglikelihood"] / math.log(2)
-    items["bits"] = items["bits_answer"] / solutions["characters"]
-    return items
+def _score(lm: LanguageModel, rows: list[Row], kept: dict, work: Work) -> list[tuple[int, float]]:
+    """(request, log-likelihood) of all requests of these rows; in halves where memory runs out."""
+    try:
+        return _run(lm, rows, kept, work)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(rows) == len(rows[0].sequences) == 1:
+            raise StsError(f"A sequence of {len(rows[0])} tokens does not fit in the memory of {lm.device}. Use a "
+                           "smaller dtype, or fewer demonstrations.") from error
+    # Outside the handler, whose traceback keeps the failed pass' tensors alive.
+    work.note("Memory ran out; going on in halves. A smaller eval_batch avoids the attempt.")
+    if lm.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if len(rows) == 1:
+        rows = [Row(len(ids), (ids,)) for ids in rows[0].sequences]
+    return [one for half in (rows[:len(rows) // 2], rows[len(rows) // 2:]) for one in _score(lm, half, kept, work)]
 
 
-def _best_is_right(rows: pandas.DataFrame, score: pandas.Series) -> pandas.Series:
-    """100 where an item's highest score is its right option's, else 0; by example_id."""
-    best = rows.loc[score.groupby(rows["example_id"]).idxmax()]
-    return 100.0 * best.set_index("example_id")["is_right"].astype(float)
+def _run(lm: LanguageModel, rows: list[Row], kept: dict, work: Work) -> list[tuple[int, float]]:
+    longest = max(map(len, rows))
+    ids_BP, position_BP = torch.zeros(2, len(rows), longest, dtype=torch.long)
+    branch_BP = torch.full((len(rows), longest), -1)  # of padding; what is shared is 0
+    requests, tokens, targets = [], [], []
+    for number, row in enumerate(rows):
+        for branch, (start, ids) in enumerate(row.branches(), 1):
+            own = slice(start, start + len(ids) - row.shared)
+            for part, first, last, name in ((slice(0, row.shared), 0, row.shared, 0),
+                                            (own, row.shared, len(ids), branch)):
+                ids_BP[number, part] = torch.tensor(ids[first:last], dtype=torch.long)
+                position_BP[number, part] = torch.arange(first, last)
+                branch_BP[number, part] = name
+            for index, (first, target) in kept[ids]:
+                places = range(first - 1, first - 1 + len(target))
+                tokens += [number * longest + (place if place < row.shared else start + place - row.shared)
+                           for place in places]
+                targets += target
+                requests += [index] * len(target)
+    needed_T, row_N = torch.tensor(tokens, device=lm.device).unique(return_inverse=True)
+    inputs = {"position_ids": position_BP.to(lm.device), "attention_mask": _masks(lm, position_BP, branch_BP)} \
+        if any(len(row.sequences) > 1 for row in rows) else {}
+    with torch.inference_mode(), logits_at(lm.model, needed_T):
+        logits_TV = lm.model(input_ids=ids_BP.to(lm.device), use_cache=False, **inputs).logits[0]
+        # In float32: in bf16 a solution's sum would be rounded to one or two nats.
+        norm_T = logits_TV.float().logsumexp(-1)
+        log_p_N = (logits_TV[row_N, torch.tensor(targets, device=lm.device)].float() - norm_T[row_N]).double().cpu()
+    work.add(sum(map(len, rows)), ids_BP.numel(), work.of_layers)
+    found: dict[int, float] = {}
+    for index, value in zip(requests, log_p_N.tolist(), strict=True):
+        found[index] = found.get(index, 0.0) + value
+    return list(found.items())
 
 
-def tied_share(rows: pandas.DataFrame) -> float:
-    """Share of the items with letters, 0 to 1, in which two or more letters tie for the likeliest; NaN without any.
-
-    In bfloat16 that is common: its 8 bits of precision give many letters the same logit.
-    """
-    letters = rows[rows["kind"] == "letter"]
-    best = letters["loglikelihood"] == letters.groupby("example_id")["loglikelihood"].transform("max")
-    return float((best.groupby(letters["example_id"]).sum() > 1).mean()) if len(letters) else math.nan
-
-
-def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, *, resamples: int = 5000,
-                  seed: int = 0) -> pandas.DataFrame:
-    """Change of every measure in every domain, paired by item, with an interval over items.
-
-    Args:
-        before, after: what `evaluate` returned for the same examples.
-
-    Returns:
-        One row per domain and measure that was evaluated: domain, measure, n, before, after, shift, low, high (NaN for
-        one item), interval (its kind, see `stats_items.MeanInterval`), standard_error, mcnemar_p (McNemar's exact test
-        that items turn right as often as wrong; NaN unless the measure is one of `BINARY`).
-    """
-    return item_shifts(item_measures(before), item_measures(after), resamples=resamples, seed=seed)
-
-
-def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples: int = 5000,
-                seed: int = 0) -> pandas.DataFrame:
-    """`domain_shifts` from measures of items: index example_id, columns domain and any of `MEASURES`."""
-    if set(first.index) != set(second.index):
-        raise StsError("Before and after hold different items; evaluate the same examples with both models.")
-    second = second.loc[first.index]
-    rows = []
-    for domain, items in first.groupby("domain"):
-        for measure in (measure for measure in MEASURES if measure in items):
-            old = items[measure].dropna()
-            new = second.loc[old.index, measure]
-            if old.empty:
-                continue
-            change = paired_mean_interval((new - old).to_numpy(), resamples=resamples, seed=seed)
-            rows.append({"domain": domain, "measure": measure, "n": len(old), "before": old.mean(),
-                         "after": new.mean(), "shift": change.mean, "low": change.low, "high": change.high,
-                         "interval": change.kind, "standard_error": change.standard_error,
-                         "mcnemar_p": mcnemar_p(old > 0, new > 0) if measure in BINARY else math.nan})
-    return pandas.DataFrame(rows)
+def _masks(lm: LanguageModel, position_BP: torch.Tensor, branch_BP: torch.Tensor):
+    """What each position attends to, as the model's own layers take it: itself and what it stands behind."""
+    config = lm.model.config.get_text_config()
+    longest = position_BP.shape[1]
+    seen_BPP = torch.ones(longest, longest, dtype=torch.bool).tril() & (
+        (branch_BP[:, None] == 0) | (branch_BP[:, None] == branch_BP[:, :, None]))
+    window = getattr(config, "sliding_window", None)
+    near_BPP = seen_BPP & (position_BP[:, :, None] - position_BP[:, None] < window) if window else seen_BPP
+    full, near = (torch.zeros(part.shape, dtype=lm.model.dtype).masked_fill_(~part, torch.finfo(lm.model.dtype).min)
+                  [:, None].to(lm.device) for part in (seen_BPP, near_BPP))
+    kinds = getattr(config, "layer_types", None)
+    return {"full_attention": full, "sliding_attention": near} if kinds else near

@@ -1,151 +1,51 @@
-"""Extraction: run the model up to the SAE's layer, encode, keep per-latent sums and nothing else.
+"""Extraction: run models up to the SAE's layer, encode, keep per-latent sums and nothing else.
 
 Memory does not grow with the number of tokens: residual streams live for one batch, latents for one chunk, and one
 key-value cache for each set of demonstrations. The demonstrations that a group of questions shares are run once
 (residuals.py), and a question is run once without demonstrations however many sets of them it is compared behind.
 
-Shape suffixes: T tokens, D residual width, L latents.
+Shape suffixes: T tokens, D residual width, L latents, F folds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from sts.data.prompts import Prompt, PromptGroup, paired_positions
-from sts.engine.latents import Chunk, LatentStats, PairedStats, SparseLatents
+from sts.engine.latents import Encoder, PairedStats
 from sts.engine.models import LanguageModel
 from sts.engine.prefix import NO_PREFIX, Prefix, common_prefix
-from sts.engine.residuals import Extractor, is_out_of_memory
+from sts.engine.residuals import OUTLIER_NORM, SINK_SAMPLE, Extractor, sink_norms
 from sts.engine.work import Work
 from sts.errors import StsError
-
-#: Values in one chunk of latents (64 MB in float32): wide SAEs get fewer tokens at a time.
-CHUNK_VALUES = 16_000_000
-#: A GPU's chunks are this much larger: small ones would leave it waiting for the next.
-GPU_CHUNKS = 8
-#: Chunks with a smaller share of nonzero values are summed sparsely.
-SPARSE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Which tokens count; each part can be switched off (see the fields of the same names in `config.Run`)."""
+    """Which tokens count; each part can be switched off (settings of the same names).
+
+    Attributes:
+        question_tokens_only: those of a prompt's `question` range alone.
+        drop_first_positions: not those at so many first positions of a prompt.
+        outlier_norm: not those whose residual norm is above so many times the median (`residuals.sink_norms`); 0: all.
+    """
 
     question_tokens_only: bool = True
     drop_first_positions: int = 1
-    outlier_norm: float = 10.0
+    outlier_norm: float = OUTLIER_NORM
+
+    def span(self, prompt: Prompt) -> tuple[int, int]:
+        """The half-open range of positions of a prompt that count; empty where first is not below last."""
+        first, last = prompt.question if self.question_tokens_only else (0, len(prompt.ids))
+        return max(self.drop_first_positions, first), last
 
 
-def encode_chunks(sae, residual_TD: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Encode tokens chunk by chunk; yields (slice of rows, latents of those rows, T x L, in the SAE's precision)."""
-    step = max(1, CHUNK_VALUES // sae.cfg.d_sae)
-    for start in range(0, len(residual_TD), step):
-        rows = slice(start, min(start + step, len(residual_TD)))
-        with torch.inference_mode():  # not around the yield: the caller would run in it too
-            latents_TL = sae.encode(residual_TD[rows].to(sae.device, sae.dtype))
-        yield rows, latents_TL
+# --- rows of residual streams -------------------------------------------------------------------------------------
 
-
-class Encoder:
-    """An SAE's latents in chunks that bound the memory, sparse where few of them fire."""
-
-    def __init__(self, sae, work: Work | None = None):
-        self.sae, self.work = sae, work or Work()
-        on_gpu = torch.device(sae.device).type == "cuda"
-        self.step = max(1, CHUNK_VALUES * (GPU_CHUNKS if on_gpu else 1) // sae.cfg.d_sae)
-
-    def chunks(self, *residuals_TD: torch.Tensor) -> Iterator[tuple[Chunk, ...]]:
-        """Latents of residual streams with equally many rows, the same rows of each at a time.
-
-        Yields:
-            One chunk for each residual stream; all sparse or all dense.
-        """
-        start, length = 0, len(residuals_TD[0])
-        while start < length:
-            try:
-                with torch.inference_mode():
-                    latents = [self._encode(residual_TD[start:start + self.step]) for residual_TD in residuals_TD]
-                    sparse = sum(_nonzero(one) for one in latents) < SPARSE_SHARE * sum(one.numel() for one in latents)
-                    chunks = tuple(SparseLatents.of(one) if sparse else one for one in latents)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or self.step == 1:
-                    raise
-                chunks = ()
-            latents = None  # before the caller works with the chunks, or the next attempt begins
-            if not chunks:  # outside the handler, whose traceback keeps the failed chunk's tensors alive
-                self.step = max(1, self.step // 2)
-                self.work.note(f"Memory ran out; going on with chunks of {self.step} tokens in the SAE.")
-                continue
-            yield chunks
-            start += self.step if start + self.step < length else length - start
-
-    def _encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
-        sae = self.sae
-        inputs_TD = residual_TD.to(sae.dtype)
-        # sae-lens' TopK can return the chosen values alone, without writing the zeros between them.
-        few = getattr(sae.cfg, "k", sae.cfg.d_sae) < SPARSE_SHARE * sae.cfg.d_sae
-        if not (few and hasattr(sae.activation_fn, "use_sparse_activations")):
-            return sae.encode(inputs_TD)
-        before = sae.activation_fn.use_sparse_activations
-        sae.activation_fn.use_sparse_activations = True
-        try:
-            with torch.sparse.check_sparse_tensor_invariants(enable=False):
-                return sae.encode(inputs_TD)
-        finally:
-            sae.activation_fn.use_sparse_activations = before
-
-
-def _nonzero(latents_TL: torch.Tensor) -> int:
-    return latents_TL._nnz() if latents_TL.is_sparse else int(torch.count_nonzero(latents_TL))
-
-
-# --- one pass -----------------------------------------------------------------------------------------------------
-
-def latent_stats(lm: LanguageModel, sae, layer: int, prompts: list[Prompt], masks: Masks, *,
-                 tokens_per_batch: int = 4096, report: Callable[[float], None] = lambda fraction: None,
-                 work: Work | None = None) -> LatentStats:
-    """Statistics of every latent over prompts, in memory that does not grow with their number.
-
-    Args:
-        prompts: token ids; with `masks.question_tokens_only` the tokens of their `question` range count alone.
-        report: called with the fraction done.
-        work: counts what is run.
-
-    Raises:
-        StsError: NaN activations, or masks that leave no token.
-    """
-    extractor = Extractor(lm, layer, tokens_per_batch, work)
-    encoder, stats = Encoder(sae, extractor.work), LatentStats(sae.cfg.d_sae, sae.device)
-    spans = [(max(masks.drop_first_positions, prompt.question[0] if masks.question_tokens_only else 0),
-              prompt.question[1] if masks.question_tokens_only else len(prompt.ids)) for prompt in prompts]
-    chosen = [(prompt, span) for prompt, span in zip(prompts, spans, strict=True) if span[0] < span[1]]
-    rows = _Rows(extractor, [prompt.ids for prompt, _ in chosen], [span for _, span in chosen])
-    threshold = rows.threshold(masks.outlier_norm)
-    done = 0
-    for batch in extractor.batches([span[1] for _, span in chosen]):
-        residual_TD = torch.cat(rows.take(batch))
-        for (chunk,) in encoder.chunks(residual_TD[~_sinks(residual_TD, threshold)]):
-            stats.add(chunk)
-        done += len(batch)
-        report(done / len(chosen))
-    if not stats.tokens:
-        raise _nothing_left()
-    return stats
-
-
-def norm_threshold(extractor: Extractor, prompts: list[tuple[int, ...]], spans: list[tuple[int, int]],
-                   multiple: float) -> float:
-    """`multiple` times the median norm of the counted tokens of the first eight prompts; infinite for 0.
-
-    A fixed small sample, so that the threshold does not depend on how prompts are batched.
-    """
-    return _Rows(extractor, prompts, spans).threshold(multiple)
-
-
-class _Rows:
+class Rows:
     """The counted tokens of prompts; those that the threshold was taken from are kept and not run again."""
 
     def __init__(self, extractor: Extractor, prompts: list[tuple[int, ...]], spans: list[tuple[int, int]],
@@ -153,13 +53,12 @@ class _Rows:
         self.extractor, self.prompts, self.spans, self.prefix = extractor, prompts, spans, prefix
         self.kept: dict[int, torch.Tensor] = {}
 
-    def threshold(self, multiple: float) -> float:
-        """See `norm_threshold`."""
-        if not multiple or not self.prompts:
-            return float("inf")
-        sample = list(range(min(8, len(self.prompts))))
-        self.kept = dict(zip(sample, self.take(sample), strict=True))
-        return multiple * torch.cat(list(self.kept.values())).float().norm(dim=-1).median().item()
+    def thresholds(self, multiple: float) -> list[float]:
+        """`sink_norms` of the extractor's layers."""
+        if multiple:
+            sample = list(range(min(SINK_SAMPLE, len(self.prompts))))
+            self.kept = dict(zip(sample, self.take(sample), strict=True))
+        return sink_norms(list(self.kept.values()), multiple, len(self.extractor.layers))
 
     def take(self, batch: list[int]) -> list[torch.Tensor]:
         """One tensor a prompt of the batch, its counted tokens x D."""
@@ -172,6 +71,12 @@ class _Rows:
         return [rows[index] for index in batch]
 
 
+def norm_threshold(extractor: Extractor, prompts: list[tuple[int, ...]], spans: list[tuple[int, int]],
+                   multiple: float) -> float:
+    """The norm above which a token of these prompts is a sink at the extractor's layer (`residuals.sink_norms`)."""
+    return Rows(extractor, prompts, spans).thresholds(multiple)[-1]
+
+
 def _sinks(residual_TD: torch.Tensor, threshold: float) -> torch.Tensor:
     return residual_TD.float().norm(dim=-1) > threshold
 
@@ -181,7 +86,7 @@ def _nothing_left() -> StsError:
                     "outlier_norm.")
 
 
-# --- paired passes ------------------------------------------------------------------------------------------------
+# --- without and behind demonstrations ------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class _Pair:
@@ -236,8 +141,8 @@ def paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], 
         fronts[number] = _share(extractor, [pair.icl.ids for pair in own], [pair.icl_span[0] for pair in own])
 
     spans = [(low, max(pair.base_span[1] for pair in pairs)) for low, (_, pairs) in zip(first, questions, strict=True)]
-    base_rows = _Rows(extractor, [base.ids for base, _ in questions], spans, start)
-    threshold = base_rows.threshold(masks.outlier_norm)
+    base_rows = Rows(extractor, [base.ids for base, _ in questions], spans, start)
+    threshold, = base_rows.thresholds(masks.outlier_norm)
     done = 0
     # Grouped by what is left to run of a question behind demonstrations, nearly the same as without them.
     for batch in extractor.batches([pairs[0].icl_span[1] - fronts[pairs[0].group].cached for _, pairs in questions]):
@@ -278,22 +183,79 @@ def row_paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGrou
     encoder, stats = Encoder(sae, extractor.work), PairedStats.empty(sae.cfg.d_sae, sae.device)
     sides = [[prompt.ids for group in groups for prompt in side(group)]
              for side in (lambda group: group.base, lambda group: group.icl)]
-    rows = min([rows, *(sum(map(len, prompts)) for prompts in sides)])
-    for base, icl in encoder.chunks(*(_first_rows(extractor, prompts, rows) for prompts in sides)):
+    rows, first = min([rows, *(sum(map(len, prompts)) for prompts in sides)]), []
+    for prompts in sides:
+        left, spans = rows, []
+        for ids in prompts:
+            spans.append((0, min(len(ids), left)))
+            left -= spans[-1][1]
+            if not left:
+                break
+        first.append(torch.cat(Rows(extractor, prompts, spans).take(list(range(len(spans))))))
+    for base, icl in encoder.chunks(*first):
         stats.add(base, icl)
     return stats
 
 
-def _first_rows(extractor: Extractor, prompts: list[tuple[int, ...]], rows: int) -> torch.Tensor:
-    """The residual stream of the first `rows` tokens of prompts run in order, rows x D."""
-    spans, total = [], 0
-    for ids in prompts:
-        spans.append((0, min(len(ids), rows - total)))
-        total += spans[-1][1]
-        if total == rows:
-            break
-    parts: dict[int, torch.Tensor] = {}
-    for batch in extractor.batches([last for _, last in spans]):
-        residual_TD = extractor.tokens([prompts[index] for index in batch], [spans[index] for index in batch])
-        parts |= zip(batch, residual_TD.split([spans[index][1] for index in batch]), strict=True)
-    return torch.cat([parts[index] for index in range(len(spans))])
+# --- in two models ------------------------------------------------------------------------------------------------
+
+def model_paired_stats(lm: LanguageModel, tuned: LanguageModel, sae, layer: int, prompts: list[Prompt], masks: Masks,
+                       *, tokens_per_batch: int = 4096, report: Callable[[float], None] = lambda fraction: None,
+                       work: Work | None = None) -> PairedStats:
+    """Token-paired statistics of prompts in two models.
+
+    Args:
+        lm: the base model; its values are the statistics' `base`.
+        tuned: the same architecture with other weights, in memory of its own (`load_tuned` changes the model it is
+            given); its values are in the place of `icl`.
+        prompts: token ids; with `masks.question_tokens_only` the tokens of their `question` range count alone. A
+            token whose norm is an outlier in either model counts in neither; the threshold is the base model's.
+
+    Raises:
+        StsError: NaN activations, or masks that leave no token.
+    """
+    return model_paired_folds(lm, tuned, sae, layer, prompts, masks, 1, tokens_per_batch=tokens_per_batch,
+                              report=report, work=work)[0]
+
+
+def model_paired_folds(lm: LanguageModel, tuned: LanguageModel, sae, layer: int, prompts: list[Prompt], masks: Masks,
+                       folds: int, *, tokens_per_batch: int = 4096,
+                       report: Callable[[float], None] = lambda fraction: None,
+                       work: Work | None = None) -> list[PairedStats]:
+    """`model_paired_stats` of every `folds`-th prompt, from the first, the second and so on, in one pass.
+
+    Raises:
+        StsError: as there; a fold without a token counts as masks that leave none.
+    """
+    work = Work() if work is None else work
+    here, there = (Extractor(one, layer, tokens_per_batch, work) for one in (lm, tuned))
+    encoder, stats = Encoder(sae, work), [PairedStats.empty(sae.cfg.d_sae, sae.device) for _ in range(folds)]
+    chosen = [(prompt.ids, masks.span(prompt), place % folds) for place, prompt in enumerate(prompts)
+              if masks.span(prompt)[0] < masks.span(prompt)[1]]
+    threshold = norm_threshold(here, [ids for ids, *_ in chosen], [span for _, span, _ in chosen], masks.outlier_norm)
+    done = 0
+    for batch in here.batches([span[1] for _, span, _ in chosen]):
+        ids, own, fold_of = zip(*(chosen[index] for index in batch), strict=True)
+        base_TD, tuned_TD = here.tokens(ids, own), there.tokens(ids, own)
+        kept_T = ~(_sinks(base_TD, threshold) | _sinks(tuned_TD, threshold))
+        fold_T = torch.tensor([fold for fold, (first, last) in zip(fold_of, own, strict=True)
+                               for _ in range(first, last)], device=kept_T.device)
+        for fold in set(fold_of):
+            rows_T = kept_T & (fold_T == fold)
+            for base, after in encoder.chunks(base_TD[rows_T], tuned_TD[rows_T]):
+                stats[fold].add(base, after)
+        done += len(batch)
+        report(done / len(chosen))
+    if not all(part.tokens for part in stats):
+        raise _nothing_left()
+    return stats
+
+
+def folded(parts: list[PairedStats]) -> dict[str, torch.Tensor]:
+    """Statistics of folds as one dict of tensors: `PairedStats.to_tensors()` of all folds together, and for each fold
+    fold_squared_difference_FL and fold_tokens_F."""
+    fields = [part.to_tensors() for part in parts]
+    total = {name: torch.stack([one[name] for one in fields]).amax(0) if name.endswith("max_L")
+             else torch.stack([one[name] for one in fields]).sum(0) for name in fields[0]}
+    return total | {"fold_squared_difference_FL": torch.stack([one["squared_difference_L"] for one in fields]),
+                    "fold_tokens_F": torch.cat([one["tokens"] for one in fields])}

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 
-from sts.data.prompts import question_text, render, solution_text
+from sts.data.prompts import question_text, solution_prompt, solution_text
 from sts.data.sources import Example
-from sts.engine import processes
 from sts.engine.models import LanguageModel, decoder_layers
-from sts.engine.work import Work
+from sts.engine.work import Work, count
 from sts.errors import StsError
 
 
@@ -40,13 +39,29 @@ class FineTuning:
     seed: int
 
 
-def conversation(tokenizer, example: Example) -> dict:
-    """An example as TRL's prompt-completion pair: messages with a chat template, plain text without one."""
-    question, solution = question_text(example), solution_text(example)
-    if tokenizer.chat_template:
-        return {"prompt": [{"role": "user", "content": question}],
-                "completion": [{"role": "assistant", "content": solution}]}
-    return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {solution}"}
+def tokens_to_train_on(tokenizer, examples: list[Example], max_length: int) -> tuple[list[dict], dict[str, list[str]]]:
+    """What is trained on of each example: {"input_ids", "completion_mask"}, 1 from the solution's first token on.
+
+    The tokens are those that are read and scored (`prompts.solution_prompt`), to the end of the turn, cut at
+    `max_length`.
+
+    Returns:
+        (rows, names of what is not trained on): "left_out" of the rows, as there is no solution or the question alone
+        fills `max_length`; "cut", as only the beginning of the solution is in its row.
+    """
+    rows, not_trained = [], {"left_out": [], "cut": []}
+    for example in examples:
+        prompt = solution_prompt(tokenizer, example) if solution_text(example) and question_text(example) else None
+        if prompt is None or prompt.question[0] >= max_length:
+            not_trained["left_out"].append(example.example_id)
+            continue
+        # A chat template ends the turn itself.
+        ids = prompt.ids if tokenizer.chat_template else (*prompt.ids, tokenizer.eos_token_id)
+        if prompt.question[1] > max_length:
+            not_trained["cut"].append(example.example_id)
+        mask = [int(place >= prompt.question[0]) for place in range(len(ids))]
+        rows.append({"input_ids": list(ids[:max_length]), "completion_mask": mask[:max_length]})
+    return rows, not_trained
 
 
 def divide_batch(batch: int, micro_batch: int, count: int) -> tuple[int, int]:
@@ -84,11 +99,12 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
 
     Returns:
         {"curve": [{"step", "loss"}], "held_out_before", "held_out_after" (nats per solution token, averaged over
-        problems), "steps", "trained_parameters", "train" and "held_out" (numbers of examples), "left_out" (names of
-        those whose question alone fills `max_length`, so that nothing of the solution would be left to learn)}.
+        problems), "steps", "trained_parameters", "train" and "held_out" (numbers of examples used), "left_out" (names
+        of those not used) and "cut" (of those used in part, see `tokens_to_train_on`)}; the main process' alone, {} of
+        the others.
 
     Raises:
-        StsError: every example's question alone fills `max_length`, or a batch that the processes cannot share.
+        StsError: no example is left, or a batch that the processes cannot share.
     """
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig, get_peft_model
@@ -98,13 +114,13 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
 
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    asked = [*train, *held_out]
-    train, held_out = (_with_room(lm.tokenizer, part, settings.max_length) for part in (train, held_out))
-    if not train or not held_out:
-        raise StsError(f"No {'held-out' if train else 'training'} example leaves room for its solution: the questions "
-                       f"alone fill the {settings.max_length} tokens of sft_max_length. Raise it.")
-    kept = {example.example_id for example in [*train, *held_out]}
-    micro, accumulated = divide_batch(settings.batch, settings.micro_batch, processes.count())
+    parts = [tokens_to_train_on(lm.tokenizer, part, settings.max_length) for part in (train, held_out)]
+    (train_rows, _), (held_out_rows, _) = parts
+    if not train_rows or not held_out_rows:
+        raise StsError(f"No {'held-out' if train_rows else 'training'} example leaves room for its solution: the "
+                       f"questions alone fill the {settings.max_length} tokens of sft_max_length, or there is no "
+                       "solution. Raise it, or use other examples.")
+    micro, accumulated = divide_batch(settings.batch, settings.micro_batch, count())
     on_cpu = lm.device.type == "cpu"
     # Seed before the adapters get their random start.
     torch.manual_seed(settings.seed)
@@ -113,7 +129,7 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     if settings.lora_rank:
         model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha,
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
-    steps = settings.epochs * math.ceil(len(train) / settings.batch)
+    steps = settings.epochs * math.ceil(len(train_rows) / settings.batch)
     checkpoints = folder / "checkpoints"
 
     class Progress(TrainerCallback):
@@ -124,7 +140,7 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         output_dir=str(checkpoints), num_train_epochs=settings.epochs, learning_rate=settings.lr,
         # One held-out problem a batch: the trainer averages batches, so this is the mean over problems.
         per_device_train_batch_size=micro, gradient_accumulation_steps=accumulated, per_device_eval_batch_size=1,
-        max_length=settings.max_length, completion_only_loss=True, seed=settings.seed, data_seed=settings.seed,
+        max_length=None, completion_only_loss=True, seed=settings.seed, data_seed=settings.seed,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), weight_decay=0.01, max_grad_norm=1.0,
         adam_beta2=0.95, logging_steps=1, save_strategy="steps", save_steps=max(1, steps // 4), save_total_limit=1,
         # Batches of like length would save padding, but their order is drawn from the global generator, so that a run
@@ -134,8 +150,7 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         dataloader_pin_memory=not on_cpu)
     trainer = SFTTrainer(
         model=model, args=config, processing_class=lm.tokenizer, callbacks=[Progress()],
-        train_dataset=Dataset.from_list([conversation(lm.tokenizer, example) for example in train]),
-        eval_dataset=Dataset.from_list([conversation(lm.tokenizer, example) for example in held_out]))
+        train_dataset=Dataset.from_list(train_rows), eval_dataset=Dataset.from_list(held_out_rows))
     trainer.remove_callback(PrinterCallback)  # it prints every step into the notebook
     main, meet = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
     if main:
@@ -151,29 +166,20 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     after = trainer.evaluate()["eval_loss"]
     if work is not None:
         layers = work.of_layers = len(decoder_layers(model))
-        trained, scored = (sum(len(row["input_ids"]) for row in data)
-                           for data in (trainer.train_dataset, trainer.eval_dataset))
+        trained, scored = (sum(len(row["input_ids"]) for row in rows) for rows, _ in parts)
         work.add(settings.epochs * trained, settings.epochs * trained, layers * (2 if settings.lora_rank else 3))
         work.add(2 * scored, 2 * scored, layers)
     if main:
         (trainer.model if settings.lora_rank else model).save_pretrained(folder / "adapter")
     meet()
     history = trainer.state.log_history
-    return {
+    return {} if not main else {
         "curve": [{"step": row["step"], "loss": row["loss"]} for row in history if "loss" in row],
         "held_out_before": next(row["eval_loss"] for row in history if "eval_loss" in row), "held_out_after": after,
         "steps": trainer.state.global_step,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "train": len(train), "held_out": len(held_out),
-        "left_out": [example.example_id for example in asked if example.example_id not in kept],
-    }
-
-
-def _with_room(tokenizer, examples: list[Example], max_length: int) -> list[Example]:
-    """The examples whose question is shorter than `max_length`, so that something of the solution is left to learn."""
-    prompts = [render(tokenizer, question_text(example)) for example in examples]
-    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]] if prompts else []
-    return [example for example, length in zip(examples, lengths, strict=True) if length < max_length]
+        "train": len(train_rows), "held_out": len(held_out_rows),
+    } | {why: [name for _, not_trained in parts for name in not_trained[why]] for why in ("left_out", "cut")}
 
 
 def _whole(checkpoint: Path) -> bool:

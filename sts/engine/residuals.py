@@ -20,18 +20,25 @@ from sts.errors import StsError
 
 #: Padding is at most this share of a batch's positions.
 PADDING = 0.1
+#: A token whose residual norm exceeds this multiple of the median norm is an attention sink, not content.
+OUTLIER_NORM = 10.0
+#: How many prompts the median is taken from.
+SINK_SAMPLE = 8
 #: A cached token takes memory and attention but no layer; against the budget it counts this much of a token.
 CACHED_SHARE = 1 / 8
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
 
-def batches(lengths: Sequence[int], budget: Callable[[], int] | int, *, extra: float = 0.0) -> Iterator[list[int]]:
-    """Indices grouped by length: rows x longest row within the budget, padding at most `PADDING` of it.
+def batches(lengths: Sequence[int], budget: Callable[[], float] | float = float("inf"), *, extra: float = 0.0,
+            most: float = float("inf"), padding: float = PADDING, slack: int = 0) -> Iterator[list[int]]:
+    """Indices grouped by length: rows x longest row within the budget.
 
     Args:
         budget: tokens in a batch; a function is asked anew for each batch.
         extra: what each row costs besides its own tokens (a cached prefix).
+        most: rows in a batch.
+        padding: at most this share of a batch's positions, or `slack` positions.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batch, real = [], 0
@@ -39,13 +46,23 @@ def batches(lengths: Sequence[int], budget: Callable[[], int] | int, *, extra: f
         length = lengths[index]
         positions = (len(batch) + 1) * length
         too_many = positions + (len(batch) + 1) * extra > (budget() if callable(budget) else budget)
-        if batch and (too_many or positions - real - length > PADDING * positions):
+        empty = positions - real - length
+        if batch and (too_many or len(batch) == most or empty > max(padding * positions, slack)):
             yield batch
             batch, real = [], 0
         batch.append(index)
         real += length
     if batch:
         yield batch
+
+
+def sink_norms(residuals_TD: Sequence[torch.Tensor], multiple: float, layers: int = 1) -> list[float]:
+    """For each layer, the norm above which a token is a sink: `multiple` times the median over these tokens, the
+    counted ones of a text's or set's first `SINK_SAMPLE` prompts whatever the batches; infinite for 0 or no token."""
+    if not multiple or not sum(map(len, residuals_TD)):
+        return [float("inf")] * layers
+    return [multiple * part_TD.float().norm(dim=-1).median().item()
+            for part_TD in torch.cat(list(residuals_TD)).chunk(layers, dim=-1)]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -64,7 +81,7 @@ class Extractor:
 
     def __init__(self, lm: LanguageModel, layer: int, tokens_per_batch: int, work: Work | None = None):
         check_layer(lm.model, layer)
-        self.lm, self.layer, self.budget = lm, layer, tokens_per_batch
+        self.lm, self.layer, self.layers, self.budget = lm, layer, (layer,), tokens_per_batch
         self.work = Work() if work is None else work
         self.work.of_layers = len(decoder_layers(lm.model))
 

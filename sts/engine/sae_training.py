@@ -12,30 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from sts.engine.extract import Rows
 from sts.engine.models import LanguageModel, bf16_is_fast
-from sts.engine.residuals import LayersExtractor
+from sts.engine.residuals import OUTLIER_NORM, LayersExtractor
 from sts.engine.work import Work
 from sts.errors import StsError
 
-#: A position whose residual norm exceeds this multiple of the median norm is an attention sink, not content.
-OUTLIER_NORM = 10.0
-
-
 # --- activations to train on --------------------------------------------------------------------------------------
-
-def token_chunks(documents: Iterator[list[int]], context: int, limit: int) -> list[list[int]]:
-    """Cut tokenised documents into pieces of at most `context` tokens until `limit` tokens are gathered."""
-    pieces, total = [], 0
-    for document in documents:
-        for start in range(0, len(document), context):
-            piece = document[start:start + context][: limit - total]
-            if len(piece) > 8:
-                pieces.append(piece)
-                total += len(piece)
-            if total >= limit:
-                return pieces
-    return pieces
-
 
 def collect_activations(lm: LanguageModel, layer: int, pieces: list[list[int]], folder: Path, *,
                         tokens_per_batch: int = 8192, pieces_per_shard: int = 512,
@@ -64,13 +47,16 @@ def collect_layers(lm: LanguageModel, folders: Mapping[int, Path], pieces: list[
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     extractor = LayersExtractor(lm, tuple(folders), tokens_per_batch, work)
+    rows = Rows(extractor, pieces, [(1, len(piece)) for piece in pieces])
+    limits = rows.thresholds(OUTLIER_NORM)
     shards = math.ceil(len(pieces) / pieces_per_shard)
     for index in range(shards):
         paths = {layer: folder / f"shard-{index:05d}.safetensors" for layer, folder in folders.items()}
         if not all(path.is_file() for path in paths.values()):
             own = [place for place in range(len(pieces))[index * pieces_per_shard:(index + 1) * pieces_per_shard]
                    if len(pieces[place]) > 1]
-            parts = [_content_positions(extractor, pieces, [own[place] for place in batch])
+            parts = [_content(torch.cat(rows.take([own[place] for place in batch])), limits,
+                              [(own[place], len(pieces[own[place]])) for place in batch])
                      for batch in extractor.batches([len(pieces[place]) for place in own])]
             if lm.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -83,17 +69,14 @@ def collect_layers(lm: LanguageModel, folders: Mapping[int, Path], pieces: list[
         report((index + 1) / shards)
 
 
-def _content_positions(extractor: LayersExtractor, pieces: list[list[int]],
-                       batch: list[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """For each layer: activations, piece and position of the tokens that count."""
-    lengths_B = torch.tensor([len(pieces[index]) - 1 for index in batch])
-    layers_TD = extractor.tokens([pieces[index] for index in batch], [(1, len(pieces[index])) for index in batch])
-    piece_T = torch.tensor(batch).repeat_interleave(lengths_B).to(torch.int32)
-    position_T = torch.cat([torch.arange(1, length + 1) for length in lengths_B.tolist()]).to(torch.int32)
+def _content(layers_TD: torch.Tensor, limits: list[float],
+             batch: list[tuple[int, int]]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each layer: activations, piece and position of the tokens that are no sinks; `batch`: (piece, length)."""
+    piece_T = torch.cat([torch.full((length - 1,), piece, dtype=torch.int32) for piece, length in batch])
+    position_T = torch.cat([torch.arange(1, length, dtype=torch.int32) for _, length in batch])
     found = []
-    for residual_TD in layers_TD.chunk(len(extractor.layers), dim=-1):
-        norm_T = residual_TD.float().norm(dim=-1)
-        keep_T = norm_T <= OUTLIER_NORM * norm_T.median()
+    for residual_TD, limit in zip(layers_TD.chunk(len(limits), dim=-1), limits, strict=True):
+        keep_T = residual_TD.float().norm(dim=-1) <= limit
         # To pinned memory, without waiting for the copy; `collect_layers` waits before it writes.
         activations_TD = residual_TD[keep_T].to(torch.bfloat16).to("cpu", non_blocking=True)
         keep_T = keep_T.cpu()

@@ -8,16 +8,24 @@ Latents of an SAE with unequal decoder norms are not comparable, so norms are fo
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors import SafetensorError
 
+from sts.data.prompts import render, start_ids
 from sts.engine.models import LanguageModel, check_layer, first_line, sha256_of_file
-from sts.errors import StsError
-from sts.run.settings import ROOT
+from sts.errors import ROOT, StsError
+
+#: Names of sites after a decoder layer: TransformerLens' and transformers'. "pre" and "in" are before it.
+SITE = re.compile(r"(?:\w+\.)*(?:blocks|layers|h)\.(\d+)(?:\.(?:hook_)?(resid_post|resid_pre|in|out|input|output))?")
+
+#: Metadata of readers that were not trained anywhere.
+NOTHING_SAID = SimpleNamespace(hook_name=None)
 
 
 def sae_identity(name: str) -> str:
@@ -30,7 +38,8 @@ def sae_identity(name: str) -> str:
     if (folder / "cfg.json").is_file():
         weights = folder / "sae_weights.safetensors"
         if not weights.is_file():
-            raise StsError(f"SAE folder {name!r} has a cfg.json but no sae_weights.safetensors.")
+            raise StsError(f"SAE folder {name!r} has a cfg.json but no sae_weights.safetensors, the file of sae-lens. "
+                           "One saved by another library, such as sparsify, has to be converted to sae-lens' format.")
         return "sha256:" + sha256_of_file(weights)[:16] + "+" + sha256_of_file(folder / "cfg.json")[:8]
     # What begins with a folder that exists, such as data/, is a path and not a release of the registry.
     local = name.startswith((".", "/", "~")) or Path(name.partition("/")[0]).is_dir()
@@ -77,7 +86,11 @@ def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_nor
     from sae_lens import SAE
 
     if local:
-        sae = SAE.load_from_disk(str(Path(name).expanduser()), device=device, dtype=dtype)
+        try:
+            sae = SAE.load_from_disk(str(Path(name).expanduser()), device=device, dtype=dtype)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise StsError(f"SAE folder {name!r} is not in sae-lens' format: {first_line(error)}. Convert it, or train "
+                           "one with: sts stage sae") from error
     else:
         release, _, sae_id = name.partition("/")
         try:
@@ -130,7 +143,7 @@ class IdentitySAE:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        self.cfg = SimpleNamespace(d_in=self.width, d_sae=self.width, metadata=SimpleNamespace(hook_name=None),
+        self.cfg = SimpleNamespace(d_in=self.width, d_sae=self.width, metadata=NOTHING_SAID,
                                    architecture=lambda: "identity")
 
     def encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
@@ -162,7 +175,7 @@ class RandomCode:
 
     def __post_init__(self) -> None:
         self.cfg = SimpleNamespace(d_in=self.sae.cfg.d_in, d_sae=self.sae.cfg.d_sae,
-                                   metadata=SimpleNamespace(hook_name=None), architecture=lambda: "random")
+                                   metadata=NOTHING_SAID, architecture=lambda: "random")
         self.device, self.dtype = self.sae.device, torch.float32
 
     def encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
@@ -208,16 +221,61 @@ class SideBySide:
 
 
 def check_fits(sae, lm: LanguageModel, layer: int) -> None:
-    """Raise `StsError` unless the layer exists and the SAE's input width is the model's width."""
+    """All that an SAE says of where and how it reads, held against the model and the layer it is to read.
+
+    A base model's SAE on its instruct model is noted in the log, as are prompts without the BOS it was trained with.
+
+    Raises:
+        StsError: no such layer, or another width, site, layer, model, or scale of its input.
+    """
     check_layer(lm.model, layer)
-    width = int(lm.model.config.get_text_config().hidden_size)
+    width, said = int(lm.model.config.get_text_config().hidden_size), sae.cfg.metadata
+    note = logging.getLogger("sts").warning
     if sae.cfg.d_in != width:
         raise StsError(f"The SAE takes vectors of width {sae.cfg.d_in}; model {lm.name!r} has width {width}. "
                        "Choose an SAE trained on this model.")
-    site = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", str(sae.cfg.metadata.hook_name or ""))
-    if site:
-        after = int(site[1]) - (site[2] == "pre")  # before layer n is after layer n - 1
+    for hook in {said.hook_name, getattr(said, "hook_name_out", None)} - {None, ""}:
+        site = SITE.fullmatch(str(hook))
+        if not site:
+            raise StsError(f"The SAE was trained on {hook!r}, which is not the residual stream after a layer. Choose "
+                           "one of a residual stream, such as 'blocks.12.hook_resid_post'.")
+        after = int(site[1]) - (site[2] in ("resid_pre", "in", "input"))  # before layer n is after layer n - 1
         if after != layer:
-            raise StsError(f"The SAE was trained on the residual stream after layer {after} "
-                           f"({sae.cfg.metadata.hook_name}); layer {layer} was asked for. Set layer to {after}, or "
-                           "choose another SAE.")
+            raise StsError(f"The SAE was trained on the residual stream after layer {after} ({hook}); layer {layer} "
+                           f"was asked for. Set layer to {after}, or choose another SAE.")
+    own, theirs = (_family_name(name) for name in (lm.name, getattr(said, "model_name", None) or ""))
+    if theirs[0] and theirs[0] != own[0]:
+        theirs = _family_name(_official(said.model_name))
+    if theirs[0] and theirs[0] != own[0]:
+        raise StsError(f"The SAE was trained on another model, {said.model_name!r}, than {lm.name!r}. Choose an SAE of "
+                       "this model; if a folder of another name holds the same one, rename the folder.")
+    if theirs[0] and theirs[1] != own[1]:
+        note("The SAE was trained on %s and reads %s: a base model's on its instruct model, or the reverse.",
+             said.model_name, lm.name)
+    if (getattr(said, "model_from_pretrained_kwargs", None) or {}).get("center_writing_weights"):
+        raise StsError("The SAE was trained on a residual stream of centred weights (center_writing_weights), which "
+                       "transformers' models do not have. Choose one trained with from_pretrained_no_processing.")
+    if getattr(sae.cfg, "normalize_activations", "none") == "expected_average_only_in":
+        raise StsError("The SAE's input has to be scaled (normalize_activations: expected_average_only_in) by a number "
+                       "that its file does not hold. Fold it into the weights and save the SAE again.")
+    tokenizer = lm.tokenizer
+    if getattr(said, "prepend_bos", None) and tokenizer.bos_token and not (
+            start_ids(tokenizer) or render(tokenizer, "?").startswith(tokenizer.bos_token)):
+        note("The SAE was trained behind BOS (%s), which this model's prompts do not begin with.", tokenizer.bos_token)
+
+
+def _official(name: str) -> str:
+    """The hub's name of a model that TransformerLens calls by another."""
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+
+    try:
+        return get_official_model_name(name)
+    except ValueError:
+        return name
+
+
+def _family_name(name: str) -> tuple[str, bool]:
+    """A model's name without folder and the words that tell a base model from an instruct model; whether it has any."""
+    words = re.split(r"[-_ ]+", name.rstrip("/").rpartition("/")[2].lower())
+    kept = [word for word in words if word not in ("it", "instruct", "chat", "base", "pt", "hf", "meta")]
+    return "-".join(kept), any(word in ("it", "instruct", "chat") for word in words)

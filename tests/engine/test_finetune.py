@@ -15,7 +15,7 @@ import torch
 import sts
 from sts.data.load import load_examples
 from sts.data.prompts import render, solution_text
-from sts.engine import processes
+from sts.engine import work as processes
 from sts.engine.finetune import FineTuning, conversation, divide_batch, fine_tune, load_tuned
 from sts.engine.models import load_model
 from sts.errors import StsError

@@ -1,77 +1,71 @@
-"""What latents fire on, and that text from data sets cannot break a page."""
+"""Streamed sums against dense float64 tensors."""
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sts.engine.extract import LatentStats
-from sts.engine.latent_examples import cards_html, latent_statistics, spread_by_rate, top_contexts
-from sts.errors import StsError
-
-
-class Sae:
-    """Three latents that read the three coordinates of the residual stream."""
-
-    dtype, device, activation_fn = torch.float32, "cpu", torch.relu
-
-    class cfg:
-        d_sae = 3
-
-    @staticmethod
-    def encode(x_TD):
-        return torch.relu(x_TD)
+from sts.engine.latents import LatentStats, PairedStats, SparseLatents
 
 
-class Tokenizer:
-    @staticmethod
-    def decode(ids):
-        return {3: "<script>alert(1)</script>", 4: "a & b\n"}.get(ids[0], f"tok{ids[0]}")
+def random_chunk(tokens, latents, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values_TL = torch.randn(tokens, latents, generator=generator).abs() + 0.1
+    return values_TL * (torch.rand(tokens, latents, generator=generator) < share)
 
 
-PIECES = [[0, 1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]]
+@given(tokens=st.integers(0, 30), latents=st.integers(1, 12), share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+       seed=st.integers(0, 1000), cut=st.integers(0, 30), sparse=st.booleans())
+def test_sums_over_chunks_equal_the_dense_sums(tokens, latents, share, seed, cut, sparse):
+    base_TL, icl_TL = random_chunk(tokens, latents, share, seed), random_chunk(tokens, latents, share, seed + 1)
+    stats = PairedStats.empty(latents)
+    for rows in (slice(0, cut), slice(cut, None)):
+        pair = (base_TL[rows], icl_TL[rows])
+        stats.add(*(SparseLatents.of(part) if sparse else part for part in pair))
+    base_TL, icl_TL = base_TL.double(), icl_TL.double()
+    assert stats.tokens == tokens
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(stats.squared_difference_L, (icl_TL - base_TL).square().sum(0), **close)
+    torch.testing.assert_close(stats.difference_L, (icl_TL - base_TL).sum(0), **close)
+    torch.testing.assert_close(stats.base.sum_L, base_TL.sum(0), **close)
+    torch.testing.assert_close(stats.icl.square_sum_L, icl_TL.square().sum(0), **close)
+    torch.testing.assert_close(stats.icl.fired_L, (icl_TL > 0).sum(0).double())
+    if tokens:
+        torch.testing.assert_close(stats.base.max_L, base_TL.amax(0), **close)
 
 
-@pytest.fixture
-def activations(tmp_path):
-    rows = [(0, 1, [1, 0, 0]), (0, 3, [5, 0, 0]), (0, 4, [4, -1, 0]), (1, 1, [0, 2, 0]), (1, 2, [2, 0, 0]),
-            (2, 1, [3, 0, 0]), (2, 3, [0, 7, 0])]
-    save_file({"activations_TD": torch.tensor([row[2] for row in rows], dtype=torch.bfloat16),
-               "piece_T": torch.tensor([row[0] for row in rows]),
-               "position_T": torch.tensor([row[1] for row in rows])}, tmp_path / "shard-00000.safetensors")
-    return tmp_path
+def test_small_changes_of_large_values_survive():
+    # 1e4 against 1e4 + 1: summing squares and products apart would lose the difference in float32.
+    base_TL = torch.full((1000, 1), 1e4)
+    stats = PairedStats.empty(1)
+    stats.add(SparseLatents.of(base_TL), SparseLatents.of(base_TL + 1))
+    assert stats.squared_difference_L.item() == 1000
+    total = LatentStats(1)
+    for _ in range(1000):
+        total.add(SparseLatents.of(base_TL))
+    assert total.square_sum_L.item() == 1e8 * 1e6  # exact in float64, not in float32
 
 
-def test_top_contexts_are_the_largest_activations_one_a_text(activations):
-    card, other = top_contexts(Sae, activations, PIECES, Tokenizer, [0, 1], top=2, before=2, after=1)
-    assert card["rate"] == pytest.approx(5 / 7)
-    assert [context["value"] for context in card["contexts"]] == [5.0, 3.0]  # 4.0 stands in the same text as 5.0
-    best = card["contexts"][0]
-    assert best["tokens"] == ["tok1", "tok2", "<script>alert(1)</script>", "a & b\n"]
-    assert best["values"] == [1.0, 0.0, 5.0, 4.0]
-    assert best["tokens"][best["peak"]] == "<script>alert(1)</script>"
-    assert [context["value"] for context in other["contexts"]] == [7.0, 2.0]
+def test_a_sparse_tensor_with_unsorted_and_zero_entries_reads_like_its_dense_form():
+    indices = torch.tensor([[1, 0, 0, 1], [2, 3, 0, 1]])
+    chunk = SparseLatents.of(torch.sparse_coo_tensor(indices, torch.tensor([5.0, 1.0, 0.0, 2.0]), (2, 4)))
+    assert chunk.rows_N.tolist() == [0, 1, 1] and chunk.latents_N.tolist() == [3, 1, 2]
+    assert chunk.values_N.tolist() == [1.0, 2.0, 5.0]
 
 
-def test_text_is_escaped(activations):
-    page = cards_html(top_contexts(Sae, activations, PIECES, Tokenizer, [0]))
-    assert "<script>" not in page and "&lt;script&gt;" in page
-    assert "a &amp; b" in page
+def test_tensors_for_storage_hold_every_sum():
+    stats = PairedStats.empty(3)
+    stats.add(torch.ones(2, 3), torch.full((2, 3), 3.0))
+    flat = stats.to_tensors()
+    assert flat["tokens"].tolist() == [2.0] and flat["icl_max_L"].tolist() == [3.0] * 3
+    assert flat["squared_difference_L"].tolist() == [8.0] * 3
+    assert {tensor.dtype for tensor in flat.values()} == {torch.float64}
+    with pytest.raises(AttributeError):
+        stats.base.max_T  # noqa: B018  # a misspelt sum is no silent zero
 
 
-def test_statistics_match_a_hand_count(activations):
-    stats = latent_statistics(Sae, activations)
-    assert stats.tokens == 7
-    assert stats.fired_L.tolist() == [5, 2, 0]
-    assert stats.max_L.tolist() == [5, 7, 0]
-
-
-def test_latents_are_chosen_at_even_steps_of_firing_rate():
-    stats = LatentStats(1000, tokens=100_000)
-    stats.fired_L = torch.arange(1000, dtype=torch.float64).flip(0) * 10  # latent 0 fires most
-    chosen = spread_by_rate(stats, 5)
-    rates = [stats.fired_L[index].item() / 100_000 for index in chosen]
-    assert rates == sorted(rates) and rates[0] >= 0.0005 and rates[-1] <= 0.05
-    steps = [b - a for a, b in zip(rates, rates[1:], strict=False)]
-    assert max(steps) - min(steps) < 0.0005
-    with pytest.raises(StsError, match="only 0 fire"):
-        spread_by_rate(LatentStats(10, tokens=5), 3)
+def test_dense_differences_in_bfloat16_are_taken_in_float64():
+    base_TL, icl_TL = torch.full((1000, 1), 0.30078125).bfloat16(), torch.full((1000, 1), 100.0).bfloat16()
+    stats = PairedStats.empty(1)
+    stats.add(base_TL, icl_TL)
+    assert stats.squared_difference_L.item() == pytest.approx(1000 * (100 - 0.30078125) ** 2, rel=1e-9)

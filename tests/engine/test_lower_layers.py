@@ -6,7 +6,7 @@ from helpers import topk_sae
 
 from sts.data.sources import Example
 from sts.engine.evaluate import evaluate
-from sts.engine.lower_layers import lower_layers_once
+from sts.engine.zeroing import lower_layers_once
 from sts.engine.models import decoder_layers
 from sts.engine.work import Work
 from sts.engine.zeroing import zeroed

