@@ -31,7 +31,8 @@ def cards(latents: Sequence[Mapping], more: Mapping[int, Mapping], *, sae: str, 
         parts = [f'<p class="sts-rate">{line}</p>' for line in lines] + [_histogram(found.get("histogram", ()))]
         for name, contexts in (("strongest", card["contexts"]), ("of middling strength", found.get("middling", ()))):
             shown = [_shaded(context) for context in contexts if texts and context["peak"] in text_span(context)]
-            parts += [f'<p class="sts-rate">{name}</p>' * bool(shown), *(f"<p>{text}</p>" for text in shown)]
+            parts += [f'<p class="sts-rate">{name}</p>' * bool(shown)]
+            parts += [f"<blockquote>{text}</blockquote>" for text in shown]
         blocks.append(f'<div class="sts-latent-card"><h4>{title}</h4>{"".join(parts)}</div>')
     return f'<div class="sts-cards">{"".join(blocks)}</div>'
 

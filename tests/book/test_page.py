@@ -63,7 +63,7 @@ def test_cards_show_text_and_no_template():
     more = {"promoted": [" maths", "\n"], "demoted": ["<i>"], "histogram": [100, 10, 0, 1],
             "middling": [context("a", " mid", peak=1)]}
     found = soup(latent_cards.cards([card], {7: more}, sae="data/sae/x", texts=True))
-    said = texts(found.select("p"))
+    said = texts(found.select("blockquote"))
     assert "What is <b>?" in said and "a mid" in said and not any("<|" in text or "user" in text for text in said)
     assert texts(found.select("code")) == ["maths", "'\\n'", "<i>"] and not found.select("b, i, a")
     assert texts(found.select(".sts-tok")) == ["is", "mid"]
