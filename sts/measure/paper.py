@@ -17,6 +17,7 @@ from statsmodels.stats.multitest import multipletests
 
 from sts.errors import ROOT, StsError, one_of
 from sts.measure import correlation as stats
+from sts.measure.resampling import correlate
 
 FOLDER = ROOT / "data" / "paper"
 #: The paper's models, in its order, and how they are written in text.
@@ -104,8 +105,8 @@ def recomputed_correlations(points: pd.DataFrame | None = None, *, permutations:
     published = published_correlations().set_index(["model", "metric"])
     rows = []
     for (model, metric), panel in points.groupby(["model", "metric"], sort=False):
-        result = stats.correlate(panel["sts"], panel["abs_shift_pct"], list(panel["domain"]), seed=seed,
-                                 permutations=permutations, resamples=resamples)
+        result = correlate(panel["sts"], panel["abs_shift_pct"], list(panel["domain"]), seed=seed,
+                           permutations=permutations, resamples=resamples)
         said, without = published.loc[(model, metric)], result.leave_one_out
         rows.append({
             "model": model, "metric": metric, "published_pearson": said["pearson"],
