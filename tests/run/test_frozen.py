@@ -13,6 +13,8 @@ import pytest
 from scipy import stats as scipy_stats
 
 import sts
+from sts.errors import ROOT
+from sts.errors import ROOT
 from sts.measure.items import MEASURES
 from sts.run.log import Reporter
 from sts.run.stage import STAGES, key, values
@@ -43,7 +45,7 @@ def test_all_records_are_accounted_for():
     assert records == 172 and len(KEYS) == 162 and set(dropped) == DROPPED
     assert not DROPPED & STAGES.keys()
     for run, stages in FROZEN["keys"].items():
-        folder = sts.ROOT / "data" / "recorded" / run
+        folder = ROOT / "data" / "recorded" / run
         for stage in stages.keys() - DROPPED:
             for frozen in stages[stage]:
                 found = list(folder.glob(f"{stage}-{frozen['key']}*.provenance.json"))

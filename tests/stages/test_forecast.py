@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy
 import pandas
@@ -15,12 +14,12 @@ import scipy.stats
 import torch
 
 import sts
+from sts.data.groups import token_pieces
 from sts.data.load import load_examples
 from sts.engine.extract import Masks, paired_stats
-from sts.errors import StsError
-from sts.run.settings import ROOT
-from sts.stages.forecast import domain_groups, shift_groups, split_domains
-from sts.stages.sae import text_pieces
+from sts.errors import ROOT, StsError
+from sts.measure.baselines import split_domains
+from sts.run import resources
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +49,9 @@ def test_scores_are_sums_over_the_most_shifted_latents(run):
 
 def test_masks_of_the_run_reach_the_extraction(run):
     settings = run.settings
-    groups = domain_groups(run)["law"]
+    groups = resources.domain_groups(run)["law"]
     masks = Masks(settings.question_tokens_only, settings.drop_first_positions, settings.outlier_norm)
-    own = paired_stats(run.lm, run.sae(), settings.layer, groups, masks)
+    own = paired_stats(resources.lm(run), resources.reader(run), settings.layer, groups, masks)
     stored = split_domains(run.get("domain_stats"))["law"]
     torch.testing.assert_close(own.squared_difference_L, stored["squared_difference_L"], rtol=1e-4, atol=1e-9)
     other = sts.open_run("smoke", results=run.results, question_tokens_only=False)
@@ -60,25 +59,27 @@ def test_masks_of_the_run_reach_the_extraction(run):
 
 
 def test_demonstrations_never_stand_in_their_own_question(run):
-    for group in [*shift_groups(run), *(group for own in domain_groups(run).values() for group in own)]:
+    domains = resources.domain_groups(run).values()
+    for group in [*resources.shift_groups(run), *(group for own in domains for group in own)]:
         for base, icl in zip(group.base, group.icl, strict=True):
-            question = run.lm.tokenizer.decode(base.ids[base.question[0]:base.question[1]])
-            assert run.lm.tokenizer.decode(icl.ids).count(question) == 1
+            question = resources.lm(run).tokenizer.decode(base.ids[base.question[0]:base.question[1]])
+            assert resources.lm(run).tokenizer.decode(icl.ids).count(question) == 1
 
 
 @pytest.mark.parametrize(("draws", "demonstrations"), [(3, 2), (4, 3)])
 def test_every_draw_of_demonstrations_has_questions_of_its_own(run, draws, demonstrations):
     many = sts.open_run("smoke", results=run.results, demonstration_draws=draws, shift_demonstrations=demonstrations,
                         shift_tokens=100_000)
-    examples = {run.lm.tokenizer.decode(run.lm.tokenizer(example.question)["input_ids"]): example.example_id
-                for example in many.sft_examples("train")}
-    groups = shift_groups(many)
+    tokenizer = resources.lm(run).tokenizer
+    examples = {tokenizer.decode(tokenizer(example.question)["input_ids"]): example.example_id
+                for example in resources.train(many)}
+    groups = resources.shift_groups(many)
     assert len(groups) == draws
     read = []
     for group in groups:
         for base, icl in zip(group.base, group.icl, strict=True):
-            question = many.lm.tokenizer.decode(base.ids[base.question[0]:base.question[1]])
-            assert many.lm.tokenizer.decode(icl.ids).count(question) == 1  # not its own demonstration
+            question = resources.lm(many).tokenizer.decode(base.ids[base.question[0]:base.question[1]])
+            assert resources.lm(many).tokenizer.decode(icl.ids).count(question) == 1  # not its own demonstration
             read.append(examples[question])
     assert len(read) == len(set(read)) > len(examples) / 2
 
@@ -86,13 +87,13 @@ def test_every_draw_of_demonstrations_has_questions_of_its_own(run, draws, demon
 def test_too_few_examples_for_the_draws_are_said(run):
     few = sts.open_run("smoke", results=run.results, demonstration_draws=4, shift_demonstrations=3, sft_examples=4)
     with pytest.raises(StsError, match="'gsm_symbolic' has 4 examples, too few.*Lower demonstration_draws"):
-        shift_groups(few)
+        resources.shift_groups(few)
 
 
 def test_held_out_problems_are_not_trained_on(run):
-    train, held_out = ({example.question for example in run.sft_examples(part)} for part in ("train", "held_out"))
+    train, held_out = ({example.question for example in part(run)} for part in (resources.train, resources.held_out))
     assert not train & held_out
-    assert len(run.sft_examples("train")) == 16 and len(run.sft_examples("held_out")) == 8
+    assert len(resources.train(run)) == 16 and len(resources.held_out(run)) == 8
 
 
 def test_the_tuned_model_is_what_is_evaluated_after(run):
@@ -110,13 +111,13 @@ def test_domain_shift_is_after_minus_before(run):
               / before[law]["characters"]).mean()
     shifts = run.get("domain_shift").set_index(["domain", "measure"])
     assert shifts.loc[("law", "bits"), "shift"] == pytest.approx(change)
-    assert set(shifts.index.get_level_values("measure")) == {"bits", "bits_answer", "accuracy", "p_right"}
+    assert set(shifts.index.get_level_values("measure")) == {"bits", "accuracy", "p_right"}
 
 
 def test_correlations_are_those_of_the_absolute_shift(run):
     scores, shifts = run.get("scores"), run.get("domain_shift")
     found = {(row["measure"], row["variant"], row["score"]): row for row in run.get("correlations")}
-    assert len(found) == 16
+    assert len(found) == 12
     for variant in ("paper", "official_code"):
         for score in ("sts_act", "sts_icl"):
             x = scores[scores["variant"] == variant].set_index("domain")[score]
@@ -161,9 +162,9 @@ def test_demonstrations_may_come_from_a_split_of_their_own(tmp_path, monkeypatch
     monkeypatch.setenv("STS_DATA_DIR", str(tmp_path))
     run = sts.open_run("smoke", results=tmp_path / "results", domain_data="mmlu_pro", demonstrations=2,
                        demonstration_split="validation")
-    group, = domain_groups(run)["law"]
+    group, = resources.domain_groups(run)["law"]
     assert len(group.base) == 3  # every question is scored
-    text = run.lm.tokenizer.decode(group.icl[0].ids)
+    text = resources.lm(run).tokenizer.decode(group.icl[0].ids)
     assert "Worked 0." in text and "Worked 1." in text and "Question test" in text
 
 
@@ -192,7 +193,7 @@ def test_other_families_run_through_all_stages(tmp_path, model):
     run = sts.open_run("smoke", results=tmp_path, model=model, domains=["law", "math", "physics"],
                        sft_examples=8, domain_limit=4)
     rows = pandas.DataFrame(run.get("correlations"))
-    assert len(rows) == 16
+    assert len(rows) == 12
     assert run.get("domain_shift")["shift"].abs().max() > 0
 
 
@@ -200,11 +201,12 @@ def test_every_piece_of_text_begins_with_bos_where_the_model_expects_it(tmp_path
     texts = {}
     for model in ("random-llama", "random-gemma3"):
         run = sts.open_run("smoke", results=tmp_path, model=model, context=40, text_examples=4)
-        bos, pieces = run.lm.tokenizer.bos_token_id, text_pieces(run, "train")
+        tokenizer = resources.lm(run).tokenizer
+        bos, pieces = tokenizer.bos_token_id, token_pieces(tokenizer, resources.texts(run), run.settings.context, 10**9)
         start = 1 if model == "random-gemma3" else 0
         assert len(pieces) > 8 and max(map(len, pieces)) == 40
         assert not start or all(piece[0] == bos and bos not in piece[1:] for piece in pieces)
-        texts[model] = run.lm.tokenizer.decode([token for piece in pieces for token in piece[start:]])
+        texts[model] = resources.lm(run).tokenizer.decode([token for piece in pieces for token in piece[start:]])
     # Llama's pieces hold its chat template, in which the same token opens every turn; cut pieces do not begin with it.
     assert "<|im_start|>user" in texts["random-llama"] and "Question: " in texts["random-gemma3"]
 
@@ -222,7 +224,7 @@ def test_too_few_examples_name_the_domain(tmp_path):
 def test_layer_out_of_range_and_wrong_site(tmp_path, run):
     with pytest.raises(sts.StsError, match="Layer 7 was asked for; the model has layers 0 to 1"):
         sts.open_run("smoke", results=tmp_path, layer=7).get("shift")
-    sae = run.sae()
+    sae = resources.reader(run)
     assert sae.cfg.metadata.hook_name == "blocks.0.hook_resid_post"
     folder = str(run.get("sae"))
     with pytest.raises(sts.StsError, match="after layer 0 .* layer 1 was asked for"):
@@ -245,43 +247,3 @@ def test_cuda_without_a_gpu_is_one_error(tmp_path, monkeypatch):
         sts.open_run("smoke", results=tmp_path, device="cuda").get("shift")
 
 
-def test_answers_in_words_are_scored_before_and_after(run):
-    def answered(**settings):
-        return sts.open_run("smoke", results=run.results, domains=["law", "math"], eval_max_tokens=6, **settings)
-
-    mine = answered(eval_generate=["mmlu_pro", "sft_held_out"])
-    before, after = mine.get("generation_before"), mine.get("generation_after")
-    asked = {example.example_id for example in mine.sft_examples("held_out")}
-    assert set(before.loc[before["benchmark"] == "sft_held_out", "example_id"]) == asked
-    own = before[before["benchmark"] == "mmlu_pro"]
-    assert own.groupby("domain").size().to_dict() == {"law": 2, "math": 2}  # eval_limit
-    assert (before["sha256"] != after["sha256"]).any()  # a tuned model says something else
-    shifts = mine.get("generation_shift").set_index(["benchmark", "domain"])
-    change = (after["correct"].astype(float) - before["correct"])[before["benchmark"] == "sft_held_out"]
-    assert shifts.loc[("sft_held_out", "math"), "shift"] == pytest.approx(100 * change.mean())
-    assert shifts["mcnemar_p"].notna().all()
-    assert answered(eval_generate=["mmlu_pro"]).key("generation_before") != mine.key("generation_before")
-    with pytest.raises(StsError, match="eval_generate is empty"):
-        answered().get("generation_before")
-
-
-def test_vllm_is_one_setting_away(run, monkeypatch):
-    mine = sts.open_run("smoke", results=run.results, eval_generate=["sft_held_out"], eval_backend="vllm",
-                        eval_tensor_parallel=2, sft_lr=2e-2)
-    calls = []
-    monkeypatch.setattr("sts.stages.generation.open_vllm", lambda location, **options: calls.append(
-        (location, options)) or (_ for _ in ()).throw(StsError("stop")))
-    for name in ("generation_before", "generation_after"):
-        with pytest.raises(StsError, match="stop"):
-            mine.get(name)
-    (location, before), (_, after) = calls
-    assert (run.results / "models") in Path(location).parents
-    assert (before["tensor_parallel"], before["dtype"], before["adapter"]) == (2, "float32", None)
-    assert (after["adapter"] / "adapter_config.json").is_file() and after["lora_rank"] == 4
-
-
-def test_option_texts_are_a_setting_away(run):
-    mine = sts.open_run("smoke", results=run.results, domains=["law", "math", "physics"], eval_kinds=["option"])
-    assert set(mine.get("evaluation_before")["kind"]) == {"option"}
-    assert set(mine.get("domain_shift")["measure"]) == {"accuracy_norm"}
-    assert {row["measure"] for row in mine.get("correlations")} == {"accuracy_norm"}
