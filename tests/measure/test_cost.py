@@ -1,16 +1,13 @@
 """Costs: formulas against torch's own counter and published sizes, plans by hand, pages that say what was recorded."""
 
-import json
 import math
 from dataclasses import fields, replace
 
-import pandas
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import sts
-from sts.book import pages_cost, pages_plan, pages_speed, plots_cost
 from sts.data.prompts import Prompt, PromptGroup
 from sts.engine.models import residual_stream
 from sts.errors import StsError
@@ -199,20 +196,6 @@ def test_sensitivity_holds_the_plan_and_all_at_once_is_widest():
     assert same.loc["sft_solution_tokens", "low"] == same.loc["sft_solution_tokens", "high"]
 
 
-def test_every_number_of_the_plan_is_on_the_page_with_its_origin():
-    table = pages_plan.given_table(cost.Settings(), cost.Assumptions(generated_tokens=123)).set_index("parameter")
-    assert table.loc["generated_tokens", "value"] == "123" and table.loc["generated_tokens", "from"] == "our assumption"
-    assert table.loc["sft_examples", "value"] == "817" and table.loc["sft_examples", "from"] == "the paper"
-    assert table.loc["evaluation_prefix_cached", "value"] == "yes"
-    assert len(table) == len(fields(cost.Settings)) + len(fields(cost.Assumptions))
-
-
-def test_the_plans_table_divides_by_each_way_to_forecast():
-    table = pages_plan.plan_table(cost.plan(SMALL, ASSUMED, [TOY])).set_index("")
-    assert table.loc["forecast", "finding out / this, passes"] == "7.6"  # (1440 + 1740) / 420 = 7.57
-    assert table.loc["fine-tuning", "finding out / this, passes"] == ""
-
-
 def test_prompts_are_counted_whole():
     group = PromptGroup((Prompt((1, 2, 3), (1, 3)),), (Prompt((1, 9, 9, 2, 3), (3, 5)),))
     assert cost.prompt_tokens([group, group]) == {"prompts": 4, "tokens": 16}
@@ -225,77 +208,6 @@ def run(tmp_path_factory):
     return sts.open_run("smoke", results=tmp_path_factory.mktemp("cost"))
 
 
-def costs(forecast=(10.0, 100.0), training=(20.0, 150.0), evaluation=(30.0, 250.0)):
-    rows = [{"group": group, "counted": True, "seconds": seconds, "tokens": passes, "passes": passes, "uncounted": "",
-             "notes": ""} for group, (seconds, passes) in zip(
-                 pages_cost.GROUPS, (forecast, training, evaluation), strict=True)]
-    return pandas.DataFrame([*rows, {"group": "Extra", "counted": False, "seconds": 5.0, "tokens": 7.0, "passes": 6.0,
-                                     "uncounted": "", "notes": ""}])
-
-
-@pytest.mark.parametrize(("forecast", "verdict"), [
-    ((10.0, 100.0), "cheaper"),          # 5 times in seconds, 4 times in passes
-    ((45.0, 100.0), "about as costly"),  # 1.1 times in seconds
-    ((100.0, 100.0), "about as costly"),  # dearer in seconds, cheaper in passes
-    ((100.0, 900.0), "dearer"),
-    ((10.0, math.nan), "not counted")])
-def test_the_verdict_follows_its_rule(forecast, verdict):
-    assert pages_cost.cost_verdict(costs(forecast)) == verdict
-
-
-def test_the_cost_table_adds_up_and_leaves_the_extra_row_out():
-    table = pages_cost.cost_table(costs()).set_index("")
-    assert list(table["share of time"])[:4] == ["17%", "33%", "50%", "83%"]
-    assert list(table["share of passes"])[:4] == ["20%", "30%", "50%", "80%"]
-    assert table.loc["Finding out, divided by forecast", "time"] == "5.0"
-    assert table.loc["Finding out, divided by forecast", "token-forward-passes"] == "4.0"
-    assert table.loc["Extra", "share of time"] == "" and table.loc["Extra", "time"] == "5.0 s"
-
-
-def test_the_first_paragraph_has_the_numbers_and_the_rule(run):
-    run.get("shift")
-    varied = cost.sensitivity(SMALL, ASSUMED, architectures=[TOY])
-    text = pages_cost.cost_summary(run, costs(), varied, 2.0)
-    assert "took 10 s and 100 token-forward-passes. Fine-tuning and evaluating took 50 s and 400: 5.0 times" in text
-    assert "4.0 times the passes" in text and "**cheaper**" in text and pages_cost.COST_RULE in text
-    # 4,000 tokens through one of two layers; 400 - 100 passes are saved each time; 2,000 / 300 = 6.7.
-    assert "would pay from forecast number 7 on" in text
-    dear = pages_cost.cost_summary(run, costs((99.0, 600.0)), varied, 2.0)
-    assert "forecasting never pays here" in dear and "**dearer**" in dear
-
-
-def test_measured_costs_are_those_of_the_provenance(run):
-    table = pages_cost.measured(run).set_index("group")
-    records = {name: run.provenance(name) for name in ("shift", "domain_stats", "evaluation_before", "evaluation_after",
-                                                       "sft", "shift_rows", "domain_rows")}
-    forecast = table.loc["Forecast"]
-    assert forecast["seconds"] == records["shift"]["seconds"] + records["domain_stats"]["seconds"]
-    assert forecast["passes"] == records["shift"]["work"]["passes"] + records["domain_stats"]["work"]["passes"]
-    # One of two layers is read in the smoke run.
-    padded = sum(records[name]["work"]["padded_tokens"] for name in ("shift", "domain_stats"))
-    assert forecast["passes"] == padded / 2
-    tested = table.loc["Evaluation, before and after"]
-    assert tested["tokens"] == 2 * records["evaluation_before"]["work"]["tokens"]
-    assert tested["passes"] == 2 * records["evaluation_before"]["work"]["padded_tokens"]
-    assert list(table["counted"]) == [True, True, True, False]
-
-
-def test_savings_compare_with_whole_prompts_through_all_layers(run):
-    from sts.stages.forecast import domain_groups, shift_groups
-
-    saved = pages_cost.savings(run)
-    prompts = [prompt for group in shift_groups(run) for prompt in (*group.base, *group.icl)]
-    assert saved.loc["shifted dimensions", "whole_tokens"] == sum(len(prompt.ids) for prompt in prompts)
-    behind = [prompt for own in domain_groups(run).values() for group in own for prompt in (*group.base, *group.icl)]
-    assert saved.loc["domains", "whole_tokens"] == sum(len(prompt.ids) for prompt in behind)
-    assert saved.loc["together", "tokens"] == saved["tokens"].iloc[:2].sum() < saved.loc["together", "whole_tokens"]
-    assert saved.loc["together", "depth"] == 0.5
-    tokens = run.get("shift")["tokens"].item()
-    assert saved.loc["shifted dimensions", "matrices_mb"] == pytest.approx(2 * tokens * 128 * 4 / 1e6)
-    assert saved.loc["shifted dimensions", "sums_mb"] == pytest.approx((10 * 128 + 1) * 8 / 1e6)
-    assert "leaving early a factor of 2.00" in pages_cost.savings_sentence(saved)
-
-
 def test_the_forecasts_sums_are_counted_from_the_stored_tensors(run):
     for name in ("shift", "domain_stats"):
         tensors, own = run.get(name), run.get("forecast_sums")[name]
@@ -303,67 +215,6 @@ def test_the_forecasts_sums_are_counted_from_the_stored_tensors(run):
         assert own["tokens"] == sum(int(tensors[f"{group}/tokens".lstrip("/")]) for group in groups)
         assert own["latents"] == 128  # the smoke run's SAE
         assert own["bytes"] == sum(len(tensor.numpy().tobytes()) for tensor in tensors.values())
-
-
-def test_a_result_recorded_without_its_data_counts_as_computed(tmp_path, monkeypatch):
-    from sts.run.recorded import record
-
-    source = sts.open_run("smoke", results=tmp_path / "source", seeds=[])
-    source.get("sae")
-    record(source, tmp_path / "recorded")
-    assert not list((tmp_path / "recorded").glob("sae-*/*.safetensors"))  # its weights stay behind
-    other = sts.open_run("smoke", results=tmp_path / "other", seeds=[])
-    monkeypatch.setattr(other.store, "recorded", (tmp_path / "recorded",))
-    assert other.computed("sae") == other.provenance("sae") and other.computed("sae")["key"] == source.key("sae")
-    assert "sae" in other.used and not list((tmp_path / "other").glob("**/sae-*"))  # shown, and not computed again
-    tokens = other.computed("forecast_tokens")  # not recorded, so it is computed
-    assert tokens["key"] == source.key("forecast_tokens") and other.stored("forecast_tokens")
-    with pytest.raises(StsError, match="recorded without its weights. To train it here: sts stage sae --again"):
-        other.get("shift")
-    other.compute("sae")
-    assert sts.open_run("smoke", results=tmp_path / "other", seeds=[]).get("shift")["tokens"] > 0
-
-
-def test_a_stage_stored_without_its_work_is_named_and_nothing_stops(run, monkeypatch):
-    whole = run.provenance
-
-    def without(name):
-        record = whole(name)
-        return {key: value for key, value in record.items() if key != "work"} if name == "domain_stats" else record
-
-    monkeypatch.setattr(run, "provenance", without)
-    table = pages_cost.measured(run)
-    assert math.isnan(table.loc[0, "passes"]) and table.loc[0, "seconds"] > 0
-    assert pages_cost.cost_verdict(table) == "not counted"
-    assert pages_cost.cost_table(table).loc[0, "token-forward-passes"] == "not recorded"
-    assert "**Not recorded:** the work of domain_stats." in pages_cost.cost_notes(run, table)
-    varied = cost.sensitivity(SMALL, ASSUMED, architectures=[TOY])
-    assert "**not counted**" in pages_cost.cost_summary(run, table, varied, 2.0)
-    assert "cannot be told" in pages_cost.savings_sentence(pages_cost.savings(run))
-    assert "is not recorded" in pages_cost.sae_cost_sentence(run, table)
-    pages_cost.savings_table(pages_cost.savings(run))
-    plots_cost.measured_costs(table)
-
-
-def test_the_saes_cost_is_counted_in_forecasts(run):
-    table = pages_cost.measured(run)
-    tokens = json.loads((run.sae_folder / "training.json").read_text())["tokens"]
-    text = pages_cost.sae_cost_sentence(run, table)
-    assert f"{tokens / 2:,.0f} token-forward-passes" in text
-    assert f"as much as {tokens / 2 / table.loc[0, 'passes']:.1f} forecasts" in text
-
-
-def test_the_runs_own_model_is_described_without_loading_it(run):
-    shape = pages_plan.run_architecture(sts.open_run(run.settings, results=run.results))
-    assert (shape.layers, shape.width, shape.layers_read, shape.sae_latents) == (2, 64, 1, 128)
-    table = pages_plan.architecture_table([shape], keys=10)
-    assert table.loc[0, "all layers"] == pages_plan.si(shape.flops(10))
-
-
-@pytest.mark.parametrize(("value", "text"), [(14_482_932_000, "14.5 G"), (999_600, "1 M"), (132_000, "132 k"), (7, "7"),
-                                             (2.483e18, "2.48 E")])
-def test_large_counts_have_three_digits_and_a_prefix(value, text):
-    assert pages_plan.si(value) == text
 
 
 # --- recorded benchmarks: the numbers of this one are made up ---
@@ -384,82 +235,5 @@ MADE_UP = {
          "held": False}]}
 
 
-def recorded(folder, content=None, kind="cpu"):
-    (folder / f"{kind}.json").write_text(json.dumps(MADE_UP if content is None else content), encoding="utf-8")
-    return pages_speed.read_benchmark(kind, folder)
-
-
-def test_a_benchmark_is_shown_as_recorded(tmp_path):
-    one = recorded(tmp_path)
-    text = pages_speed.benchmark_sentence("cpu", one)
-    assert "Made-up processor, 2 cores" in text and "1 of 2 requirements were held" in text and "2026-01-02" in text
-    tables = pages_speed.speed_tables(one)
-    assert list(tables) == ["Every token of a text", "Memory with a wide SAE"]
-    by_text, by_memory = (table.loc[0] for table in tables.values())
-    assert by_text["seconds"] == "2.00 (1.00 to 4.00, n = 3)" and by_memory["peak memory (MB)"] == "12"
-    # A column with nothing in it is left out: memory was not measured with the text, time means nothing for memory.
-    assert list(by_text.index) == ["route", "tokens", "latents", "seconds", "tokens a second"]
-    assert list(by_memory.index) == ["route", "tokens", "latents", "peak memory (MB)", "note"]
-    assert list(pages_speed.requirement_table(one)["held"]) == ["yes", "no"]
-    assert "TFLOP" not in text
-    shaped = {**MADE_UP, "shapes": [{"shape": "made-up", "tflops": 12.34, "share_of_peak": 0.5}]}
-    text = pages_speed.benchmark_sentence("cpu", recorded(tmp_path, shaped))
-    assert "made-up: 12.3 TFLOP/s, 50% of the dense bf16 peak." in text
-    figure = plots_cost.speed(recorded(tmp_path, {**MADE_UP, "rows": [
-        *MADE_UP["rows"], {**MADE_UP["rows"][0], "workload": "precision"}]}))
-    assert [axis.patches[0].get_width() for axis in figure.axes] == [50.0, 12.5]
-    points = [line for line in figure.axes[0].lines if line.get_marker() == "."][0]
-    assert sorted(points.get_xdata()) == [25.0, 50.0, 100.0]
-
-
-@pytest.mark.parametrize(("ratio", "said"), [(0.99, "adds nothing to that: 6.50%"), (1.4, "adds to that: 6.50%")])
-def test_rounding_is_said_with_its_numbers(tmp_path, ratio, said):
-    distance = "sum over latents of |difference from float32| / sum"
-    rows = [{**MADE_UP["rows"][1], "workload": "precision", "route": route, "note": f"{distance}: {value}"}
-            for route, value in (("float32", "0.00%"), ("whole", "7.25%"), ("ours", "6.50%"))]
-    ratios = [{**MADE_UP["ratios"][0], "what": "distance from float32, cache reused / whole prompts", "value": ratio}]
-    text = pages_speed.precision_sentence(recorded(tmp_path, {**MADE_UP, "rows": rows, "ratios": ratios}))
-    assert "are 7.25% away" in text and said in text and f"{ratio:.2f} times" in text
-    assert pages_speed.precision_sentence(recorded(tmp_path)) == ""
-
-
-def test_a_missing_benchmark_is_one_sentence(tmp_path):
-    assert pages_speed.read_benchmark("gpu", tmp_path) is None
-    text = pages_speed.benchmark_sentence("gpu", None)
-    assert "No GPU has been measured yet" in text and "make bench" in text
-
-
-@pytest.mark.parametrize(("change", "named"), [
-    ({"rows": []}, "rows"),
-    ({"machine": {"processor": "x"}}, "machine.cores"),
-    ({"rows": [{**MADE_UP["rows"][0], "seconds": []}]}, "rows.0.seconds"),
-    ({"ratios": [{**MADE_UP["ratios"][0], "bound": "about"}]}, "ratios.0.bound")])
-def test_a_damaged_benchmark_names_its_field(tmp_path, change, named):
-    with pytest.raises(StsError, match=rf"cpu\.json is not a benchmark \({named}: "):
-        recorded(tmp_path, {**MADE_UP, **change})
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
-def test_a_file_that_is_no_benchmark_is_refused(tmp_path, text):
-    (tmp_path / "cpu.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(StsError, match="make bench"):
-        pages_speed.read_benchmark("cpu", tmp_path)
-
-
 # --- figures ---
 
-def test_bars_show_the_costs_and_hatch_what_is_not_counted():
-    figure = plots_cost.measured_costs(costs())
-    assert [[bar.get_width() for bar in axis.patches] for axis in figure.axes] == [[10, 20, 30, 5], [100, 150, 250, 6]]
-    assert [bool(bar.get_hatch()) for bar in figure.axes[0].patches] == [False, False, False, True]
-
-
-def test_every_figure_fits_a_phone_and_is_closed(tmp_path):
-    import matplotlib.pyplot as plt
-
-    varied = cost.sensitivity(cost.Settings(), cost.Assumptions())
-    planned = cost.plan(cost.Settings(), cost.Assumptions())
-    figures = [plots_cost.measured_costs(costs()), plots_cost.planned_costs(planned), plots_cost.sensitivity(varied),
-               plots_cost.speed(recorded(tmp_path))]
-    assert all(figure.get_figwidth() <= 7.5 for figure in figures)
-    assert plt.get_fignums() == []

@@ -6,8 +6,7 @@ import torch
 
 from sts.engine.extract import PairedStats
 from sts.errors import StsError
-from sts.measure.score import score_domain, score_domains
-from sts.measure.score import concentration, overlap, shifted_dimensions
+from sts.measure.score import concentration, overlap, score_domain, score_domains, shifted_dimensions
 
 generator = numpy.random.default_rng(5)
 TRAIN_BASE, TRAIN_ICL = generator.gamma(1.0, size=(2, 30, 12))
