@@ -90,7 +90,7 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
         found = verification.verify(opened, name, tolerance)
         print(verification.report(name, found))
         raise typer.Exit(0 if found.agrees else 1)
-    from sts.engine import processes
+    from sts.engine import work as processes
 
     if again:
         opened.compute(name)

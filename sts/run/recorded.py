@@ -97,7 +97,7 @@ def record(run: OpenRun, target: Path) -> list[str]:
         StsError: nothing is stored, or the folder would take up more than `LIMIT`.
     """
     others = trainings_of(run)
-    known = [one for one in others if one is run or _readable(one)]
+    known = [one for one in others if one is run or one.known("sft_train")]
     runs, own, found = [*seeds_of(run), *known], Store(run.store.folder), {}
     for one in runs:
         for name, spec in STAGES.items():
@@ -130,14 +130,6 @@ def record(run: OpenRun, target: Path) -> list[str]:
         raise StsError(f"{target} takes up {size / 1e6:.1f} MB; at most {LIMIT / 1e6:.0f} MB are recorded. Leave "
                        "stages out in sts.run.recorded.CHANGED.")
     return sorted(found)
-
-
-def _readable(run: OpenRun) -> bool:
-    """Whether a further training set can be read here."""
-    try:
-        return bool(run.identity("sft_train"))
-    except StsError:
-        return False
 
 
 def _drop_stale(target: Path, runs: Sequence[OpenRun]) -> None:

@@ -143,17 +143,15 @@ class OpenRun:
         uses = {setting: getattr(self.settings, setting) for setting in spec.uses}
         needs = {need: self.key(need) for need in self.needs(spec.name)}
         with without_hub():  # recorded results need neither the model nor the data
-            inputs = {what: self._known(what) for what in spec.inputs}
-        if None in inputs.values():
-            found = recorded_key(provenances(self.store.recorded, spec.name), spec, uses, needs, inputs,
-                                 resources.drawn(self.settings, spec.inputs))
-            if found is not None:
-                return found
-            try:
-                inputs = {what: self.identity(what) for what in spec.inputs}
-            except StsError as error:
-                raise self._beyond_recorded(spec.name, error) from error
-        return key_of(spec, uses, needs, inputs)
+            known = {what: self.known(what) for what in spec.inputs}
+            found = recorded_key(provenances(self.store.recorded, spec.name), spec, uses, needs, known, resources.drawn(
+                self.settings, spec.inputs)) if None in known.values() else None
+        if found is not None:
+            return found
+        try:
+            return key_of(spec, uses, needs, {what: self.identity(what) for what in spec.inputs})
+        except StsError as error:
+            raise self._beyond_recorded(spec.name, error) from error
 
     def identity(self, what: str) -> str:
         """A digest of what a stage reads from outside (`resources.identity`).
@@ -165,7 +163,8 @@ class OpenRun:
             return resources.identity(self, what)
         return self.once(f"digest of {what}", resources.DECIDED_BY[what], lambda: resources.identity(self, what))
 
-    def _known(self, what: str) -> str | None:
+    def known(self, what: str) -> str | None:
+        """`identity`, or None where it is not here."""
         try:
             return self.identity(what)
         except StsError:

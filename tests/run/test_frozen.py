@@ -71,7 +71,8 @@ def flat(row, path=""):
     if isinstance(row, dict):
         return {place: value for name, own in row.items() for place, value in flat(own, f"{path}.{name}").items()}
     if isinstance(row, (list, tuple)):
-        return {place: value for number, own in enumerate(row) for place, value in flat(own, f"{path}.{number}").items()}
+        return {place: value for number, own in enumerate(row)
+                for place, value in flat(own, f"{path}.{number}").items()}
     return {path.removeprefix("."): row.item() if hasattr(row, "item") else row}
 
 
@@ -108,7 +109,8 @@ def test_numbers_computed_anew_are_what_they_were(run, name):
             if value is None:
                 assert row.get(place) is None or np.isnan(row[place]), place
             elif isinstance(value, float):
-                np.testing.assert_allclose(row[place], value, **CLOSE, err_msg=f"{identity(row, table['about'])} {place}")
+                np.testing.assert_allclose(row[place], value, **CLOSE,
+                                           err_msg=f"{identity(row, table['about'])} {place}")
             else:
                 assert row[place] == value, (identity(row, table["about"]), place)
             compared += value is not None

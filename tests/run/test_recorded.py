@@ -13,6 +13,7 @@ import sts
 from sts.errors import ROOT, MissingData, StsError
 from sts.run.recorded import BLANK, CHANGED, NO_TEXT, provenances, record, recorded_key, texts_withheld
 from sts.run.resources import drawn, lm, seeds_of, trainings_of
+from sts.run.run import OpenRun
 from sts.run.stage import STAGES, Stage
 from sts.run.store import Store
 from sts.run.verify import verify
@@ -214,7 +215,9 @@ def test_recording_removes_nothing_while_a_training_set_cannot_be_read(run, tmp_
     record(first, tmp_path / "recorded")
     before = {path.name for path in (tmp_path / "recorded").iterdir()}
     second = sts.open_run("smoke", results=run.results, seeds=[], top_n=3, training_sets=["mmlu_exemplars"])
-    monkeypatch.setattr("sts.run.recorded._readable", lambda run: False)  # as if mmlu_exemplars could not be read
+    missing = {"sft_train": None}  # as if mmlu_exemplars could not be read
+    known = OpenRun.known
+    monkeypatch.setattr(OpenRun, "known", lambda self, what: missing.get(what, known(self, what)))
     record(second, tmp_path / "recorded")
     assert before <= {path.name for path in (tmp_path / "recorded").iterdir()}
 
