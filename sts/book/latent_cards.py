@@ -26,7 +26,7 @@ def cards(latents: Sequence[Mapping], more: Mapping[int, Mapping], *, sae: str, 
         title = f'<a href="{escape(address)}/{card["latent"]}">{title}</a>' if address else title
         lines = [f"fires on {card['rate']:.2%} of tokens, at most {card['contexts'][0]['value']:.1f}"]
         for name in [name for name in ("promoted", "demoted") if found.get(name)]:
-            tokens = (escape(token.strip() or repr(token)) for token in found[name])
+            tokens = (escape(token.strip() or repr(token)) for token in found[name] if not TEMPLATE.search(token))
             lines.append(f"{name}: " + " ".join(f"<code>{token}</code>" for token in tokens))
         parts = [f'<p class="sts-rate">{line}</p>' for line in lines] + [_histogram(found.get("histogram", ()))]
         for name, contexts in (("strongest", card["contexts"]), ("of middling strength", found.get("middling", ()))):

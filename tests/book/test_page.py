@@ -60,7 +60,7 @@ def test_cards_show_text_and_no_template():
     card = {"latent": 7, "rate": 0.0123, "contexts": [
         context("<|im_start|>", "user", "\n", "What", " is", " <b>", "?", "<|im_end|>", "\n", peak=4),
         context("no", "<|im_start|>", "assistant", peak=1)]}
-    more = {"promoted": [" maths", "\n"], "demoted": ["<i>"], "histogram": [100, 10, 0, 1],
+    more = {"promoted": [" maths", "<|im_end|>", "\n"], "demoted": ["<i>"], "histogram": [100, 10, 0, 1],
             "middling": [context("a", " mid", peak=1)]}
     found = soup(latent_cards.cards([card], {7: more}, sae="data/sae/x", texts=True))
     said = texts(found.select("blockquote"))
