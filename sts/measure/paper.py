@@ -244,9 +244,9 @@ def selection_effect(correlations: Sequence[float], *, shifts: Sequence[float] |
             y_SD = np.tile((y_D - y_D.mean()) / y_D.std(ddof=1), (simulations, 1))
         x_SD = true * y_SD + math.sqrt(1 - true ** 2) * noise_SD
         order_SD = generator.permuted(np.tile(np.arange(domains), (simulations, 1)), axis=1)[:, :kept.size]
-        everything = stats.pearson_rows(x_SD, y_SD)
-        at_random = stats.pearson_rows(np.take_along_axis(x_SD, order_SD, 1), np.take_along_axis(y_SD, order_SD, 1))
-        selected = stats.pearson_rows(x_SD[:, kept], y_SD[:, kept])
+        everything = stats.correlation_rows(x_SD, y_SD)
+        at_random = stats.correlation_rows(np.take_along_axis(x_SD, order_SD, 1), np.take_along_axis(y_SD, order_SD, 1))
+        selected = stats.correlation_rows(x_SD[:, kept], y_SD[:, kept])
         ratio = math.sqrt(y_SD[:, kept].var(axis=1, ddof=1).mean() / y_SD.var(axis=1, ddof=1).mean())
         low, high = np.quantile(selected, [0.025, 0.975])
         rows.append({
