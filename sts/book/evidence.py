@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sts.book.claims import NOT_DONE, Claim, Estimate, Evidence, NotDone
 from sts.book.tables import rows_of, value_of
 from sts.errors import StsError
-from sts.measure import paper
+from sts.measure import cost, paper
 from sts.measure.items import MeanInterval, crossed_mean_interval, paired_mean_interval
 from sts.measure.overlap import concentrations, overlap_rows, same_fraction
 from sts.measure.score import concentration, overlap, shifted_dimensions
@@ -29,6 +29,8 @@ MATCH, SHARED = 0.1, 0.5
 UNLEARNED = "training taught the model too little: the loss on held-out problems fell by less than a tenth"
 CHANCE = "before training the model is right no more often than by chance"
 CODES = {"sae": "SAE latents", "raw": "raw dimensions", "random": "random sparse code"}
+OTHERS = {"matched": "others of as much energy", "most_active": "the most active latents",
+          "like_rate": "others that fire as often"}
 
 
 class Stored:
@@ -47,7 +49,6 @@ class Stored:
         return self.run.get(stage)
 
     def variant(self, **changes: Any) -> Stored:
-        """The same with other settings."""
         return Stored(self.run.variant(**changes))
 
 
@@ -71,19 +72,15 @@ def weigh(run: OpenRun | Stored, claim: Claim) -> tuple[Evidence | None, str, st
 
 def _learned(run: OpenRun | Stored, claim: Claim) -> bool:
     """Whether training taught something: with the run's seed, with every seed, or on the training sets of the claim."""
-    falls = []
+    if claim.learned == "no":
+        return True
     if claim.learned == "sets":
         sets, own = run.get("training_matrix"), claim.arguments.get("where", {}).get("training_set")
-        falls = sets.loc[(sets["training_set"] == own) | (own is None), "loss_fall"]
-    elif claim.learned != "no":
-        others = run.other_seeds if claim.learned == "every" else ()
-        falls = [_fall(run), *(_fall(run.variant(seed=seed)) for seed in others)]
-    return all(fall >= SMALLEST_FALL for fall in falls)
-
-
-def _fall(run: OpenRun | Stored) -> float:
-    log = json.loads((run.get("sft") / "training.json").read_text(encoding="utf-8"))
-    return 1 - log["held_out_after"] / log["held_out_before"]
+        return all(sets.loc[(sets["training_set"] == own) | (own is None), "loss_fall"] >= SMALLEST_FALL)
+    others = run.other_seeds if claim.learned == "every" else ()
+    logs = (json.loads((one.get("sft") / "training.json").read_text(encoding="utf-8"))
+            for one in (run, *(run.variant(seed=seed) for seed in others)))
+    return all(1 - log["held_out_after"] / log["held_out_before"] >= SMALLEST_FALL for log in logs)
 
 
 def _at_chance(run: OpenRun | Stored) -> bool:
@@ -100,12 +97,10 @@ def _at_chance(run: OpenRun | Stored) -> bool:
 def row(run: OpenRun | Stored, stage: str, where: Mapping[str, Any] = {}, *, under: str = "", value: str = "pearson",
         interval: str = "pearson_interval", p: str = "p", n: str = "n", of: str = "domains", sign: int = 1,
         against: Mapping[str, Mapping[str, Any]] = {}, each: str = "") -> Evidence:
-    """A number with its interval from a row of a stage's result.
+    """A number with its interval from the row of a stage (of its part `under`) that has the fields `where`.
 
     Args:
-        where: the fields that pick the row of `stage` (of its part `under`).
-        value, interval, p, n: fields; dots reach into dicts.
-        sign: -1 turns a difference round.
+        value, interval, p, n: fields; dots reach into dicts. A `sign` of -1 turns a difference round.
         against: name -> what differs in the row that the number is held against.
         each: how to call each row, if several are picked: the smallest number is judged, the others stand beside it.
     """
@@ -120,10 +115,16 @@ def row(run: OpenRun | Stored, stage: str, where: Mapping[str, Any] = {}, *, und
     more = {each.format(**one): number for one, number in zip(rows, numbers, strict=True) if one is not rows[first]}
     more = more if each else {name: row(run, **own | change | {"where": {**where, **change.get("where", {})}})
                               for name, change in against.items()}
-    chance = CHANCE * (where.get("measure") == "accuracy" and _at_chance(run))
+    unable = CHANCE * (where.get("measure") == "accuracy" and _at_chance(run)) or _affected(run, stage, where)
     count = value_of(rows[first], n) or (run.get("domain_shift")["domain"].nunique() if of == "domains" else None)
     return Evidence(**vars(numbers[first]), n=count, of=of, against=more,
-                    seeds=value_of(rows[first], "seeds") or 1, unable=value_of(rows[first], "undefined") or chance)
+                    seeds=value_of(rows[first], "seeds") or 1, unable=value_of(rows[first], "undefined") or unable)
+
+
+def _affected(run: OpenRun | Stored, stage: str, where: Mapping[str, Any]) -> str:
+    """Why a recorded result is known to be wrong, if these rows of it are."""
+    noted = run.provenance(stage).get("affected", {}) if stage != "paper" else {}
+    return noted.get("why", "") * (where.get("axis") in noted.get("axes", ()))
 
 
 def _estimate(one: Mapping[str, Any], value: str, interval: str = "", p: str = "", sign: int = 1) -> Estimate:
@@ -149,10 +150,8 @@ def choice(run: OpenRun | Stored, measure: str, score: str) -> Evidence:
 
 def losses(run: OpenRun | Stored, published: bool = False) -> Evidence:
     """Share of domains that lost accuracy (Tables 2 to 4), of the run or of the paper's three models."""
-    if published:
-        changes = paper.accuracy_shifts()["shift_pct"]
-    else:
-        changes = run.get("domain_shift").query("measure == 'accuracy'")["shift"]
+    changes = (paper.accuracy_shifts()["shift_pct"] if published else
+               run.get("domain_shift").query("measure == 'accuracy'")["shift"])
     if changes.empty:
         raise NotDone("Accuracy was not evaluated in this run.")
     return Evidence(float((changes < 0).mean()), n=len(changes), unable=CHANCE * (not published and _at_chance(run)))
@@ -181,6 +180,13 @@ def cost_ratio(run: OpenRun | Stored) -> Evidence:
         "token-forward-passes": Estimate(None if math.isnan(passes) else passes)})
 
 
+def planned_cost(run: OpenRun | Stored) -> Evidence:
+    """The same in token-forward-passes on paper, for the paper's models; the smallest is judged."""
+    (value, _), *more = sorted((cost.ratio(one, cost.Settings(), cost.Assumptions()), one.name)
+                               for one in cost.ARCHITECTURES.values())
+    return Evidence(value, n=1 + len(more), of="models", against={name: Estimate(ratio) for ratio, name in more})
+
+
 def sae(run: OpenRun | Stored, field: str) -> Evidence:
     """Share of latents that are "silent" on a token; or what the SAE explains of the variance "more" than the small."""
     own, name = run.get("sae_quality"), "fraction_of_variance_explained"
@@ -191,24 +197,22 @@ def sae(run: OpenRun | Stored, field: str) -> Evidence:
 # --- what fine-tuning shifts --------------------------------------------------------------------------------------
 
 def shares(run: OpenRun | Stored, against: Sequence[str] = (), paper_fraction: bool = False) -> Evidence:
-    """Share of the change in the most shifted latents, chosen on other questions than measured on (Figures 1a, 2b).
+    """Share of the change in the N most shifted latents, chosen on other questions than measured on (Figures 1a, 2b).
 
     Args:
-        against: other codes, at the same fraction; or "activity", the share of the activity in the most active latents.
+        against: other codes, at the same fraction; or "activity", the share of the activity in the N most active.
         paper_fraction: of as many latents as the paper's 100 of 28,672, in place of the run's N.
     """
-    found, moved = {}, run.get("sft_shift")
-    for code in ("sae", *against):
-        count = _count(run, "sae" if code == "activity" else code)
-        if paper_fraction:
-            count = max(1, round(PAPER_FRACTION * len(moved["sae/squared_difference_L"])))
-        if code == "activity":
-            found[code] = Estimate(concentration(moved["sae/base_square_sum_L"])[count - 1].item())
-        else:
-            change_FL = moved[f"{code}/fold_squared_difference_FL"]
-            found[code] = _estimate(concentrations(change_FL, count, seed=run.settings.seed).at(count), "held_out")
-    return Evidence(**vars(found.pop("sae")), n=len(moved["sae/fold_squared_difference_FL"]), of="groups of questions",
-                    against={CODES.get(code, code): share for code, share in found.items()})
+    def share(code: str) -> Estimate:
+        change_FL = moved[f"{code}/fold_squared_difference_FL"]
+        count = max(1, round(PAPER_FRACTION * change_FL.shape[1])) if paper_fraction else _count(run, code)
+        return _estimate(concentrations(change_FL, count, seed=run.settings.seed).at(count), "held_out")
+
+    moved = run.get("sft_shift")
+    active = concentration(moved["sae/base_square_sum_L"])[run.settings.top_n - 1].item()
+    return Evidence(**vars(share("sae")), n=len(moved["sae/fold_squared_difference_FL"]), of="groups of questions",
+                    against={CODES.get(code, code): Estimate(active) if code == "activity" else share(code)
+                             for code in against})
 
 
 def _count(run: OpenRun | Stored, code: str) -> int:
@@ -224,12 +228,11 @@ def zeroing(run: OpenRun | Stored) -> Evidence:
     bits = rows[(rows["latents"] == count) & rows["bits"].notna()]
     tables = {kind: own.pivot(index="draw", columns="example_id", values="bits") for kind, own in bits.groupby("kind")}
     most = tables["most_shifted"].iloc[0]
-    others = {"random": "random latents", "matched": "others of as much energy",
-              "most_active": "the most active latents", "like_rate": "others that fire as often"}
-    others.pop("most_active" if "matched" in tables else "matched")
+    energy = "matched" if "matched" in tables else "most_active"
     leads = {name: _mean(crossed_mean_interval((most - tables[kind]).to_numpy(), against_one=True))
-             for kind, name in others.items() if kind in tables}
-    return Evidence(**vars(leads.pop("random latents")), n=len(most), of="problems", against=leads)
+             for kind, name in {"random": "", energy: OTHERS[energy], "like_rate": OTHERS["like_rate"]}.items()
+             if kind in tables}
+    return Evidence(**vars(leads.pop("")), n=len(most), of="problems", against=leads)
 
 
 def _mean(found: MeanInterval) -> Estimate:
