@@ -14,7 +14,6 @@ from scipy import stats as scipy_stats
 
 import sts
 from sts.errors import ROOT
-from sts.errors import ROOT
 from sts.measure.items import MEASURES
 from sts.run.log import Reporter
 from sts.run.stage import STAGES, key, values
