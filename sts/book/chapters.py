@@ -107,11 +107,11 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
                 str(source), str(target), parameters={"run": run, **given}, kernel_name="python3", progress_bar=False,
                 extra_arguments=["--log-level=40"])
     except DeadKernelError as error:
-        raise StsError(f"The kernel of chapter {source.stem!r} died, most likely for lack of memory. Stages that were "
-                       "finished stay stored. Smaller tokens_per_batch, eval_batch or sft_batch need less.") from error
+        raise StsError(f"The kernel of chapter {source.stem!r} died, most likely for lack of memory. Finished stages "
+                       "stay stored. Smaller tokens_per_batch, eval_batch or sft_batch need less.") from error
     except papermill.PapermillExecutionError as error:
         raise StsError(f"Chapter {source.stem!r} stopped in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
-                       f"Stages that were finished stay stored; the notebook so far: {target}") from error
+                       f"Finished stages stay stored; the notebook so far: {target}") from error
     if given or not settings.published:
         content = nbformat.read(target, as_version=4)
         content.cells = [cell for cell in content.cells if PUBLISHED not in cell.metadata.get("tags", [])]

@@ -45,21 +45,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evidence(Estimate):
-    """What a run has to say on a claim.
-
-    Attributes:
-        n: how many the number rests on, counted in `of`; averaged over `seeds`.
-        against: further numbers that the rule looks at, by name, in the rule's order.
-        fair: whether the random sets that the claim is held against match what they are compared with.
-        unable: why the claim cannot be tested in this run; "" if it can.
-    """
+    """What a run has to say on a claim: a number, what it rests on, and what a rule compares it with."""
 
     n: int | None = None
-    of: str = "domains"
-    seeds: int = 1
-    against: Mapping[str, Estimate] = field(default_factory=dict)
-    fair: bool = True
-    unable: str = ""
+    of: str = "domains"  # what n counts
+    seeds: int = 1  # that the number is averaged over
+    against: Mapping[str, Estimate] = field(default_factory=dict)  # further numbers, by name, in the rule's order
+    fair: bool = True  # whether random sets match what they are compared with
+    unable: str = ""  # why the claim cannot be tested in this run
 
     @property
     def others(self) -> Sequence[Estimate]:
@@ -181,21 +174,15 @@ class Claim:
         return f"{value} ({ends[0]} to {ends[1]})" if all(ends) else value
 
 
-@dataclass(frozen=True)
-class Result:
-    """One of the paper's figures or tables: what it claims, and its number."""
-
-    name: str
-    says: str
-    paper: str
-    chapter: str = ""
-
-
 @functools.cache
-def read_claims(path: Path = ROOT / "book" / "claims.yaml") -> tuple[dict[str, Result], dict[str, Claim]]:
-    """The paper's results by name, and all claims by id; `StsError` for an unknown rule or result, or an id twice."""
+def read_claims(path: Path = ROOT / "book" / "claims.yaml") -> tuple[dict[str, dict[str, str]], dict[str, Claim]]:
+    """The paper's results by name (name, says, paper, chapter), and all claims by id.
+
+    Raises:
+        StsError: an unknown rule or result, or an id twice.
+    """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    results = {row["name"]: Result(**row) for row in content["results"]}
+    results = {row["name"]: {"chapter": "", **row} for row in content["results"]}
     listed = [Claim(**{"arguments" if name == "with" else name: value for name, value in row.items()})
               for row in content["claims"]]
     for claim in listed:

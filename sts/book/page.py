@@ -116,19 +116,20 @@ class Page:
         """A row for each of the paper's results, from the records of claims and what is stored; counted at the top."""
         results, known = claims.read_claims()
         run, rows, words = evidence.Stored(self.run), [], []
-        for result in results.values():
-            own = [(claim, *evidence.weigh(run, claim)[:2]) for claim in known.values() if claim.result == result.name]
+        for name, result in results.items():
+            own = [(claim, *evidence.weigh(run, claim)[:2]) for claim in known.values() if claim.result == name]
             words.append(claims.together([word for *_, word in own]))
             ours = "".join(f"<div>{escape(claim.label)}: {_number(claim, found)} {_pill(word, 'sts-small')}</div>"
                            for claim, found, word in own if found)
-            title = result.chapter.replace("_", " ").capitalize()
-            link = f'<a href="{result.chapter}.html">{title}</a>' if title else ""
-            rows.append(f"<tr>{tables.cells((result.name, result.says, result.paper))}<td>{ours}</td>"
+            title = result["chapter"].replace("_", " ").capitalize()
+            link = f'<a href="{result["chapter"]}.html">{title}</a>' if title else ""
+            rows.append(f"<tr>{tables.cells(result[name] for name in ('name', 'says', 'paper'))}<td>{ours}</td>"
                         f"{tables.cells([self.settings.name])}<td>{_pill(words[-1])}</td><td>{link}</td></tr>")
         counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
         head = ("of the paper", "claim", "the paper", "this run, with 95% interval", "run", "verdict", "chapter")
-        return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scroll"><table class="dataframe sts-scorecard">'
-                    f"<thead><tr>{tables.cells(head, 'th')}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
+        return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scroll">'
+                    f'<table class="dataframe sts-scorecard"><thead><tr>{tables.cells(head, "th")}</tr></thead>'
+                    f"<tbody>{''.join(rows)}</tbody></table></div>")
 
     # --- latents, other runs, texts, provenance
 

@@ -8,7 +8,6 @@ import sys
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
-
 import yaml
 
 import sts
@@ -50,16 +49,18 @@ def test_numbers_on_the_page_are_the_stages_numbers(book):
     page = text_of(nbformat.read(results_folder() / "smoke" / "notebooks" / "transferability_score.ipynb", 4))
     row = next(row for row in run.get("correlations")
                if (row["measure"], row["variant"], row["score"]) == ("bits", "paper", "sts_icl"))
-    assert f"{row['pearson']:.2f} ({row['pearson_interval']['low']:.2f} to {row['pearson_interval']['high']:.2f})" in page
+    interval = row["pearson_interval"]
+    assert f"{row['pearson']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})" in page
     assert run.key("shift") in page  # provenance names the very stage
 
 
 def test_the_scorecard_is_the_second_page_and_is_executed_last(book):
     listed = yaml.safe_load((ROOT / "_toc.yml").read_text())
     assert listed["parts"][0]["chapters"][0]["file"] == "notebooks/scorecard"
-    notebooks = {path.stem: path.stat().st_mtime_ns for path in (results_folder() / "smoke" / "notebooks").glob("*.ipynb")}
+    folder = results_folder() / "smoke" / "notebooks"
+    notebooks = {path.stem: path.stat().st_mtime_ns for path in folder.glob("*.ipynb")}
     assert max(CHAPTERS, key=notebooks.get) == "scorecard"
-    page = text_of(nbformat.read(results_folder() / "smoke" / "notebooks" / "scorecard.ipynb", 4))
+    page = text_of(nbformat.read(folder / "scorecard.ipynb", 4))
     assert page.count("<td>smoke</td>") == 17
 
 

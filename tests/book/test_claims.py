@@ -27,8 +27,11 @@ UNKNOWN = Estimate(0.3)
 
 # --- rules: words and code stand side by side ------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("low", "high", "verdict"), [
-    (0.26, 0.5, HELD), (0.25, 0.3, HELD), (0.2, 0.3, NOT_HELD), (0.1, 0.24, NOT_HELD), (None, None, HELD)])
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.26, 0.5, HELD), (0.25, 0.3, HELD), (0.2, 0.3, NOT_HELD), (0.1, 0.24, NOT_HELD), (None, None, HELD)],
+)
 def test_few_latents_carry_the_change(low, high, verdict):
     assert claims.at_least(found(0.25, low, high), 0.25) == verdict
     assert claims.at_least(found(0.2), 0.25) == NOT_HELD
@@ -39,25 +42,47 @@ def test_more_concentrated_than_the_activity(low, high, verdict):
     assert claims.apart(found(0.5, low, high, against=[Estimate(0.35)])) == verdict
 
 
-@pytest.mark.parametrize(("sae", "raw", "random", "verdict"), [
-    ((0.4, 0.5), (0.2, 0.3), (0.1, 0.3), HELD), ((0.4, 0.5), (0.2, 0.3), (0.3, 0.4), IN_PART),
-    ((0.1, 0.15), (0.2, 0.3), (0.0, 0.01), NOT_HELD), ((0.25, 0.5), (0.2, 0.3), (0.0, 0.1), NOT_HELD)])
+@pytest.mark.parametrize(
+    ("sae", "raw", "random", "verdict"),
+    [
+        ((0.4, 0.5), (0.2, 0.3), (0.1, 0.3), HELD),
+        ((0.4, 0.5), (0.2, 0.3), (0.3, 0.4), IN_PART),
+        ((0.1, 0.15), (0.2, 0.3), (0.0, 0.01), NOT_HELD),
+        ((0.25, 0.5), (0.2, 0.3), (0.0, 0.1), NOT_HELD),
+    ],
+)
 def test_raw_dimensions_share_it_more_evenly(sae, raw, random, verdict):
     assert claims.apart(found(0.5, *sae, against=[lead(*raw), lead(*random)])) == verdict
 
 
-@pytest.mark.parametrize(("p", "lows", "verdict"), [
-    (0.01, (0.1, 0.1, 0.1), HELD), (0.01, (-0.1, 0.1, 0.1), IN_PART), (0.01, (0.1, 0.0, 0.1), IN_PART),
-    (0.01, (0.1, 0.1, -0.2), IN_PART), (0.01, (0.1, 0.1, None), IN_PART), (0.05, (-0.1, 0.1, 0.1), NOT_HELD),
-    (None, (-0.1, -0.1, -0.1), NOT_HELD)])
+@pytest.mark.parametrize(
+    ("p", "lows", "verdict"),
+    [
+        (0.01, (0.1, 0.1, 0.1), HELD),
+        (0.01, (-0.1, 0.1, 0.1), IN_PART),
+        (0.01, (0.1, 0.0, 0.1), IN_PART),
+        (0.01, (0.1, 0.1, -0.2), IN_PART),
+        (0.01, (0.1, 0.1, None), IN_PART),
+        (0.05, (-0.1, 0.1, 0.1), NOT_HELD),
+        (None, (-0.1, -0.1, -0.1), NOT_HELD),
+    ],
+)
 def test_demonstrations_foresee_the_shift(p, lows, verdict):
     leads = [UNKNOWN if low is None else lead(low) for low in lows]  # a single set has no interval
     assert claims.all_above(found(p=p, against=leads)) == verdict
 
 
-@pytest.mark.parametrize(("first", "second", "verdict"), [
-    ((0.1, 0.2), (0.1, 0.2), HELD), ((0.1, 0.2), (-0.1, 0.2), IN_PART), ((-0.1, 0.1), (0.1, 0.2), NOT_HELD),
-    ((-0.3, -0.1), (0.1, 0.2), NOT_HELD), ((None, None), (0.1, 0.2), NOT_HELD), ((0.0, 0.2), (0.1, 0.2), NOT_HELD)])
+@pytest.mark.parametrize(
+    ("first", "second", "verdict"),
+    [
+        ((0.1, 0.2), (0.1, 0.2), HELD),
+        ((0.1, 0.2), (-0.1, 0.2), IN_PART),
+        ((-0.1, 0.1), (0.1, 0.2), NOT_HELD),
+        ((-0.3, -0.1), (0.1, 0.2), NOT_HELD),
+        ((None, None), (0.1, 0.2), NOT_HELD),
+        ((0.0, 0.2), (0.1, 0.2), NOT_HELD),
+    ],
+)
 def test_a_difference_counts_with_its_whole_interval_and_each_further_one(first, second, verdict):
     assert claims.difference(found(0.15, *first, against=[lead(*second)])) == verdict
     alone = HELD if verdict == IN_PART else verdict
@@ -65,8 +90,10 @@ def test_a_difference_counts_with_its_whole_interval_and_each_further_one(first,
     assert claims.difference(found(0.15, *first, p=0.05)) == NOT_HELD  # where there is a p, it must be below 0.05
 
 
-@pytest.mark.parametrize(("low", "p", "verdict"), [
-    (0.1, 0.01, HELD), (0.1, 0.05, NOT_HELD), (-0.1, 0.01, NOT_HELD), (0.0, 0.01, NOT_HELD), (-0.9, 0.001, NOT_HELD)])
+@pytest.mark.parametrize(
+    ("low", "p", "verdict"),
+    [(0.1, 0.01, HELD), (0.1, 0.05, NOT_HELD), (-0.1, 0.01, NOT_HELD), (0.0, 0.01, NOT_HELD), (-0.9, 0.001, NOT_HELD)],
+)
 def test_a_correlation_needs_interval_and_p(low, p, verdict):
     assert claims.positive(found(0.5, low, 0.95, p)) == verdict
 
@@ -78,8 +105,9 @@ def test_one_weak_layer_wherever_it_stands_is_enough_against_the_claim(weak):
     assert claims.positive(found(0.6, 0.1, 0.9, 0.01, against=[lead(0.1)])) == HELD
 
 
-@pytest.mark.parametrize(("rate", "energy", "verdict"), [
-    (0.05, 0.01, HELD), (0.06, 0.01, NOT_HELD), (0.01, 0.3, NOT_HELD)])
+@pytest.mark.parametrize(
+    ("rate", "energy", "verdict"), [(0.05, 0.01, HELD), (0.06, 0.01, NOT_HELD), (0.01, 0.3, NOT_HELD)]
+)
 def test_the_choice_of_latents_must_beat_both_kinds_of_matched_sets(rate, energy, verdict):
     sets = [Estimate(0.2, p=rate), Estimate(0.2, p=energy)]
     assert claims.rarer_than(found(0.5, against=sets)) == verdict
@@ -93,23 +121,42 @@ def test_a_probe_is_judged_by_shuffled_targets():
     assert claims.no_more_than_chance(found(0.1, p=0.3, against=[Estimate(0.8, p=0.01)])) == NOT_HELD
 
 
-@pytest.mark.parametrize(("low", "high", "p", "sets", "verdict"), [
-    (0.1, 0.8, 0.01, 0.04, HELD), (0.1, 0.8, 0.01, 0.05, IN_PART), (0.1, 0.8, 0.01, 0.4, IN_PART),
-    (0.1, 0.8, 0.05, 0.04, NOT_HELD), (0.0, 0.8, 0.01, 0.04, NOT_HELD), (-0.2, 0.8, 0.01, 0.04, NOT_HELD),
-    (-0.8, -0.1, 0.01, 1.0, NOT_HELD), (None, None, 0.01, 0.04, NOT_HELD)])
+@pytest.mark.parametrize(
+    ("low", "high", "p", "sets", "verdict"),
+    [
+        (0.1, 0.8, 0.01, 0.04, HELD),
+        (0.1, 0.8, 0.01, 0.05, IN_PART),
+        (0.1, 0.8, 0.01, 0.4, IN_PART),
+        (0.1, 0.8, 0.05, 0.04, NOT_HELD),
+        (0.0, 0.8, 0.01, 0.04, NOT_HELD),
+        (-0.2, 0.8, 0.01, 0.04, NOT_HELD),
+        (-0.8, -0.1, 0.01, 1.0, NOT_HELD),
+        (None, None, 0.01, 0.04, NOT_HELD),
+    ],
+)
 def test_what_holds_must_hold_when_whole_training_sets_are_shuffled(low, high, p, sets, verdict):
     assert claims.specific(found(0.5, low, high, p, against=[Estimate(0.5, p=sets)])) == verdict
 
 
-@pytest.mark.parametrize(("lead", "beyond", "verdict"), [
-    ((3.0, 0.04), (2.0, 0.04), HELD), ((3.0, 0.05), (2.0, 0.04), NOT_HELD), ((-3.0, 0.01), (2.0, 0.04), NOT_HELD),
-    ((3.0, 0.04), (2.0, 0.05), NOT_HELD), ((3.0, 0.04), (-1.0, 0.04), NOT_HELD), ((3.0, 0.04), (0.0, 0.01), NOT_HELD)])
+@pytest.mark.parametrize(
+    ("lead", "beyond", "verdict"),
+    [
+        ((3.0, 0.04), (2.0, 0.04), HELD),
+        ((3.0, 0.05), (2.0, 0.04), NOT_HELD),
+        ((-3.0, 0.01), (2.0, 0.04), NOT_HELD),
+        ((3.0, 0.04), (2.0, 0.05), NOT_HELD),
+        ((3.0, 0.04), (-1.0, 0.04), NOT_HELD),
+        ((3.0, 0.04), (0.0, 0.01), NOT_HELD),
+    ],
+)
 def test_a_list_is_the_training_sets_own_only_with_a_lead_beyond_that_by_firing_rate(lead, beyond, verdict):
     assert claims.own_list(found(lead[0], p=lead[1], against=[Estimate(beyond[0], p=beyond[1])])) == verdict
 
 
-@pytest.mark.parametrize(("seconds", "passes", "verdict"), [
-    (1.3, 1.3, HELD), (1.25, 1.3, IN_PART), (9.0, 0.5, IN_PART), (1.2, 0.7, NOT_HELD), (0.5, None, NOT_HELD)])
+@pytest.mark.parametrize(
+    ("seconds", "passes", "verdict"),
+    [(1.3, 1.3, HELD), (1.25, 1.3, IN_PART), (9.0, 0.5, IN_PART), (1.2, 0.7, NOT_HELD), (0.5, None, NOT_HELD)],
+)
 def test_a_forecast_is_cheaper_beyond_the_margin_in_both_units(seconds, passes, verdict):
     assert claims.cheaper(found(seconds, against=[Estimate(passes)])) == verdict
 
@@ -118,17 +165,30 @@ def test_what_cannot_be_tested_is_never_held():
     claim = Claim("x", "chapter", "says", "row", "positive")
     good = found(0.5, 0.1, 0.9, 0.01)
     assert claim.judge(good) == HELD and claim.judge(good, "at chance") == NOT_TESTABLE
-    assert claim.judge(found(None)) == NOT_TESTABLE and claim.judge(found(0.5, 0.1, 0.9, 0.01, unable="x")) == NOT_TESTABLE
+    assert (
+        claim.judge(found(None)) == NOT_TESTABLE and claim.judge(found(0.5, 0.1, 0.9, 0.01, unable="x")) == NOT_TESTABLE
+    )
 
 
-@pytest.mark.parametrize(("words", "verdict"), [
-    ([], NOT_DONE), ([NOT_DONE], NOT_DONE), ([NOT_DONE, NOT_TESTABLE], NOT_TESTABLE), ([HELD, NOT_TESTABLE], HELD),
-    ([HELD, NOT_HELD], IN_PART), ([IN_PART], IN_PART), ([NOT_HELD, NOT_DONE], NOT_HELD), ([HELD, HELD], HELD)])
+@pytest.mark.parametrize(
+    ("words", "verdict"),
+    [
+        ([], NOT_DONE),
+        ([NOT_DONE], NOT_DONE),
+        ([NOT_DONE, NOT_TESTABLE], NOT_TESTABLE),
+        ([HELD, NOT_TESTABLE], HELD),
+        ([HELD, NOT_HELD], IN_PART),
+        ([IN_PART], IN_PART),
+        ([NOT_HELD, NOT_DONE], NOT_HELD),
+        ([HELD, HELD], HELD),
+    ],
+)
 def test_a_result_of_several_claims_is_held_only_if_all_that_can_be_tested_are(words, verdict):
     assert claims.together(words) == verdict
 
 
 # --- the records --------------------------------------------------------------------------------------------------
+
 
 def test_the_records_name_what_there_is():
     results, known = claims.read_claims()
@@ -158,6 +218,7 @@ def test_numbers_are_never_minus_zero_and_carry_their_interval():
 
 # --- evidence -----------------------------------------------------------------------------------------------------
 
+
 class Run:
     """As much of a run as evidence asks for; `falls`: how far the held-out loss fell, by seed."""
 
@@ -167,7 +228,7 @@ class Run:
         self.other_seeds = tuple(range(1, len(falls)))
 
     def variant(self, seed):
-        return Run(self.folder, self.falls[seed:seed + 1], **self.results)
+        return Run(self.folder, self.falls[seed : seed + 1], **self.results)
 
     def stored(self, stage):
         return stage == "sft" or stage in self.results
@@ -178,17 +239,32 @@ class Run:
             return self.results[stage]
         folder = self.folder / f"sft-{self.falls[0]}"
         folder.mkdir(exist_ok=True)
-        (folder / "training.json").write_text(json.dumps({"held_out_before": 2.0, "held_out_after": 2.0 * (1 - self.falls[0])}))
+        (folder / "training.json").write_text(
+            json.dumps({"held_out_before": 2.0, "held_out_after": 2.0 * (1 - self.falls[0])})
+        )
         return folder
 
 
 def correlation_row(**more):
-    return {"measure": "bits", "variant": "paper", "score": "sts_act", "n": 14, "pearson": 0.6, "p": 0.01,
-            "pearson_interval": {"low": 0.2, "high": 0.8}} | more
+    return {
+        "measure": "bits",
+        "variant": "paper",
+        "score": "sts_act",
+        "n": 14,
+        "pearson": 0.6,
+        "p": 0.01,
+        "pearson_interval": {"low": 0.2, "high": 0.8},
+    } | more
 
 
-SCORE = Claim("x", "c", "s", "row", "positive", arguments={
-    "stage": "correlations", "where": {"measure": "bits", "variant": "paper", "score": "sts_act"}})
+SCORE = Claim(
+    "x",
+    "c",
+    "s",
+    "row",
+    "positive",
+    arguments={"stage": "correlations", "where": {"measure": "bits", "variant": "paper", "score": "sts_act"}},
+)
 
 
 def test_a_row_is_found_by_its_fields(tmp_path):
@@ -214,43 +290,92 @@ def test_a_run_that_learned_nothing_is_not_judged(tmp_path):
 
 
 def test_training_sets_that_were_not_learned_are_not_judged_nor_what_compares_them(tmp_path):
-    matrix = pandas.DataFrame({"training_set": ["code", "code", "law"], "seed": [0, 1, 0], "loss_fall": [0.3, 0.2, 0.05]})
+    matrix = pandas.DataFrame(
+        {"training_set": ["code", "code", "law"], "seed": [0, 1, 0], "loss_fall": [0.3, 0.2, 0.05]}
+    )
     rows = [correlation_row(training_set=name) for name in ("code", "law")]
     run = Run(tmp_path, training_matrix=matrix, training_correlations=rows)
 
     def word(**where):
-        claim = Claim("x", "c", "s", "row", "positive", learned="sets", arguments={
-            "stage": "training_correlations", "where": where})
+        claim = Claim(
+            "x",
+            "c",
+            "s",
+            "row",
+            "positive",
+            learned="sets",
+            arguments={"stage": "training_correlations", "where": where},
+        )
         return evidence.weigh(run, claim)[1]
 
-    assert (word(training_set="code"), word(training_set="law"), word(measure="bits")) == (HELD, NOT_TESTABLE, NOT_TESTABLE)
+    assert (word(training_set="code"), word(training_set="law"), word(measure="bits")) == (
+        HELD,
+        NOT_TESTABLE,
+        NOT_TESTABLE,
+    )
 
 
 def test_differences_can_be_turned_round_and_rivals_stand_beside(tmp_path):
-    ends = {"values": [], "claims": [{"axis": "k", "mean": -0.2, "interval": {"low": -0.3, "high": 0.1}, "p": 0.04, "n": 14}]}
-    rivals = [{"predictor": name, "n": 14, "seeds": 3, "less": {"sts_act": {"mean": mean, "interval": {
-        "low": mean - 0.1, "high": mean + 0.1}}}} for name, mean in (("raw", 0.5), ("text", 0.3))]
+    ends = {
+        "values": [],
+        "claims": [{"axis": "k", "mean": -0.2, "interval": {"low": -0.3, "high": 0.1}, "p": 0.04, "n": 14}],
+    }
+    rivals = [
+        {
+            "predictor": name,
+            "n": 14,
+            "seeds": 3,
+            "less": {"sts_act": {"mean": mean, "interval": {"low": mean - 0.1, "high": mean + 0.1}}},
+        }
+        for name, mean in (("raw", 0.5), ("text", 0.3))
+    ]
     run = Run(tmp_path, sweep=ends, rivals=rivals)
     got = evidence.row(run, "sweep", {"axis": "k"}, under="claims", value="mean", interval="interval", sign=-1)
     assert (got.value, got.low, got.high, got.p) == (0.2, -0.1, 0.3, 0.04)
-    got = evidence.row(run, "rivals", {"predictor": "raw"}, value="less.sts_act.mean", interval="less.sts_act.interval",
-                       against={"text": {"where": {"predictor": "text"}}})
-    assert (got.value, got.seeds, got.against["text"].value, got.against["text"].low) == (0.5, 3, 0.3, pytest.approx(0.2))
+    got = evidence.row(
+        run,
+        "rivals",
+        {"predictor": "raw"},
+        value="less.sts_act.mean",
+        interval="less.sts_act.interval",
+        against={"text": {"where": {"predictor": "text"}}},
+    )
+    assert (got.value, got.seeds, got.against["text"].value, got.against["text"].low) == (
+        0.5,
+        3,
+        0.3,
+        pytest.approx(0.2),
+    )
 
 
 def test_the_weakest_of_several_rows_is_judged(tmp_path):
-    run = Run(tmp_path, rows=[correlation_row(value=value, pearson=r) for value, r in (("7", 0.5), ("14", -0.2), ("22", 0.9))])
+    run = Run(
+        tmp_path, rows=[correlation_row(value=value, pearson=r) for value, r in (("7", 0.5), ("14", -0.2), ("22", 0.9))]
+    )
     got = evidence.row(run, "rows", {"measure": "bits"}, each="layer {value}")
-    assert got.value == -0.2 and {name: one.value for name, one in got.against.items()} == {"layer 7": 0.5, "layer 22": 0.9}
+    assert got.value == -0.2 and {name: one.value for name, one in got.against.items()} == {
+        "layer 7": 0.5,
+        "layer 22": 0.9,
+    }
     with pytest.raises(claims.NotDone):
         evidence.row(run, "rows", {"value": "7"}, each="layer {value}")
 
 
 @pytest.mark.parametrize(("right", "chance"), [(10, True), (14, True), (30, False)])
 def test_accuracy_is_judged_only_above_chance(tmp_path, right, chance):
-    rows = pandas.DataFrame([{"example_id": str(item), "kind": "letter", "option": option, "is_right": option == 0,
-                              "loglikelihood": float(option == (0 if item < right else 1))}
-                             for item in range(40) for option in range(4)])  # guessing gets 10 of 40, give or take 5
+    rows = pandas.DataFrame(
+        [
+            {
+                "example_id": str(item),
+                "kind": "letter",
+                "option": option,
+                "is_right": option == 0,
+                "loglikelihood": float(option == (0 if item < right else 1)),
+            }
+            for item in range(40)
+            for option in range(4)
+        ]
+    )  # guessing gets 10 of 40, give or take 5
     run = Run(tmp_path, evaluation_before=rows, correlations=[correlation_row(measure="accuracy")])
     got = evidence.row(run, "correlations", {"measure": "accuracy"})
     assert got.unable == (evidence.CHANCE if chance else "")
@@ -258,9 +383,22 @@ def test_accuracy_is_judged_only_above_chance(tmp_path, right, chance):
 
 def test_matched_sets_are_a_control_only_if_they_match_and_differ(tmp_path):
     def fair(**changed):
-        rows = [{"measure": "bits", "predictor": "sts_act", "null": kind, "observed": 0.5, "mean": 0.1, "p": 0.01, "draws": 9,
-                 "matched": 0.95, "chosen": 1.0, "shared": 0.5} | (changed if kind == "energy" else {})
-                for kind in ("rate", "energy")]
+        rows = [
+            {
+                "measure": "bits",
+                "predictor": "sts_act",
+                "null": kind,
+                "observed": 0.5,
+                "mean": 0.1,
+                "p": 0.01,
+                "draws": 9,
+                "matched": 0.95,
+                "chosen": 1.0,
+                "shared": 0.5,
+            }
+            | (changed if kind == "energy" else {})
+            for kind in ("rate", "energy")
+        ]
         return evidence.choice(Run(tmp_path, baseline_nulls=rows), "bits", "sts_act").fair
 
     assert fair() and not fair(matched=0.6) and not fair(shared=0.51) and fair(matched=1.09)
@@ -270,14 +408,28 @@ def test_zeroing_is_held_against_the_sets_that_could_be_made(tmp_path):
     costs = {"most_shifted": 0.5, "random": 0.1, "most_active": 0.6, "matched": 0.2, "like_rate": 0.3}
 
     def rows(*kinds):
-        return pandas.DataFrame([
-            {"kind": kind, "latents": latents, "draw": draw, "example_id": str(item),
-             "bits": costs[kind] + 0.01 * item + 0.002 * draw * item} for kind in kinds for latents in (2, 50)
-            for draw in range(1 if kind in ("most_shifted", "most_active") else 3) for item in range(6)])
+        return pandas.DataFrame(
+            [
+                {
+                    "kind": kind,
+                    "latents": latents,
+                    "draw": draw,
+                    "example_id": str(item),
+                    "bits": costs[kind] + 0.01 * item + 0.002 * draw * item,
+                }
+                for kind in kinds
+                for latents in (2, 50)
+                for draw in range(1 if kind in ("most_shifted", "most_active") else 3)
+                for item in range(6)
+            ]
+        )
 
     got = evidence.zeroing(Run(tmp_path, ablation=rows(*costs)))
-    assert got.value == pytest.approx(0.4, abs=0.02) and got.n == 6 and list(got.against) == [
-        "others of as much energy", "others that fire as often"]
+    assert (
+        got.value == pytest.approx(0.4, abs=0.02)
+        and got.n == 6
+        and list(got.against) == ["others of as much energy", "others that fire as often"]
+    )
     assert claims.difference(got) == HELD
     got = evidence.zeroing(Run(tmp_path, ablation=rows("most_shifted", "random", "most_active")))
     assert list(got.against) == ["the most active latents"] and claims.difference(got) == IN_PART
@@ -288,20 +440,34 @@ def tensors(generator):
     change_FL = torch.rand(4, 40, generator=generator) ** 6
     moved, drawn = {}, {}
     for code in ("sae", "raw", "random"):
-        moved |= {f"{code}/fold_squared_difference_FL": change_FL, f"{code}/squared_difference_L": change_FL.sum(0),
-                  f"{code}/base_square_sum_L": change_FL.sum(0)}
-        drawn |= {f"{code}/squared_difference_RL": change_FL.sum(0) + torch.zeros(5, 1),
-                  f"{code}/base_fired_L": -change_FL.sum(0), f"{code}/base_square_sum_L": -change_FL.sum(0)}
+        moved |= {
+            f"{code}/fold_squared_difference_FL": change_FL,
+            f"{code}/squared_difference_L": change_FL.sum(0),
+            f"{code}/base_square_sum_L": change_FL.sum(0),
+        }
+        drawn |= {
+            f"{code}/squared_difference_RL": change_FL.sum(0) + torch.zeros(5, 1),
+            f"{code}/base_fired_L": -change_FL.sum(0),
+            f"{code}/base_square_sum_L": -change_FL.sum(0),
+        }
     return moved, drawn
 
 
 def test_shares_and_lists_by_hand(tmp_path):
     moved, drawn = tensors(torch.Generator().manual_seed(0))
     other = {"sae/squared_difference_RL": -drawn["sae/squared_difference_RL"]}
-    run = Run(tmp_path, sft_shift=moved, shift_by_draw=drawn, shift_by_other_domain=other,
-              shift={"squared_difference_L": moved["sae/squared_difference_L"]},
-              shift_by_demonstrations={"sae/1": other["sae/squared_difference_RL"], "raw/8": None,
-                                       "sae/4": drawn["sae/squared_difference_RL"]})
+    run = Run(
+        tmp_path,
+        sft_shift=moved,
+        shift_by_draw=drawn,
+        shift_by_other_domain=other,
+        shift={"squared_difference_L": moved["sae/squared_difference_L"]},
+        shift_by_demonstrations={
+            "sae/1": other["sae/squared_difference_RL"],
+            "raw/8": None,
+            "sae/4": drawn["sae/squared_difference_RL"],
+        },
+    )
     change_FL = moved["sae/fold_squared_difference_FL"].double().numpy()
     held_out = sum(own[np.argsort(-(change_FL.sum(0) - own))[:2]].sum() for own in change_FL) / change_FL.sum()
     got = evidence.shares(run, against=["activity", "raw"])

@@ -10,10 +10,12 @@ import pytest
 from sts.book import figures
 from sts.errors import ROOT
 
-ROWS = [{"domain": "law", "value": 0.2, "r": {"low": 0.1, "high": 0.3}, "measure": "bits", "score": "act"},
-        {"domain": "math", "value": -0.1, "r": {"low": -0.3, "high": 0.1}, "measure": "bits", "score": "act"},
-        {"domain": "law", "value": 0.4, "r": None, "measure": "accuracy", "score": "act"},
-        {"domain": "math", "value": None, "r": None, "measure": "accuracy", "score": "icl"}]
+ROWS = [
+    {"domain": "law", "value": 0.2, "r": {"low": 0.1, "high": 0.3}, "measure": "bits", "score": "act"},
+    {"domain": "math", "value": -0.1, "r": {"low": -0.3, "high": 0.1}, "measure": "bits", "score": "act"},
+    {"domain": "law", "value": 0.4, "r": None, "measure": "accuracy", "score": "act"},
+    {"domain": "math", "value": None, "r": None, "measure": "accuracy", "score": "icl"},
+]
 
 
 def points(axis):
@@ -25,10 +27,21 @@ def hollow(line):
 
 
 def test_intervals_stand_at_their_labels_and_are_hollow_where_zero_is_inside():
-    figure = figures.intervals(ROWS, y="domain", x="value", low="r.low", high="r.high", panel="measure",
-                               marks={"the paper": 0.57}, names={"bits": "bits per character"}, xlabel={"bits": "change"})
+    figure = figures.intervals(
+        ROWS,
+        y="domain",
+        x="value",
+        low="r.low",
+        high="r.high",
+        panel="measure",
+        marks={"the paper": 0.57},
+        names={"bits": "bits per character"},
+        xlabel={"bits": "change"},
+    )
     bits, accuracy = figure.axes
-    assert [text.get_text() for text in bits.get_yticklabels()] == ["law", "math"] and bits.get_ylim()[0] > bits.get_ylim()[1]
+    assert [text.get_text() for text in bits.get_yticklabels()] == ["law", "math"] and bits.get_ylim()[
+        0
+    ] > bits.get_ylim()[1]
     drawn = points(bits)
     assert [place for place, _ in drawn] == [(0.2, 0.0), (-0.1, 1.0)]
     assert [hollow(line) for _, line in drawn] == [False, True]
@@ -40,7 +53,9 @@ def test_intervals_stand_at_their_labels_and_are_hollow_where_zero_is_inside():
 
 
 def test_values_of_a_hue_stand_beside_each_other_with_markers_of_their_own():
-    figure = figures.intervals(ROWS[:2] + [ROWS[0] | {"score": "icl", "value": 0.5}], y="domain", x="value", hue="score")
+    figure = figures.intervals(
+        ROWS[:2] + [ROWS[0] | {"score": "icl", "value": 0.5}], y="domain", x="value", hue="score"
+    )
     drawn = points(figure.axes[0])
     assert len({line.get_marker() for _, line in drawn}) == 2
     assert abs(drawn[0][0][1] - drawn[2][0][1]) > 0.2
@@ -48,9 +63,16 @@ def test_values_of_a_hue_stand_beside_each_other_with_markers_of_their_own():
 
 
 def test_a_scatter_marks_every_domain_alike_and_fits_a_line():
-    rows = pandas.DataFrame({"domain": ["law", "math", "physics"] * 2, "score": [1.0, 2, 3, 1, 2, 3],
-                             "change": [2.0, 4, 6, 1, 1, 1], "low": [1.0, -1, 5, 0.5, 0.5, 0.5],
-                             "high": [3.0, 5, 7, 2, 2, 2], "which": ["a"] * 3 + ["b"] * 3})
+    rows = pandas.DataFrame(
+        {
+            "domain": ["law", "math", "physics"] * 2,
+            "score": [1.0, 2, 3, 1, 2, 3],
+            "change": [2.0, 4, 6, 1, 1, 1],
+            "low": [1.0, -1, 5, 0.5, 0.5, 0.5],
+            "high": [3.0, 5, 7, 2, 2, 2],
+            "which": ["a"] * 3 + ["b"] * 3,
+        }
+    )
     first, second = figures.scatter(rows, low="low", high="high", panel="which").axes
     styles = [[(line.get_color(), line.get_marker()) for _, line in points(axis)] for axis in (first, second)]
     assert styles[0] == styles[1] == [figures.domain_style(domain) for domain in ("law", "math", "physics")]
@@ -69,12 +91,19 @@ def test_the_papers_domains_can_all_be_told_apart():
 
 def test_curves_draw_their_band_and_look_alike_in_all_panels():
     x, y = np.arange(1, 4), np.array([0.1, 0.5, 1.0])
-    left, right = figures.curves({"SAE": {"held out": (x, y, y - 0.1, y + 0.1)}, "raw": {"all": (x, y), "held out": (x, y / 2)}},
-                                 panels=True, logx=True, marks={"N = 2": 2}).axes
+    left, right = figures.curves(
+        {"SAE": {"held out": (x, y, y - 0.1, y + 0.1)}, "raw": {"all": (x, y), "held out": (x, y / 2)}},
+        panels=True,
+        logx=True,
+        marks={"N = 2": 2},
+    ).axes
     line = {one.get_label(): one for one in left.lines}["held out"]
     assert list(line.get_ydata()) == list(y) and len(left.collections) == 1 and not right.collections
     assert line.get_color() == {one.get_label(): one for one in right.lines}["held out"].get_color()
-    assert left.get_xscale() == "log" and list({one.get_label(): one for one in left.lines}["N = 2"].get_xdata()) == [2, 2]
+    assert left.get_xscale() == "log" and list({one.get_label(): one for one in left.lines}["N = 2"].get_xdata()) == [
+        2,
+        2,
+    ]
     assert len({one.get_linestyle() for one in right.lines}) == 3
 
 
@@ -82,23 +111,36 @@ def test_heat_writes_every_number_and_bars_their_lengths():
     frame = pandas.DataFrame([[0.1, -0.5], [0.25, 1.0]], index=["code", "law"], columns=["math", "physics"])
     axis = figures.heat(frame, centre=0).axes[0]
     assert [text.get_text() for text in axis.texts] == ["0.10", "-0.50", "0.25", "1.00"]
-    rows = [{"label": "forecast", "value": 3.0, "unit": "s"}, {"label": "training", "value": 30.0, "unit": "s"},
-            {"label": "training", "value": 20.0, "unit": "passes"}]
+    rows = [
+        {"label": "forecast", "value": 3.0, "unit": "s"},
+        {"label": "training", "value": 30.0, "unit": "s"},
+        {"label": "training", "value": 20.0, "unit": "passes"},
+    ]
     axis = figures.bars(rows, hue="unit", form=".0f").axes[0]
     assert [patch.get_width() for patch in axis.patches] == [3, 30, 20]
     assert [text.get_text() for text in axis.texts] == ["3", "30", "20"]
-    assert axis.patches[1].get_y() < axis.patches[2].get_y() and axis.patches[1].get_hatch() != axis.patches[2].get_hatch()
+    assert (
+        axis.patches[1].get_y() < axis.patches[2].get_y() and axis.patches[1].get_hatch() != axis.patches[2].get_hatch()
+    )
 
 
 def test_every_figure_fits_a_phone_and_is_closed():
     x = np.arange(3)
-    made = [figures.intervals(ROWS, y="domain", x="value", panel="measure"), figures.scatter(
-        [{"domain": "law", "score": 1, "change": 2}]), figures.curves({"a": (x, x)}), figures.bars(ROWS, y="domain"),
-        figures.heat(pandas.DataFrame([[1.0]])), figures.intervals([])]
+    made = [
+        figures.intervals(ROWS, y="domain", x="value", panel="measure"),
+        figures.scatter([{"domain": "law", "score": 1, "change": 2}]),
+        figures.curves({"a": (x, x)}),
+        figures.bars(ROWS, y="domain"),
+        figures.heat(pandas.DataFrame([[1.0]])),
+        figures.intervals([]),
+    ]
     for figure in made:
         assert figure.get_figwidth() <= 7
-        texts = [text for axis in figure.axes for text in (*axis.get_xticklabels(), *axis.get_yticklabels(), axis.xaxis.label,
-                                                           axis.title, *axis.texts)]
+        texts = [
+            text
+            for axis in figure.axes
+            for text in (*axis.get_xticklabels(), *axis.get_yticklabels(), axis.xaxis.label, axis.title, *axis.texts)
+        ]
         assert all(text.get_fontsize() >= 10 for text in texts)
     assert plt.get_fignums() == []
 

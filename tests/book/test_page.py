@@ -25,6 +25,7 @@ def texts(nodes):
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Row:
     name: str
@@ -32,12 +33,38 @@ class Row:
 
 
 def test_a_table_has_the_columns_it_is_asked_for():
-    rows = [{"measure": "bits", "pearson": 0.5, "interval": {"low": -0.001, "high": 1234.5}, "n": 1400},
-            {"measure": "<b>", "pearson": None, "interval": None, "n": 3}]
-    found = soup(tables.table(rows, {"in": "measure", "r": "{pearson:+.2f}", "interval": "{interval[low]:.2f} to {interval[high]:.0f}",
-                                     "high": "interval.high", "twice": lambda row: 2 * row["n"], "n": "n"}))
+    rows = [
+        {"measure": "bits", "pearson": 0.5, "interval": {"low": -0.001, "high": 1234.5}, "n": 1400},
+        {"measure": "<b>", "pearson": None, "interval": None, "n": 3},
+    ]
+    found = soup(
+        tables.table(
+            rows,
+            {
+                "in": "measure",
+                "r": "{pearson:+.2f}",
+                "interval": "{interval[low]:.2f} to {interval[high]:.0f}",
+                "high": "interval.high",
+                "twice": lambda row: 2 * row["n"],
+                "n": "n",
+            },
+        )
+    )
     assert texts(found.select("th")) == ["in", "r", "interval", "high", "twice", "n"]
-    assert texts(found.select("td")) == ["bits", "+0.50", "0.00 to 1234", "1,234", "2,800", "1,400", "<b>", "", "", "", "6", "3"]
+    assert texts(found.select("td")) == [
+        "bits",
+        "+0.50",
+        "0.00 to 1234",
+        "1,234",
+        "2,800",
+        "1,400",
+        "<b>",
+        "",
+        "",
+        "",
+        "6",
+        "3",
+    ]
     assert not found.select("td b") and found.select("div.sts-scroll > table")
 
 
@@ -51,23 +78,39 @@ def test_a_table_takes_frames_and_dataclasses_and_folds():
 
 # --- latent cards -------------------------------------------------------------------------------------------------
 
+
 def context(*tokens, peak, value=3.0):
-    return {"value": value, "peak": peak, "tokens": list(tokens),
-            "values": [value if place == peak else 0.0 for place in range(len(tokens))]}
+    return {
+        "value": value,
+        "peak": peak,
+        "tokens": list(tokens),
+        "values": [value if place == peak else 0.0 for place in range(len(tokens))],
+    }
 
 
 def test_cards_show_text_and_no_template():
-    card = {"latent": 7, "rate": 0.0123, "contexts": [
-        context("<|im_start|>", "user", "\n", "What", " is", " <b>", "?", "<|im_end|>", "\n", peak=4),
-        context("no", "<|im_start|>", "assistant", peak=1)]}
-    more = {"promoted": [" maths", "<|im_end|>", "\n"], "demoted": ["<i>"], "histogram": [100, 10, 0, 1],
-            "middling": [context("a", " mid", peak=1)]}
+    card = {
+        "latent": 7,
+        "rate": 0.0123,
+        "contexts": [
+            context("<|im_start|>", "user", "\n", "What", " is", " <b>", "?", "<|im_end|>", "\n", peak=4),
+            context("no", "<|im_start|>", "assistant", peak=1),
+        ],
+    }
+    more = {
+        "promoted": [" maths", "<|im_end|>", "\n"],
+        "demoted": ["<i>"],
+        "histogram": [100, 10, 0, 1],
+        "middling": [context("a", " mid", peak=1)],
+    }
     found = soup(latent_cards.cards([card], {7: more}, sae="data/sae/x", texts=True))
     said = texts(found.select("blockquote"))
     assert "What is <b>?" in said and "a mid" in said and not any("<|" in text or "user" in text for text in said)
     assert texts(found.select("code")) == ["maths", "'\\n'", "<i>"] and not found.select("b, i, a")
     assert texts(found.select(".sts-tok")) == ["is", "mid"]
-    heights = [float(bar["style"].removeprefix("height: ").removesuffix("%")) for bar in found.select(".sts-histogram span")]
+    heights = [
+        float(bar["style"].removeprefix("height: ").removesuffix("%")) for bar in found.select(".sts-histogram span")
+    ]
     assert heights == [100, 67, 0, 33]  # the number of digits
     hidden = soup(latent_cards.cards([card], {}, sae="data/sae/x", texts=False))
     assert "What" not in hidden.get_text() and "fires on 1.23% of tokens, at most 3.0" in hidden.get_text()
@@ -82,10 +125,13 @@ def test_public_saes_have_a_link_to_neuronpedia():
 
 # --- verdicts as coloured words -----------------------------------------------------------------------------------
 
+
 def luminance(colour):
-    parts = [int(colour[place:place + 2], 16) / 255 for place in (1, 3, 5)]
-    return sum(weight * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
-               for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    return sum(
+        weight * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
+        for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True)
+    )
 
 
 @pytest.mark.parametrize("word", claims.WORDS)
@@ -93,13 +139,16 @@ def test_every_verdict_is_a_word_that_can_be_read_on_its_colour(word):
     style = (ROOT / "book" / "_static" / "sts.css").read_text()
     own = re.search(rf"\.sts-{word.replace(' ', '-')} {{(.*?)}}", style, re.DOTALL).group(1)
     colours = {"color": "#ffffff"} | dict(re.findall(r"(background|color): (#\w+)", own))
-    full = {name: value if len(value) == 7 else "#" + "".join(2 * digit for digit in value[1:])
-            for name, value in colours.items()}
+    full = {
+        name: value if len(value) == 7 else "#" + "".join(2 * digit for digit in value[1:])
+        for name, value in colours.items()
+    }
     low, high = sorted(luminance(full[name]) for name in ("color", "background"))
     assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
 # --- a page on a run ----------------------------------------------------------------------------------------------
+
 
 class Run:
     """A run with given results, of which it computes nothing."""
@@ -107,7 +156,9 @@ class Run:
     def __init__(self, folder, **results):
         (folder / "training.json").write_text(json.dumps({"held_out_before": 2.0, "held_out_after": 1.0}))
         self.results = {"sft": folder} | results
-        self.settings = SimpleNamespace(name="stub", seed=0, description="a <run>", model="tiny", layer=1, top_n=2, sae="train")
+        self.settings = SimpleNamespace(
+            name="stub", seed=0, description="a <run>", model="tiny", layer=1, top_n=2, sae="train"
+        )
         self.changed, self.other_seeds, self.used = {"top_n": 2}, (), ("sft",)
 
     def get(self, stage):
@@ -123,8 +174,18 @@ class Run:
 
 
 def correlations(r=0.6):
-    return [{"measure": "bits", "variant": "paper", "score": score, "n": 14, "pearson": r, "p": 0.01,
-             "pearson_interval": {"low": r - 0.3, "high": r + 0.2}} for score in ("sts_act", "sts_icl")]
+    return [
+        {
+            "measure": "bits",
+            "variant": "paper",
+            "score": score,
+            "n": 14,
+            "pearson": r,
+            "p": 0.01,
+            "pearson_interval": {"low": r - 0.3, "high": r + 0.2},
+        }
+        for score in ("sts_act", "sts_icl")
+    ]
 
 
 def test_a_card_says_claim_numbers_verdict_and_folds_the_rule(tmp_path):
@@ -149,10 +210,15 @@ def test_a_changed_result_changes_card_row_and_count(tmp_path):
     card, counts, rows = shown(correlations=correlations())
     assert len(rows) == 17 and sum(counts.values()) == 17
     row = rows["Figure 3, Tables 6 and 9"]
-    assert (card, counts["held"], row[5]) == ("held", 1, "held") and row[4] == "stub" and "0.60 (0.30 to 0.80)" in row[3]
+    assert (
+        (card, counts["held"], row[5]) == ("held", 1, "held") and row[4] == "stub" and "0.60 (0.30 to 0.80)" in row[3]
+    )
     other, changed, moved = shown(correlations=correlations(0.2))
     assert (other, changed["held"], changed["not held"]) == ("not held", 0, counts["not held"] + 1)
-    assert moved["Figure 3, Tables 6 and 9"][5] == "not held" and "0.20 (-0.10 to 0.40)" in moved["Figure 3, Tables 6 and 9"][3]
+    assert (
+        moved["Figure 3, Tables 6 and 9"][5] == "not held"
+        and "0.20 (-0.10 to 0.40)" in moved["Figure 3, Tables 6 and 9"][3]
+    )
     card, counts, rows = shown()
     assert card == "not done yet" and counts["not done yet"] == 17 and counts["held"] == 0
     assert rows["Figure 3, Tables 6 and 9"][5] == "not done yet" and rows["Figure 6"][6] == ""
@@ -178,8 +244,9 @@ def test_tabs_hold_a_figure_each_and_show_the_first(tmp_path):
     page = Page("x", Run(tmp_path))
     figure, _ = plt.subplots()
     plt.close(figure)
-    found, again = (soup(page.tabs({"bits": figure, "acc<uracy": figure}, alt="A plot", caption="What it is"))
-                    for _ in range(2))
+    found, again = (
+        soup(page.tabs({"bits": figure, "acc<uracy": figure}, alt="A plot", caption="What it is")) for _ in range(2)
+    )
     assert [tab.has_attr("checked") for tab in found.select("input")] == [True, False]
     assert texts(found.select("label")) == ["bits", "acc<uracy"] and texts(found.select("figcaption")) == ["What it is"]
     assert [image["alt"] for image in found.select("figure > img")] == ["A plot: bits", "A plot: acc<uracy"]

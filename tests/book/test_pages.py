@@ -1,7 +1,7 @@
 """The rules of readable pages, on the executed book: few numbers in a paragraph, figures early, nothing said twice.
 
-Tables, code, formulas, captions, folded blocks and provenance do not count. The same rules hold for `smoke`, built live, and for
-`full`, built from its records.
+Tables, code, formulas, captions, folded blocks and provenance do not count. The same rules hold for `smoke`, built
+live, and for `full`, built from its records.
 """
 
 import re
@@ -15,7 +15,7 @@ from sts.book.chapters import CHAPTERS, build_book, chapter_source
 NUMERAL = re.compile(r"(?<![\w.])[-+±−]?\d[\d,]*(?:\.\d+)?%?(?!\w)")
 INTERVAL = re.compile(r"[-+−]?\d[\d,.]*%?\s*(?:to|–|,)\s*[-+−]?\d[\d,.]*%?\s*[)\]]")
 TEMPLATE = re.compile(r"<\|\w+\|>|<(?:start|end)_of_turn>")
-ASIDE = ("table, pre, figcaption, details, footer, nav, script, style, .math, .cell_input, .sts-provenance, .caption")
+ASIDE = "table, pre, figcaption, details, footer, nav, script, style, .math, .cell_input, .sts-provenance, .caption"
 PAGES = [*(f"notebooks/{chapter}" for chapter in CHAPTERS), "book/introduction", "book/method"]
 
 
@@ -42,7 +42,11 @@ def test_a_page_can_be_read(book, page):
     figures = article.select("img, svg")
     assert len(figures) <= 8
     if figures:
-        before = [node for node in figures[0].find_all_previous(["p", "li"]) if not node.find_parent(["table", "pre", "details"])]
+        before = [
+            node
+            for node in figures[0].find_all_previous(["p", "li"])
+            if not node.find_parent(["table", "pre", "details"])
+        ]
         assert sum(len(node.get_text(" ").split()) for node in before if node in article.find_all(["p", "li"])) <= 300
     assert not TEMPLATE.findall(article.get_text(" "))
     texts = paragraphs(article)
@@ -64,8 +68,13 @@ def test_a_chapter_answers_first_and_keeps_the_method_in_sight(chapter):
         if "assert" in cell.source:  # done by hand, and compared
             assert "hide-input" not in cell.metadata.get("tags", []) and len(cell.source.splitlines()) <= 20
     assert any("assert" in cell.source for cell in code) or chapter == "the_papers_numbers"
-    headings = " ".join(line.lower() for cell in cells if cell.cell_type == "markdown"
-                        for line in cell.source.splitlines() if line.startswith("#"))
+    headings = " ".join(
+        line.lower()
+        for cell in cells
+        if cell.cell_type == "markdown"
+        for line in cell.source.splitlines()
+        if line.startswith("#")
+    )
     for heading in ("takeaways", "how sure", "exercises", "provenance"):
         assert heading in headings
 

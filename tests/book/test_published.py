@@ -1,4 +1,4 @@
-"""What is written about the published run says what its records say: every number has its place, and is read from there."""
+"""What is written about the published run says what its records say: every number is read from its place there."""
 
 import json
 import re
@@ -15,9 +15,12 @@ from sts.book.chapters import CHAPTERS, chapter_source
 from sts.errors import ROOT
 
 NUMERAL = re.compile(r"(?<![\w.])[-+±−]?\d[\d,]*(?:\.\d+)?%?(?!\w)")
-CELLS = [(chapter, place, cell) for chapter in CHAPTERS
-         for place, cell in enumerate(nbformat.read(chapter_source(chapter), 4).cells)
-         if "published" in cell.metadata.get("tags", [])]
+CELLS = [
+    (chapter, place, cell)
+    for chapter in CHAPTERS
+    for place, cell in enumerate(nbformat.read(chapter_source(chapter), 4).cells)
+    if "published" in cell.metadata.get("tags", [])
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +30,19 @@ def run():
 
 def numerals(text):
     """The numbers that a reader sees: not those in code, formulas, addresses, roles and numbered lists."""
-    for gone in (r"`[^`]*`", r"\$[^$]*\$", r"\]\([^)]*\)", r"(?m)^\s*\d+\.", r"(?:Figures?|Tables?) [\d]+[a-e]?(?:(?:,| to| and) \d+)*"):
+    for gone in (
+        r"`[^`]*`",
+        r"\$[^$]*\$",
+        r"\]\([^)]*\)",
+        r"(?m)^\s*\d+\.",
+        r"(?:Figures?|Tables?) [\d]+[a-e]?(?:(?:,| to| and) \d+)*",
+    ):
         text = re.sub(gone, " ", text)
     return NUMERAL.findall(text)
 
 
 def read(run, selector):
-    """What a selector names: a stage with [field=value, ...] or [place] and .field in turn; claim:id.field; settings.name."""
+    """What a selector names: a stage with [field=value, ...], [place] or .field; claim:id.field; settings.name."""
     if selector.startswith("settings."):
         return getattr(run.settings, selector.removeprefix("settings."))
     if selector.startswith("claim:"):
@@ -65,14 +74,24 @@ def agrees(text, value):
 def test_a_number_agrees_only_with_its_own_rounding():
     assert agrees("0.60", 0.6027) and agrees("57%", 0.57) and agrees("−0.4", -0.4018) and agrees("1,200", 1200)
     assert not agrees("0.60", 0.61) and not agrees("0.4", -0.4) and not agrees("58%", 0.57)
-    assert numerals("r = 0.60 in `top_n=100` of 14 ([1](a/2.md)), Tables 2 to 4, $N=3$, 57%") == ["0.60", "14", "1", "57%"]
+    assert numerals("r = 0.60 in `top_n=100` of 14 ([1](a/2.md)), Tables 2 to 4, $N=3$, 57%") == [
+        "0.60",
+        "14",
+        "1",
+        "57%",
+    ]
 
 
 def test_selectors_reach_rows_and_claims(run):
-    row = next(row for row in run.get("correlations") if (row["measure"], row["variant"], row["score"])
-               == ("bits", "paper", "sts_icl"))
-    assert read(run, "correlations[measure=bits, variant=paper, score=sts_icl].pearson_interval.low") == (
-        row["pearson_interval"]["low"])
+    row = next(
+        row
+        for row in run.get("correlations")
+        if (row["measure"], row["variant"], row["score"]) == ("bits", "paper", "sts_icl")
+    )
+    assert (
+        read(run, "correlations[measure=bits, variant=paper, score=sts_icl].pearson_interval.low")
+        == (row["pearson_interval"]["low"])
+    )
     assert read(run, "claim:score-icl.value") == row["pearson"] and read(run, "settings.top_n") == run.settings.top_n
     assert read(run, "sft_trials[0].train") == run.get("sft_trials")[0]["train"]
     assert read(run, "sft.held_out_before") > 0
@@ -84,11 +103,15 @@ def test_every_number_in_prose_is_read_from_the_records(run, chapter, place, cel
     assert set(numerals(cell.source)) == set(facts)
     records = yaml.safe_load((ROOT / "book" / "claims.yaml").read_text(encoding="utf-8"))
     papers = " ".join(row.get("paper", "") for row in (*records["results"], *records["claims"]))
-    published = papers + (ROOT / "data" / "paper" / "published_numbers.csv").read_text(encoding="utf-8").replace(",", " ")
+    published = papers + (ROOT / "data" / "paper" / "published_numbers.csv").read_text(encoding="utf-8").replace(
+        ",", " "
+    )
     for text, selector in facts.items():
         if selector == "paper":
-            assert any(agrees(text, float(one.rstrip("%").replace(",", "")) / (100 if one.endswith("%") else 1))
-                       for one in NUMERAL.findall(published)), text
+            assert any(
+                agrees(text, float(one.rstrip("%").replace(",", "")) / (100 if one.endswith("%") else 1))
+                for one in NUMERAL.findall(published)
+            ), text
         else:
             assert agrees(text, read(run, selector)), f"{text} is {read(run, selector)} by {selector}"
 
