@@ -121,12 +121,11 @@ class Page:
             words.append(claims.together([word for *_, word in own]))
             ours = "".join(f"<div>{escape(claim.label)}: {_number(claim, found)} {_pill(word, 'sts-small')}</div>"
                            for claim, found, word in own if found)
-            title = result["chapter"].replace("_", " ").capitalize()
-            link = f'<a href="{result["chapter"]}.html">{title}</a>' if title else ""
-            rows.append(f"<tr>{tables.cells(result[name] for name in ('name', 'says', 'paper'))}<td>{ours}</td>"
-                        f"{tables.cells([self.settings.name])}<td>{_pill(words[-1])}</td><td>{link}</td></tr>")
+            link = f'<a href="{result["chapter"]}.html">{escape(name)}</a>' if result["chapter"] else escape(name)
+            rows.append(f"<tr><td>{link}</td><td>{_pill(words[-1])}</td>{tables.cells((result['says'], result['paper']))}"
+                        f"<td>{ours}</td>{tables.cells([self.settings.name])}</tr>")
         counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
-        head = ("of the paper", "claim", "the paper", "this run, with 95% interval", "run", "verdict", "chapter")
+        head = ("of the paper", "verdict", "claim", "the paper", "here, with 95% interval", "run")
         return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scroll">'
                     f'<table class="dataframe sts-scorecard"><thead><tr>{tables.cells(head, "th")}</tr></thead>'
                     f"<tbody>{''.join(rows)}</tbody></table></div>")
