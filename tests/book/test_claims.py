@@ -224,11 +224,15 @@ class Run:
 
     def __init__(self, tmp_path, falls=(0.2,), **results):
         self.folder, self.falls, self.results, self.asked = tmp_path, falls, results, []
+        self.notes = {}
         self.settings = SimpleNamespace(name="stub", seed=0, top_n=2, bootstrap=200)
         self.other_seeds = tuple(range(1, len(falls)))
 
     def variant(self, seed):
         return Run(self.folder, self.falls[seed : seed + 1], **self.results)
+
+    def provenance(self, stage):
+        return self.notes.get(stage, {})
 
     def stored(self, stage):
         return stage == "sft" or stage in self.results
@@ -346,6 +350,13 @@ def test_differences_can_be_turned_round_and_rivals_stand_beside(tmp_path):
         0.3,
         pytest.approx(0.2),
     )
+
+
+def test_a_record_known_to_be_wrong_judges_nothing(tmp_path):
+    run = Run(tmp_path, sweep=[correlation_row(axis=axis) for axis in ("width", "bands")])
+    run.notes = {"sweep": {"affected": {"axes": ["width"], "why": "trained on the wrong text"}}}
+    assert evidence.row(run, "sweep", {"axis": "width"}).unable == "trained on the wrong text"
+    assert evidence.row(run, "sweep", {"axis": "bands"}).unable == ""
 
 
 def test_the_weakest_of_several_rows_is_judged(tmp_path):
