@@ -74,7 +74,7 @@ class Row:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             value = str(value)
         if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
-            raise self.wrong(column, f"{str(value)[:60]!r} is no text. Write a text in quotes.")
+            raise self.wrong(column, f"{ascii(str(value)[:60])} is no text. Write a text in quotes.")
         if not (value.strip() or empty):
             raise self.wrong(column, "empty. Write a text, or leave the row out.")
         return value

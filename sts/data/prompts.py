@@ -21,10 +21,12 @@ from sts.errors import StsError
 
 #: A character from Unicode's private use area, which no text holds.
 MARKER = "\ue000"
-#: The date that templates are told: what Llama 3's own falls back to.
-DATE = datetime.date(2024, 7, 26)
-#: Characters of a private use area that stand in a rendered text for the format's tokens where they are plain text.
-PLAIN, _PLAIN = 0xF0000, re.compile("([\U000f0000-\U000ffffd])")
+#: The day that templates are told it is, which Llama 3's own falls back to; a definition put before each template.
+DATE = datetime.datetime(2024, 7, 26)
+_TODAY = "{% macro strftime_now(format) %}{{ format" + "".join(
+    f"|replace('%{code}', '{DATE.strftime('%' + code)}')" for code in "aAdbBmyYHIMSpj") + " }}{% endmacro %}"
+#: The end of a private use area, whose characters stand for the format's tokens where these are plain text.
+PLAIN, _PLAIN = 0x10E000, re.compile("([\U0010e000-\U0010fffd])")
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,27 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: tu
     if tokenizer.chat_template:
         messages = [{"role": role, "content": text} for turn in turns
                     for role, text in zip(("user", "assistant"), turn, strict=True)]
-        return tokenizer.apply_chat_template(messages[:-1] if answer is None else messages, tokenize=False,
-                                             add_generation_prompt=answer is None, strftime_now=DATE.strftime)
+        return chat_text(tokenizer, messages[:-1] if answer is None else messages, awaiting=answer is None)
     text = "\n\n".join(f"Question: {user}\nAnswer: {assistant}" for user, assistant in turns)
     return text[:-1] if answer is None else text
 
 
+def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, awaiting: bool) -> str:
+    """Messages by the chat template, the same on every day; `awaiting` an answer, or finished."""
+    return tokenizer.apply_chat_template(messages, chat_template=_TODAY + tokenizer.get_chat_template(),
+                                         tokenize=False, add_generation_prompt=awaiting)
+
+
 def context_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """What a finished turn has in front of its solution, for `encode`; some templates write more there than a prompt
-    that awaits an answer ends with."""
+    that awaits an answer ends with. Without a template, the blank behind "Answer:" is the solution's."""
     text = render(tokenizer, question, answer=MARKER)
-    return text[:text.rfind(MARKER)]
+    return text[:text.rfind(MARKER) - len(blank(tokenizer))]
+
+
+def blank(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a solution begins with: a blank in the plain layout, nothing in a chat."""
+    return "" if tokenizer.chat_template else " "
 
 
 @lru_cache(maxsize=8)
@@ -188,9 +200,9 @@ def solution_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, *, con
         StsError: the conversation does not fit the context, there is no solution, or the template changes it.
     """
     solution, start = solution_text(example), len(context_text(tokenizer, question_text(example)))
-    text = render(tokenizer, question_text(example), answer=solution)
-    end = start + len(_plain(tokenizer, solution))
-    if not solution or text[start:end] != _plain(tokenizer, solution):
+    text, own_text = render(tokenizer, question_text(example), answer=solution), _plain(tokenizer, solution)
+    end = start + len(blank(tokenizer) + own_text)
+    if not solution or text[start:end] != blank(tokenizer) + own_text:
         raise StsError(f"The solution of {example.example_id} has no tokens of its own in the chat: {solution[:60]!r}")
     ids, offsets = encode(tokenizer, text)
     own = [index for index, (left, right) in enumerate(offsets) if left < right and right > start and left < end]

@@ -26,7 +26,15 @@ import pandas
 import torch
 
 from sts.data.check import LETTERS
-from sts.data.prompts import OPENING, context_text, encode, question_text, solution_prompt, solution_text
+from sts.data.prompts import (
+    OPENING,
+    blank,
+    context_text,
+    encode,
+    question_text,
+    solution_prompt,
+    solution_text,
+)
 from sts.data.sources import Example
 from sts.engine.models import LanguageModel, decoder_layers, logits_at
 from sts.engine.prefix import common_prefix, why_not_reusable
@@ -96,7 +104,7 @@ def requests(lm: LanguageModel, example: Example, kinds: Sequence[str] = KINDS) 
 
     if "letter" in kinds and example.options:
         # As the options are written in the question and the solutions: "(A)".
-        context = encode(tokenizer, context_text(tokenizer, question_text(example)) + OPENING)[0]
+        context = encode(tokenizer, context_text(tokenizer, question_text(example)) + blank(tokenizer) + OPENING)[0]
         cue = tokenizer(OPENING, add_special_tokens=False)["input_ids"]
         for index, letter in enumerate(LETTERS[:len(example.options)]):
             ids = tokenizer(OPENING + letter, add_special_tokens=False)["input_ids"]
@@ -106,9 +114,9 @@ def requests(lm: LanguageModel, example: Example, kinds: Sequence[str] = KINDS) 
     if "solution" in kinds and solution_text(example):
         prompt = solution_prompt(tokenizer, example)
         first, last = prompt.question
-        # Without a template the prompt ends with "Answer:", and the blank that comes next is scored with the solution.
-        blank = 0 if tokenizer.chat_template else 1
-        yield row("solution", -1, blank + len(solution_text(example))), (prompt.ids[:first], prompt.ids[first:last])
+        # The blank behind "Answer:" is scored, so it is counted.
+        characters = len(blank(tokenizer) + solution_text(example))
+        yield row("solution", -1, characters), (prompt.ids[:first], prompt.ids[first:last])
 
 
 # --- log-likelihoods ----------------------------------------------------------------------------------------------

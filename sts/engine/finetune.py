@@ -117,9 +117,9 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     parts = [tokens_to_train_on(lm.tokenizer, part, settings.max_length) for part in (train, held_out)]
     (train_rows, _), (held_out_rows, _) = parts
     if not train_rows or not held_out_rows:
-        raise StsError(f"No {'held-out' if train_rows else 'training'} example leaves room for its solution: the "
-                       f"questions alone fill the {settings.max_length} tokens of sft_max_length, or there is no "
-                       "solution. Raise it, or use other examples.")
+        raise StsError(f"No {'held-out' if train_rows else 'training'} example leaves room for its solution, or "
+                       f"none has one: the questions alone fill the {settings.max_length} tokens of sft_max_length. "
+                       "Raise it, or use other examples.")
     micro, accumulated = divide_batch(settings.batch, settings.micro_batch, count())
     on_cpu = lm.device.type == "cpu"
     # Seed before the adapters get their random start.

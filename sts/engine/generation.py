@@ -16,7 +16,7 @@ from typing import Any
 import pandas
 
 from sts.data.check import LETTERS
-from sts.data.prompts import DATE, question_text
+from sts.data.prompts import chat_text, question_text
 from sts.data.sources import Example
 from sts.engine.models import LanguageModel
 from sts.errors import StsError
@@ -32,9 +32,8 @@ def prompt_text(tokenizer, benchmark: str, example: Example, worked: Sequence[Ex
     """The plain text of MMLU-Pro's official script, with worked examples, or a mathematics problem in a chat."""
     if benchmark != "mmlu_pro":
         text = f"{question_text(example)}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, strftime_now=DATE.strftime,
-            add_generation_prompt=True) if tokenizer.chat_template else text
+        message = {"role": "user", "content": text}
+        return chat_text(tokenizer, [message], awaiting=True) if tokenizer.chat_template else text
     blocks = [f"The following are multiple choice questions (with answers) about {example.domain}. Think step by step "
               'and then finish your answer with "the answer is (X)" where X is the correct letter choice.\n']
     for one in (*worked, example):
@@ -149,10 +148,11 @@ def open_vllm(location: str, *, revision: str = "", dtype: str = "auto", tensor_
 
     options: dict[str, Any] = {"pretrained": location, "dtype": dtype, "tensor_parallel_size": tensor_parallel,
                                "batch_size": "auto", "seed": seed, "enable_prefix_caching": True}
+    if revision:
+        options |= {"revision": revision, "tokenizer_revision": revision}
     if adapter is not None and (adapter / "adapter_config.json").is_file():
         options |= {"lora_local_path": str(adapter), "max_lora_rank": lora_rank}
     elif adapter is not None:
         options |= {"pretrained": str(adapter), "tokenizer": location}
-    elif revision:
-        options |= {"revision": revision, "tokenizer_revision": revision}
+        options.pop("revision", None)
     return get_model("vllm").create_from_arg_obj(options)

@@ -137,6 +137,8 @@ def load_model(name: str, *, revision: str = "", dtype: str = "float32", device:
     Raises:
         StsError: unknown model, or the hub cannot be reached.
     """
+    from sts.engine.packaged import PACKAGED  # it knows this module
+
     location, identity = resolve_model(name, revision, cache)
     on_hub = identity.startswith("hub:")
     options = {"revision": revision} if on_hub and revision else {}
@@ -148,8 +150,8 @@ def load_model(name: str, *, revision: str = "", dtype: str = "float32", device:
             raise StsError(f"Model folder {name!r} could not be read: {first_line(error)}") from error
         raise StsError(
             f"Model {name!r} was asked from the Hugging Face hub, which could not be reached or does not have it "
-            f"({first_line(error)}). What works without a network: a local folder, or a packaged model (`sts doctor`)."
-        ) from error
+            f"({first_line(error)}). What works without a network: a local folder, or a packaged model "
+            f"({', '.join(PACKAGED)}).") from error
     except (ValueError, SafetensorError) as error:  # a missing tokenizer, a truncated weights file
         raise StsError(f"Model {name!r} could not be read: {first_line(error)}") from error
     if not tokenizer.is_fast:

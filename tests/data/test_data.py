@@ -8,12 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sts.data.load import by_domain, gsm_symbolic, load_examples, load_texts, split_options
 from sts.data import load as data
 from sts.data import sources as data_sources
+from sts.data.load import (
+    by_domain,
+    gsm_symbolic,
+    load_examples,
+    load_texts,
+    shared_questions,
+    split_options,
+    training_split,
+)
 from sts.data.sources import Example, last_boxed
-from sts.errors import StsError
-from sts.run.settings import ROOT
+from sts.errors import ROOT, StsError
 
 # MMLU-Pro's own list of categories.
 CATEGORIES = {"biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history",
@@ -227,7 +234,7 @@ def test_examples_are_grouped_by_domain_in_alphabetical_order(exemplars):
 def test_a_broken_line_is_named_by_file_and_number(local):
     path = local("limo", "train", ROWS["limo", "train"][0])
     path.write_text(path.read_text(encoding="utf-8") + '{"question": \n', encoding="utf-8")
-    with pytest.raises(StsError, match=r"train\.jsonl, line 2: not JSON"):
+    with pytest.raises(StsError, match=r"train\.jsonl, row 2: not JSON"):
         load_examples("limo")
 
 
@@ -311,7 +318,7 @@ def test_texts_that_are_not_there_say_what_would_be(tmp_path):
 
 def test_a_line_without_text_is_refused(tmp_path):
     (tmp_path / "pages.jsonl").write_text('{"text": "one"}\n{"body": "two"}\n', encoding="utf-8")
-    with pytest.raises(StsError, match=r'pages\.jsonl: every line needs a "text" field'):
+    with pytest.raises(StsError, match=r"pages\.jsonl, row 2, column 'text': missing; the row has body"):
         load_texts(str(tmp_path / "pages.jsonl"))
 
 
@@ -343,7 +350,7 @@ def test_an_empty_file_and_a_folder_that_is_none_are_named(tmp_path, monkeypatch
     with pytest.raises(StsError, match="mbpp/all.jsonl holds no rows"):
         load_examples("mbpp")
     (tmp_path / "mbpp" / "all.jsonl").write_text('{"question": "2 + 2?"}\n')
-    with pytest.raises(StsError, match="public release of mbpp: column '.*' is missing; the row has question"):
+    with pytest.raises(StsError, match=r"mbpp/all\.jsonl, row 1, column 'text': missing; the row has question"):
         load_examples("mbpp")
     (tmp_path / "mbpp" / "all.jsonl").unlink()
     with pytest.raises(StsError, match=f"now {tmp_path}, without that file"):
@@ -354,3 +361,34 @@ def test_an_empty_file_and_a_folder_that_is_none_are_named(tmp_path, monkeypatch
     monkeypatch.delenv("STS_DATA_DIR")
     with pytest.raises(StsError, match="not set now"):
         load_examples("mbpp")
+
+
+# --- too few examples, and shared ones ----------------------------------------------------------------------------
+
+def arithmetic(count, start=0):
+    return [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"}
+            for n in range(start, start + count)]
+
+
+def test_a_set_that_is_too_small_is_divided_in_proportion_with_a_warning(local, caplog):
+    local("gsm8k", "train", *arithmetic(30))
+    train, held_out = training_split("gsm8k", 120, 40, seed=1)
+    assert (len(train), len(held_out)) == (22, 8)
+    assert "has 30 examples of 160 asked for (120 to train on): only 22 are trained on and 8 held out" in caplog.text
+    assert len({example.question for example in train + held_out}) == 30
+    caplog.clear()
+    whole = training_split("gsm8k", 20, 10, seed=1)
+    assert [len(part) for part in whole] == [20, 10] and not caplog.text
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_set_that_leaves_nothing_for_a_part_is_refused(local, count):
+    local("gsm8k", "train", *arithmetic(count))
+    with pytest.raises(StsError, match=f"has {count} examples of 160 asked for .* too few"):
+        training_split("gsm8k", 140, 20)
+
+
+def test_questions_that_are_trained_on_and_evaluated_are_counted(local):
+    local("gsm8k", "train", *arithmetic(8))
+    local("gsm8k", "test", *arithmetic(6, start=5), {"question": " What is  3 + 1? ", "answer": "#### 4"})
+    assert shared_questions(load_examples("gsm8k"), load_examples("gsm8k", split="test")) == 3 + 1

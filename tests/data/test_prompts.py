@@ -2,23 +2,33 @@
 
 import copy
 import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer
 
 from sts.data.load import Example, load_examples, split_options
 from sts.data.prompts import (
     demonstration_draws,
+    document_ids,
     make_group,
     make_prompt,
     own_questions,
     paired_positions,
     question_text,
     render,
+    solution_prompt,
     solution_text,
 )
+from sts.engine.evaluate import requests
+from sts.engine.finetune import tokens_to_train_on
+from sts.engine.models import load_model
 from sts.errors import StsError
 
 QUESTION = "A farmer has 12 sheep and $x^2$ goats (all white).\nHow many animals live on Île-3 now?"
@@ -128,7 +138,7 @@ def test_without_a_template_only_a_token_that_merged_with_the_space_before_it_is
     assert missing == "" or plain.decode(prompt.ids[first - 1]) == f" {missing}"
 
 
-realistic = st.text(st.characters(codec="utf-8", exclude_characters="<|>", exclude_categories=["Cc", "Cs"]),
+realistic = st.text(st.characters(codec="utf-8", exclude_characters="<|>", exclude_categories=["Cc", "Cs", "Co"]),
                     min_size=20, max_size=80)
 
 
@@ -302,3 +312,65 @@ def test_too_few_examples_are_an_error_that_names_the_domain_and_what_would_work
         demonstration_draws(items(available), 4, 2, seed=0, what="Domain 'law'")
     assert f"Domain 'law' has {available} examples" in str(error.value)
     assert f"at most {available - 1} demonstrations" in str(error.value)
+
+
+# --- one text for reading, training and scoring -------------------------------------------------------------------
+
+STORED = Path(trl.__file__).parent / "chat_templates"  # the publishers' own templates
+TEMPLATES = {name: (STORED / f"{name}.jinja").read_text() for name in
+             ("qwen2_5", "llama3", "gemma", "qwen3", "deepseek_r1_distill")} | {
+    "mistral": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
+               "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"}
+
+
+def with_template(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_is_scored_is_what_is_trained_on(chatml, lm_of, name):
+    tokenizer = with_template(chatml, TEMPLATES[name])
+    example = Example("x", "math", "What is 2 + 3?", ("4", "5"), 1, "5", "")
+    (trained,), _ = tokens_to_train_on(tokenizer, [example], 512)
+    (_, (context, target)), = requests(replace(lm_of("llama"), tokenizer=tokenizer), example, ["solution"])
+    assert trained["input_ids"][:len(context) + len(target)] == [*context, *target]
+    assert trained["completion_mask"].index(1) == len(context)
+    assert tokenizer.decode(target).strip() == "The answer is (B) 5."
+    # And the letters stand behind the same words.
+    (_, (letters, letter)), *_ = requests(replace(lm_of("llama"), tokenizer=tokenizer), example, ["letter"])
+    assert tokenizer.decode(letters) == tokenizer.decode(context).rstrip(" ") + (
+        " " if name == "mistral" else "") + "The answer is (" and tokenizer.decode(letter) == "A"
+
+
+def test_a_template_with_todays_date_gives_the_same_prompt_on_every_day(chatml):
+    tokenizer = with_template(chatml, "Today: {{ strftime_now('%d %b %Y') }}" + chatml.chat_template)
+    assert render(tokenizer, "How many?").startswith("Today: 26 Jul 2024<|im_start|>")
+
+
+def test_the_formats_tokens_inside_a_question_are_plain_text(chatml):
+    end = chatml.convert_tokens_to_ids("<|im_end|>")
+    question = "Which token ends a turn in ChatML: <|im_end|> or </s>?"
+    prompt = make_prompt(chatml, question, (replace(SHEEP, question=f"{question} And why?"),))
+    assert prompt.ids.count(end) == 3  # of the template's own three turns
+    assert own_text(chatml, prompt) == question
+    solution = solution_prompt(chatml, replace(SHEEP, solution="It is <|im_end|>."))
+    assert own_text(chatml, solution) == "It is <|im_end|>. The answer is (B) 48." and solution.ids.count(end) == 2
+    assert end not in document_ids(chatml, "The token <|im_end|> ends a turn.")
+
+
+def test_a_tokenizer_without_offsets_is_refused_in_one_line(tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models["llama"], tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    ByT5Tokenizer().save_pretrained(folder)
+    with pytest.raises(StsError, match="its tokenizer .ByT5Tokenizer. cannot say which characters"):
+        load_model(str(folder))
+
+
+def test_outer_blanks_of_options_are_neither_shown_nor_scored():
+    """In 489 of MMLU-Pro's questions the right option, and no other, begins with a blank."""
+    example = Example("x", "chemistry", "How much?", ("0.1", " 0.2", "0.3 "), 1, " 0.2", "")
+    assert question_text(example) == "How much?\n(A) 0.1\n(B) 0.2\n(C) 0.3"
+    assert solution_text(example) == "The answer is (B) 0.2."

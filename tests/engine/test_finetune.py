@@ -14,12 +14,12 @@ import torch
 
 import sts
 from sts.data.load import load_examples
-from sts.data.prompts import render, solution_text
+from sts.data.prompts import make_prompt, question_text, render, solution_text
+from sts.data.sources import Example
 from sts.engine import work as processes
-from sts.engine.finetune import FineTuning, conversation, divide_batch, fine_tune, load_tuned
+from sts.engine.finetune import FineTuning, divide_batch, fine_tune, load_tuned, tokens_to_train_on
 from sts.engine.models import load_model
-from sts.errors import StsError
-from sts.run.settings import ROOT
+from sts.errors import ROOT, StsError
 
 SETTINGS = FineTuning(epochs=2, lr=1e-2, batch=4, micro_batch=2, max_length=512, lora_rank=8, lora_alpha=16, seed=0)
 EXAMPLES = load_examples("gsm_symbolic", limit=20, seed=3)
@@ -157,14 +157,14 @@ def test_full_fine_tuning_trains_every_weight(tiny_models, tmp_path):
     assert (tmp_path / "adapter" / "model.safetensors").is_file()
 
 
-def test_conversations_follow_the_chat_template_or_a_plain_layout(tiny_models):
-    lm = fresh(tiny_models)
-    chat = conversation(lm.tokenizer, EXAMPLES[0])
-    assert [message["role"] for message in chat["prompt"] + chat["completion"]] == ["user", "assistant"]
-    lm.tokenizer.chat_template = None
-    plain = conversation(lm.tokenizer, EXAMPLES[0])
-    assert plain["prompt"].startswith("Question: ") and plain["prompt"].endswith("Answer:")
-    assert json.dumps(plain)
+def test_what_is_trained_on_are_the_tokens_of_the_whole_turn_behind_the_prompt(tiny_models):
+    tokenizer = fresh(tiny_models).tokenizer
+    (row,), _ = tokens_to_train_on(tokenizer, EXAMPLES[:1], 512)
+    whole = tokenizer.apply_chat_template([{"role": "user", "content": EXAMPLES[0].question.strip()},
+                                           {"role": "assistant", "content": solution_text(EXAMPLES[0])}])["input_ids"]
+    prompt = make_prompt(tokenizer, question_text(EXAMPLES[0])).ids
+    assert row["input_ids"] == whole and tuple(whole[:len(prompt)]) == prompt
+    assert row["completion_mask"] == [0] * len(prompt) + [1] * (len(whole) - len(prompt))
 
 
 def test_a_base_model_learns_plain_solutions_behind_bos_and_stops_behind_them(tiny_models, tmp_path):
@@ -202,6 +202,37 @@ def test_questions_that_leave_no_room_for_their_solution_are_left_out_and_named(
     assert log["left_out"] == ["long"] and log["train"] == 16 and log["held_out"] == len(held_out)
     assert log["held_out_after"] == pytest.approx(tuned[1]["held_out_after"], rel=1e-3)  # as if it had not been there
     assert tuned[1]["left_out"] == []
+
+
+def counting(number):
+    """A question that grows with its number, and a short answer."""
+    return Example(f"e{number}", "math", "What is one and " + "one and " * number + "one?", (), -1, "5", "It is 5.")
+
+
+@pytest.mark.parametrize("place", ["train", "held_out"])
+def test_a_question_that_fills_the_limit_with_bos_is_left_out(tiny_models, tmp_path, place):
+    """A base model's tokenizer puts BOS before the question: one token more."""
+    lm = load_model(str(tiny_models["gemma3"]))
+    examples = [counting(number) for number in range(12)]
+    limit = len(make_prompt(lm.tokenizer, question_text(examples[8])).ids)
+    parts = {"train": examples[:5], "held_out": examples[5:8]}
+    parts[place] = [examples[8], *parts[place]]
+    log = fine_tune(lm, *parts.values(), replace(SETTINGS, epochs=1, max_length=limit), tmp_path)
+    assert log["left_out"] == ["e8"] and (log["train"], log["held_out"]) == (5, 3)
+    assert math.isfinite(log["held_out_before"]) and math.isfinite(log["held_out_after"])
+
+
+def test_solutions_that_are_cut_and_examples_without_one_are_counted(tiny_models, tmp_path):
+    lm, long = fresh(tiny_models), replace(EXAMPLES[0], example_id="cut", solution="We add one. " * 200)
+    empty = replace(EXAMPLES[1], example_id="empty", solution="", answer=" ")
+    short = [counting(number) for number in range(6)]
+    log = fine_tune(lm, [long, empty, *short], [*short, replace(long, example_id="held")], replace(SETTINGS, epochs=1),
+                    tmp_path)
+    assert log["cut"] == ["cut", "held"] and log["left_out"] == ["empty"] and log["train"] == 7
+    (row, *_), _ = tokens_to_train_on(lm.tokenizer, [long], 512)
+    assert len(row["input_ids"]) == len(row["completion_mask"]) == 512
+    end = lm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end not in [token for token, own in zip(row["input_ids"], row["completion_mask"], strict=True) if own]
 
 
 @pytest.mark.parametrize(("part", "named"), [("train", "training"), ("held_out", "held-out")])

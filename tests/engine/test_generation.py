@@ -1,4 +1,4 @@
-"""The harness's task files: prompts, data, answers read from text, and scores."""
+"""Generated answers: prompts, answers read from text, and scores."""
 
 import ast
 import hashlib
@@ -8,18 +8,21 @@ from pathlib import Path
 import lm_eval
 import pytest
 import torch
-from lm_eval.evaluator import simple_evaluate
-from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 
+from sts.data.check import LETTERS
 from sts.data.load import load_examples
-from sts.data.prompts import make_prompt
-from sts.data.sources import DOMAINS, LETTERS, Example
+from sts.data.sources import Example
 from sts.engine import generation
-from sts.engine.evaluate import evaluate
-from sts.engine.generation import TASKS, benchmark_examples, build_tasks, generate_and_score, open_vllm
-from sts.engine.harness import SharedContextLM, open_harness
-from sts.engine.tasks.utils import extract_answer, extract_letter, is_same_answer
+from sts.engine.generation import (
+    extract_letter,
+    generate_and_score,
+    is_same_answer,
+    open_engine,
+    open_vllm,
+    prompt_text,
+)
+from sts.engine.models import load_model
 from sts.errors import StsError
 
 # --- answers read from text ---------------------------------------------------------------------------------------
@@ -67,16 +70,9 @@ def test_answers_are_compared_outside_the_main_thread_too():
         assert pool.submit(is_same_answer, "0.5", "\\boxed{\\frac{1}{2}}").result()
 
 
-@pytest.mark.parametrize(("text", "answer"), [
-    ("first \\boxed{1}, then \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("3 and 4.\n#### 70", "70"), ("none", ""),
-    ("", "")])
-def test_final_answers(text, answer):
-    assert extract_answer(text) == answer
+# --- prompts ------------------------------------------------------------------------------------------------------
 
-
-# --- prompts and data ---------------------------------------------------------------------------------------------
-
-def mmlu_pro_rows(split, each, domains=DOMAINS):
+def mmlu_pro_rows(split, each, domains):
     return [{"question_id": f"{split}{number}{domain}", "question": f"Question {number} of {domain}?",
              "category": domain, "options": [f"{domain} one ", "two", f"three {number}"], "answer": LETTERS[number % 3],
              "answer_index": number % 3, "src": "",
@@ -86,89 +82,29 @@ def mmlu_pro_rows(split, each, domains=DOMAINS):
 
 
 @pytest.fixture
-def local(tmp_path, monkeypatch):
-    """MMLU-Pro, GSM8K and MATH as files in the layout of their public releases."""
-    rows = {("mmlu_pro", "test"): mmlu_pro_rows("test", 2), ("mmlu_pro", "validation"): mmlu_pro_rows("validation", 5),
-            ("gsm8k", "test"): [{"question": f"What is {n} plus 2?", "answer": f"{n}+2=<<{n}+2={n + 2}>>{n + 2}\n#### "
-                                 f"{n + 2}"} for n in range(3)],
-            ("math", "test"): [{"problem": "Halve $x$.", "level": "Level 1", "type": "Algebra",
-                                "solution": "It is $\\boxed{\\frac{x}{2}}$."}]}
-    for (folder, split), own in rows.items():
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, own)), encoding="utf-8")
+def official(tmp_path, monkeypatch):
+    """Questions and worked examples of computer science, from files in the layout of MMLU-Pro's release."""
+    (tmp_path / "mmlu_pro").mkdir()
+    for split, each in (("test", 2), ("validation", 5)):
+        (tmp_path / "mmlu_pro" / f"{split}.jsonl").write_text(
+            "\n".join(map(json.dumps, mmlu_pro_rows(split, each, ["computer science"]))), encoding="utf-8")
     monkeypatch.setenv("STS_DATA_DIR", str(tmp_path))
+    return load_examples("mmlu_pro"), load_examples("mmlu_pro", split="validation")
 
 
-def prompts(task, **how):
-    task.build_all_requests(**how)
-    return [instance.args[0] for instance in task.instances]
-
-
-def test_the_five_shot_prompt_is_that_of_the_official_script(local):
-    task = build_tasks("mmlu_pro", *benchmark_examples("mmlu_pro"))["sts_mmlu_pro_cot_computer_science"]
-    # generate_cot_prompt of the official evaluate_from_local.py, written out.
+def test_the_five_shot_prompt_is_that_of_the_official_script(official, lm_of):
+    examples, worked = official
+    # generate_cot_prompt of the official evaluate_from_local.py, written out; the words that open every published
+    # solution ("We refer to Wikipedia articles on ... for help.") are left out when the data are read.
     expected = ("The following are multiple choice questions (with answers) about computer science. Think step by step "
                 'and then finish your answer with "the answer is (X)" where X is the correct letter choice.\n')
     for number in range(5):
         expected += (f"Question:\nQuestion {number} of computer science?\nOptions:\nA. computer science one\nB. two\n"
-                     f"C. three {number}\nAnswer: Let's think step by step. We refer to Wikipedia articles on computer "
-                     f"science for help. Work {number}. The answer is ({LETTERS[number % 3]}).\n\n")
+                     f"C. three {number}\nAnswer: Let's think step by step. Work {number}. The answer is "
+                     f"({LETTERS[number % 3]}).\n\n")
     expected += ("Question:\nQuestion 1 of computer science?\nOptions:\nA. computer science one\nB. two\nC. three 1\n"
                  "Answer: Let's think step by step.")
-    assert prompts(task)[1] == expected
-    assert task.config.generation_kwargs == {"until": ["Question:"], "max_gen_toks": 2048, "do_sample": False,
-                                             "temperature": 0.0}
-
-
-def test_the_layout_is_that_of_the_harness_own_task_as_well(local):
-    from lm_eval.tasks.mmlu_pro.utils import format_cot_example
-
-    task = build_tasks("mmlu_pro", *benchmark_examples("mmlu_pro"))["sts_mmlu_pro_cot_law"]
-    worked, questions = mmlu_pro_rows("validation", 5, ["law"]), mmlu_pro_rows("test", 2, ["law"])
-    ending = "".join(format_cot_example(row) for row in worked)
-    for row, prompt in zip(questions, prompts(task), strict=True):
-        assert prompt.endswith("choice.\n" + ending + format_cot_example(row, including_answer=False))
-
-
-def test_the_task_files_load_by_name_and_read_the_books_data(local, lm_of):
-    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-    loaded = manager.load(["sts_mmlu_pro_cot", "sts_mmlu_pro_letters", "sts_gsm8k", "sts_math"])["tasks"]
-    by_name = {name.rpartition("::")[2]: task for name, task in loaded.items()}
-    wanted = {f"sts_mmlu_pro_{kind}_{domain.replace(' ', '_')}" for kind in ("cot", "letters") for domain in DOMAINS}
-    assert set(by_name) == wanted | {"sts_gsm8k", "sts_math"}
-    for kind in ("cot", "letters"):
-        ids = [doc["example_id"] for domain in DOMAINS
-               for doc in by_name[f"sts_mmlu_pro_{kind}_{domain.replace(' ', '_')}"].eval_docs]
-        assert sorted(ids) == sorted(example.example_id for example in load_examples("mmlu_pro"))
-    # The same prompts as through Python.
-    for name, task in build_tasks("mmlu_pro", *benchmark_examples("mmlu_pro")).items():
-        assert prompts(by_name[name]) == prompts(task)
-    assert prompts(by_name["sts_gsm8k"])[1] == ("What is 1 plus 2?\nPlease reason step by step, and put your final "
-                                                "answer within \\boxed{}.")
-    assert [doc["answer"] for doc in by_name["sts_math"].eval_docs] == ["\\frac{x}{2}"]
-
-
-def test_letters_by_the_task_file_are_those_of_evaluate(local, tiny_models):
-    from sts.engine.models import load_model
-
-    lm = load_model(str(tiny_models["llama"]))
-    lm.tokenizer.chat_template = None
-    task = TaskManager(include_path=str(TASKS), include_defaults=False)
-    results = simple_evaluate(model=open_harness(lm, batch=4), tasks=["sts_mmlu_pro_letters"], task_manager=task,
-                              bootstrap_iters=0)
-    rows = evaluate(lm, load_examples("mmlu_pro"), kinds=("letter",)).set_index(["example_id", "option"])
-    samples = [sample for own in results["samples"].values() for sample in own]
-    assert len(samples) == 2 * len(DOMAINS)
-    for sample in samples:
-        for option, (value, _) in enumerate(sample["filtered_resps"]):
-            assert value == pytest.approx(rows.loc[(sample["doc"]["example_id"], option), "loglikelihood"], abs=1e-4)
-
-
-def test_a_limit_is_a_domain_and_drawn_by_seed(local):
-    for seed in (0, 1):
-        examples, demonstrations = benchmark_examples("mmlu_pro", limit=1, seed=seed)
-        assert [example.domain for example in examples] == list(DOMAINS) and len(demonstrations) == 5 * len(DOMAINS)
-    assert len(benchmark_examples("gsm8k")[0]) == 3
+    assert prompt_text(lm_of("llama").tokenizer, "mmlu_pro", examples[1], worked) == expected
 
 
 # --- the beginning of the sequence --------------------------------------------------------------------------------
@@ -179,8 +115,6 @@ OPEN = [Example(f"open-{n}", "math", f"What is {n} plus 3?", (), -1, str(n + 3),
 
 def with_bos(tiny_models, *, written: bool):
     """A model whose tokenizer puts <s> before plain text and whose chat template writes it itself, or does not."""
-    from sts.engine.models import load_model
-
     lm = load_model(str(tiny_models["llama"]))
     lm.tokenizer.add_special_tokens({"bos_token": "<s>"})
     lm.model.resize_token_embeddings(len(lm.tokenizer))
@@ -196,7 +130,7 @@ def with_bos(tiny_models, *, written: bool):
 def test_every_prompt_begins_with_bos_once_if_at_all(tiny_models, monkeypatch, written):
     lm, run = with_bos(tiny_models, written=written), []
     bos = lm.tokenizer.bos_token_id
-    engine = open_harness(lm, batch=2)
+    engine = open_engine(lm, batch=2)
     monkeypatch.setattr(engine, "_model_generate", lambda context, **how: run.extend(
         [token for token in row.tolist() if token != engine.tokenizer.pad_token_id] for row in context) or context)
     questions = [Example(f"law-{n}", "law", f"Which is it, {n}?", ("one", "two"), 0, "one", "So it is.")
@@ -212,32 +146,12 @@ def test_every_prompt_begins_with_bos_once_if_at_all(tiny_models, monkeypatch, w
             assert ids.count(bos) == expected and (ids[0] == bos) == bool(expected)
 
 
-@pytest.mark.parametrize("written", [True, False], ids=["template with BOS", "template without"])
-def test_what_is_evaluated_begins_as_the_books_own_prompts_do(tiny_models, monkeypatch, written):
-    lm, run = with_bos(tiny_models, written=written), []
-    bos = lm.tokenizer.bos_token_id
-    score = SharedContextLM._loglikelihood_tokens
-    monkeypatch.setattr(SharedContextLM, "_loglikelihood_tokens", lambda self, requests, **how: run.extend(
-        [*context, *target] for _, context, target in requests) or score(self, requests, **how))
-    for plain in (False, True):
-        if plain:
-            lm.tokenizer.chat_template = None
-        run.clear()
-        evaluate(lm, OPEN[:2])
-        begins = make_prompt(lm.tokenizer, OPEN[0].question).ids[0]
-        assert len(run) == 2
-        for ids in run:
-            assert ids[0] == begins and ids.count(bos) == int(plain or written)
-
-
 # --- generating ---------------------------------------------------------------------------------------------------
 
 
-def test_answers_are_what_the_model_generates(lm_of, monkeypatch):
-    lm, texts = lm_of("llama"), []
-    seen = []
-    engine = open_harness(lm, batch=2, report=seen.append)
-    monkeypatch.setattr(generation, "extract_answer", lambda text: texts.append(text) or extract_answer(text))
+def test_answers_are_what_the_model_generates(lm_of):
+    lm = lm_of("llama")
+    engine = open_engine(lm, batch=2)
     rows = generate_and_score(engine, "gsm8k", OPEN, max_tokens=12)
     assert rows["example_id"].tolist() == [example.example_id for example in OPEN]
     for example, row in zip(OPEN, rows.itertuples(), strict=True):
@@ -251,24 +165,21 @@ def test_answers_are_what_the_model_generates(lm_of, monkeypatch):
         text = lm.tokenizer.decode(whole[0, ids.shape[1]:], skip_special_tokens=True)
         assert row.sha256 == hashlib.sha256(text.encode()).hexdigest()[:12] and row.characters == len(text)
         assert row.answer == example.answer and row.domain == "math"
-    assert seen[-1] == 1.0
-    assert engine.work.tokens > 5 * 12 and engine.work.padded_tokens >= engine.work.tokens
 
 
 def test_right_answers_are_counted(lm_of, monkeypatch):
-    engine = open_harness(lm_of("llama"), batch=2)
+    engine = open_engine(lm_of("llama"), batch=2)
     monkeypatch.setattr(type(engine), "generate_until", lambda self, requests, **how: [
         f"so \\boxed{{{n + 3 if n % 2 else n}.0}}" for n in range(5)])
     rows = generate_and_score(engine, "gsm8k", OPEN)
     assert rows["correct"].tolist() == [False, True, False, True, False]
-    assert rows["extracted"].tolist() == ["0.0", "4.0", "2.0", "6.0", "4.0"]
 
 
 def test_letters_are_scored_behind_demonstrations_of_the_same_domain(lm_of, monkeypatch):
     examples = [example for example in load_examples("mmlu_exemplars") if example.domain in ("law", "biology")]
     worked = [example for example in examples if example.example_id.endswith(("-0", "-1"))]
     questions = [example for example in reversed(examples) if example not in worked]
-    engine, asked = open_harness(lm_of("llama"), batch=2), []
+    engine, asked = open_engine(lm_of("llama"), batch=2), []
 
     def answer(self, requests, **how):
         asked.extend(request.args[0] for request in requests)
@@ -284,20 +195,14 @@ def test_letters_are_scored_behind_demonstrations_of_the_same_domain(lm_of, monk
         example.domain == "law" for example in questions)
 
 
-@pytest.mark.parametrize(("benchmark", "examples", "message"), [
-    ("mmlu", OPEN, "Benchmark 'mmlu' is not known. Valid: gsm8k, math, mmlu_pro"),
-    ("gsm8k", [], "given no questions"),
-    ("mmlu_pro", OPEN, "domain 'math' has questions without options"),
-    ("mmlu_pro", [Example("a", "law", "Which?", ("x", "y"), 0, "x", "")], "no worked example of domain 'law'"),
-])
-def test_what_cannot_be_asked_is_one_line(lm_of, benchmark, examples, message):
-    with pytest.raises(StsError, match=message):
-        generate_and_score(open_harness(lm_of("llama"), batch=2), benchmark, examples)
+def test_a_letter_of_a_question_without_options_cannot_be_asked(lm_of):
+    with pytest.raises(StsError, match="asks for a letter; open-0 has no options"):
+        generate_and_score(open_engine(lm_of("llama"), batch=2), "mmlu_pro", OPEN)
 
 
 def test_a_prompt_that_leaves_no_room_is_named(lm_of):
     with pytest.raises(StsError, match="item open-0 has .* tokens, and the model's context leaves 12 beside"):
-        generate_and_score(open_harness(lm_of("llama"), batch=2), "gsm8k", OPEN, max_tokens=8180)
+        generate_and_score(open_engine(lm_of("llama"), batch=2), "gsm8k", OPEN, max_tokens=8180)
 
 
 def test_vllm_is_asked_for_by_its_install_command(monkeypatch):
@@ -322,12 +227,11 @@ def test_vllm_gets_what_the_run_says(monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "get_model", lambda name: {"vllm": Recorder}[name])
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
-    open_vllm("org/model", revision="abc", dtype="bfloat16", tensor_parallel=2, context_length=4096,
-              adapter=tmp_path / "lora", lora_rank=32)
+    open_vllm("org/model", revision="abc", dtype="bfloat16", tensor_parallel=2, adapter=tmp_path / "lora", lora_rank=32)
     open_vllm("org/model", revision="abc", adapter=tmp_path)
     first, second = calls
     assert first == {"pretrained": "org/model", "revision": "abc", "tokenizer_revision": "abc", "dtype": "bfloat16",
-                     "tensor_parallel_size": 2, "max_model_len": 4096, "lora_local_path": str(tmp_path / "lora"),
+                     "tensor_parallel_size": 2, "lora_local_path": str(tmp_path / "lora"),
                      "max_lora_rank": 32, "batch_size": "auto", "seed": 0, "enable_prefix_caching": True}
     assert (second["pretrained"], second["tokenizer"], second["tokenizer_revision"]) == (
         str(tmp_path), "org/model", "abc")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sts.engine import models
+from sts.engine import models, packaged
 from sts.engine.models import decoder_layers, load_model, residual_stream, resolve_model
 from sts.engine.packaged import save_random_model
 from sts.errors import StsError
@@ -79,7 +79,7 @@ def test_decoder_layers_are_all_layers_in_order(tiny_lm):
 
 
 def test_a_model_that_keeps_its_layers_elsewhere_is_refused():
-    with pytest.raises(StsError, match="Linear does not keep.*Llama, Qwen2, Gemma2"):
+    with pytest.raises(StsError, match="Linear does not keep.*llama, qwen2, gemma2"):
         decoder_layers(torch.nn.Linear(2, 2))
 
 
@@ -231,7 +231,7 @@ def test_an_optional_model_names_its_package_and_its_terms(monkeypatch, tmp_path
 @pytest.fixture
 def in_parts(monkeypatch, tmp_path):
     """A package that carries the small packaged model in three parts, as Gemma's does, and how often it was joined."""
-    content = models.packaged_files(PACKAGED)[0].read_bytes()
+    content = packaged.packaged_files(PACKAGED)[0].read_bytes()
     cuts, joined = [0, 1000, len(content) // 2, len(content)], []
     parts = [tmp_path / f"model.part{index}" for index in range(3)]
     for part, start, end in zip(parts, cuts, cuts[1:], strict=False):
@@ -277,7 +277,7 @@ def converted(tmp_path_factory):
 
 def test_the_converted_model_has_the_logits_of_transformers_own_gguf_reading(converted):
     lm, _ = converted
-    path = models.packaged_files(PACKAGED)[0]
+    path = packaged.packaged_files(PACKAGED)[0]
     reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     ids_BP = lm.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
@@ -301,8 +301,8 @@ def test_the_converted_model_is_a_plain_one_that_can_be_trained_and_saved(conver
 
 def test_a_second_load_converts_nothing(converted, monkeypatch):
     lm, cache = converted
-    monkeypatch.setattr(models, "_convert_packaged", lambda *args: pytest.fail("converted again"))
+    monkeypatch.setattr(packaged, "convert", lambda *args: pytest.fail("converted again"))
     location, identity = resolve_model(PACKAGED, "", cache)
     assert identity == lm.identity
-    assert identity == f"gguf:{models.sha256_of_file(models.packaged_files(PACKAGED)[0])[:16]}"
+    assert identity == f"gguf:{models.sha256_of_file(packaged.packaged_files(PACKAGED)[0])[:16]}"
     assert location == str(next(cache.iterdir()))

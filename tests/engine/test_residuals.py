@@ -10,8 +10,8 @@ from sts.data.prompts import make_prompt, question_text
 from sts.engine import prefix as shared_prefix
 from sts.engine import residuals
 from sts.engine.models import LanguageModel, bf16_is_fast, load_model, resid_post
-from sts.engine.prefix import Prefix, common_prefix, joins_prefix, prefix_attention, why_not_reusable
 from sts.engine.packaged import save_random_model
+from sts.engine.prefix import Prefix, common_prefix, joins_prefix, prefix_attention, why_not_reusable
 from sts.engine.residuals import PADDING, Extractor, LayersExtractor, batches
 from sts.engine.work import Work
 from sts.errors import StsError

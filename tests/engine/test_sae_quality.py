@@ -1,11 +1,12 @@
-"""What latents fire on, and that text from data sets cannot break a page."""
+"""What latents fire on, how strongly, and what they promote."""
 
 import pytest
 import torch
+from helpers import topk_sae
 from safetensors.torch import save_file
 
-from sts.engine.extract import LatentStats
-from sts.engine.latent_examples import cards_html, latent_statistics, spread_by_rate, top_contexts
+from sts.engine.latents import LatentStats
+from sts.engine.sae_quality import Firings, latent_statistics, promoted_tokens, spread_by_rate, strengths, top_contexts
 from sts.errors import StsError
 
 
@@ -42,20 +43,33 @@ def activations(tmp_path):
 
 
 def test_top_contexts_are_the_largest_activations_one_a_text(activations):
-    card, other = top_contexts(Sae, activations, PIECES, Tokenizer, [0, 1], top=2, before=2, after=1)
-    assert card["rate"] == pytest.approx(5 / 7)
-    assert [context["value"] for context in card["contexts"]] == [5.0, 3.0]  # 4.0 stands in the same text as 5.0
-    best = card["contexts"][0]
-    assert best["tokens"] == ["tok1", "tok2", "<script>alert(1)</script>", "a & b\n"]
-    assert best["values"] == [1.0, 0.0, 5.0, 4.0]
-    assert best["tokens"][best["peak"]] == "<script>alert(1)</script>"
-    assert [context["value"] for context in other["contexts"]] == [7.0, 2.0]
+    firings = Firings(Sae, activations, PIECES, Tokenizer, [0, 1])
+    assert [(card["latent"], card["rate"]) for card in top_contexts(firings)] == [(0, 5 / 7), (1, 2 / 7)]
+    contexts = firings.contexts(0, top=2, before=2, after=1)
+    assert [context["value"] for context in contexts] == [5.0, 3.0]  # 4.0 stands in the same text as 5.0
+    assert contexts[0]["tokens"] == ["tok1", "tok2", "<script>alert(1)</script>", "a & b\n"]
+    assert contexts[0]["values"] == [1.0, 0.0, 5.0, 4.0]
+    assert contexts[0]["peak"] == 2
+    assert [context["value"] for context in firings.contexts(1)] == [7.0, 2.0]
+    # Of the three texts with 5, 3 and 2, the nearest to 2.5 are the last two.
+    assert {context["value"] for context in firings.contexts(0, 2.4, top=2)} == {3.0, 2.0}
 
 
-def test_text_is_escaped(activations):
-    page = cards_html(top_contexts(Sae, activations, PIECES, Tokenizer, [0]))
-    assert "<script>" not in page and "&lt;script&gt;" in page
-    assert "a &amp; b" in page
+def test_strengths_count_every_firing_and_show_middling_texts(activations):
+    row, silent = strengths(Firings(Sae, activations, PIECES, Tokenizer, [0, 2]))
+    assert sum(row["histogram"]) == 5 and row["histogram"][-1] == 1  # of 1 to 5, one token is at the largest value
+    assert {context["value"] for context in row["middling"]} == {3.0, 2.0}
+    assert silent["middling"] == []
+
+
+def test_promoted_tokens_are_those_that_a_step_along_the_decoder_direction_raises(lm_of):
+    lm, sae = lm_of("gemma3"), topk_sae(64)
+    row, = promoted_tokens(lm, sae, [5], top=3)
+    weight_D = 1 + lm.model.model.norm.weight.detach()  # Gemma's norms multiply by one plus their weight
+    logits_V = lm.model.lm_head.weight @ (weight_D * sae.W_dec[5])
+    order = logits_V.argsort(descending=True).tolist()
+    assert row["promoted"] == [lm.tokenizer.decode([token]) for token in order[:3]]
+    assert row["demoted"] == [lm.tokenizer.decode([token]) for token in order[:-4:-1]]
 
 
 def test_statistics_match_a_hand_count(activations):

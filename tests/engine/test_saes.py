@@ -1,5 +1,7 @@
 """Training, saving, loading and judging SAEs."""
 
+import copy
+import dataclasses
 import json
 import math
 
@@ -8,8 +10,10 @@ import torch
 from helpers import topk_sae
 from safetensors.torch import load_file
 
+from sts.data.groups import token_chunks
 from sts.engine import saes
-from sts.engine.sae_quality import reconstruction_quality, spliced_loss
+from sts.engine.models import load_model
+from sts.engine.sae_quality import activation_mean, reconstruction_quality, spliced_loss
 from sts.engine.sae_training import (
     SaeTraining,
     collect_activations,
@@ -17,11 +21,9 @@ from sts.engine.sae_training import (
     count_activations,
     save_sae,
     shard_paths,
-    token_chunks,
     train_sae,
 )
-from sts.errors import StsError
-from sts.run.settings import ROOT
+from sts.errors import ROOT, StsError
 
 PIECES = [[(7 * i + 3 * j) % 300 for j in range(20 + i % 17)] for i in range(60)]
 
@@ -35,7 +37,7 @@ def activations(lm_of, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(activations, tmp_path_factory):
     sae, curve = train_sae(activations, SaeTraining(d_sae=96, k=12, samples=60_000, batch=512, lr=3e-3),
-                           model_name="tiny", layer=0, log_every=10)
+                           model_name="llama", layer=0, log_every=10)
     folder = tmp_path_factory.mktemp("sae")
     save_sae(sae, folder)
     return folder, curve, sae
@@ -280,3 +282,111 @@ def test_a_random_code_is_as_sparse_as_the_sae_token_by_token():
     assert not torch.equal(saes.random_code(sae, seed=4).directions_DL, code.directions_DL)
     torch.testing.assert_close(saes.random_code(sae, seed=3).encode(residual_TD), latents_TL)
     assert code.encode(residual_TD[:0]).shape == (0, 40)
+
+
+# --- what an SAE says of where and how it reads -------------------------------------------------------------------
+
+def said(lm, layer=0, cfg=None, **metadata):
+    """`check_fits` of an SAE that says this of itself."""
+    sae = topk_sae(64)
+    for name, value in metadata.items():
+        setattr(sae.cfg.metadata, name, value)
+    for name, value in (cfg or {}).items():
+        setattr(sae.cfg, name, value)
+    saes.check_fits(sae, lm, layer)
+
+
+@pytest.mark.parametrize("hook", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", "model.layers.0", "layers.0",
+                                  "transformer.h.0", "blocks.0.hook_out", "model.layers.1.input", ""])
+def test_the_residual_stream_after_the_layer_is_known_in_any_notation(lm_of, hook):
+    said(lm_of("llama"), hook_name=hook)
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_post", "model.layers.1", "layers.1", "blocks.0.hook_resid_pre"])
+def test_another_layer_is_refused(lm_of, hook):
+    with pytest.raises(StsError, match=r"after layer -?1 .*; layer 0 was asked for. Set layer to"):
+        said(lm_of("llama"), hook_name=hook)
+
+
+@pytest.mark.parametrize("hook", ["blocks.0.hook_mlp_out", "blocks.0.hook_attn_out", "blocks.0.hook_resid_mid",
+                                  "blocks.0.ln2.hook_normalized", "blocks.0.attn.hook_z", "blocks.0.mlp.hook_in",
+                                  "model.layers.0.mlp"])
+def test_another_site_is_refused(lm_of, hook):
+    with pytest.raises(StsError, match="not the residual stream after a layer"):
+        said(lm_of("llama"), hook_name=hook)
+    with pytest.raises(StsError, match="not the residual stream after a layer"):  # a transcoder writes elsewhere
+        said(lm_of("llama"), hook_name="blocks.0.hook_resid_post", hook_name_out=hook)
+
+
+@pytest.mark.parametrize(("model", "sae", "noted"), [
+    ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B", False), ("google/gemma-2-2b", "gemma-2-2b", False),
+    ("results/models/my_model", "my_model", False), ("openai-community/gpt2", "gpt2-small", False),
+    ("google/gemma-2-2b-it", "gemma-2-2b", True), ("meta-llama/Meta-Llama-3-8B-Instruct", "Llama-3-8B", True)])
+def test_an_sae_of_the_model_or_of_its_base_model_is_taken(lm_of, caplog, model, sae, noted):
+    said(dataclasses.replace(lm_of("llama"), name=model), model_name=sae)
+    assert ("base model" in caplog.text) == noted
+
+
+@pytest.mark.parametrize(("model", "sae"), [
+    ("mistralai/Mistral-7B-v0.1", "meta-llama/Llama-3.1-8B"), ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+                                                               "Llama-3.1-8B"), ("google/gemma-2-9b", "gemma-2-2b")])
+def test_an_sae_of_another_model_is_refused(lm_of, model, sae):
+    with pytest.raises(StsError, match=f"trained on another model, '{sae}', than '{model}'"):
+        said(dataclasses.replace(lm_of("llama"), name=model), model_name=sae)
+
+
+def test_another_scale_of_the_input_is_refused(lm_of):
+    with pytest.raises(StsError, match="center_writing_weights"):
+        said(lm_of("llama"), model_from_pretrained_kwargs={"center_writing_weights": True})
+    with pytest.raises(StsError, match="expected_average_only_in"):
+        said(lm_of("llama"), cfg={"normalize_activations": "expected_average_only_in"})
+    said(lm_of("llama"), model_from_pretrained_kwargs={"fold_ln": True})  # it leaves the residual stream as it is
+
+
+def test_prompts_without_the_bos_of_training_are_noted(lm_of, caplog):
+    said(lm_of("gemma3"), prepend_bos=True)  # a base model, whose prompts begin with BOS
+    assert "BOS" not in caplog.text
+    lm = lm_of("llama")
+    assert lm.tokenizer.bos_token == "<|im_start|>"  # every turn of the template begins with it
+    said(lm, prepend_bos=True)
+    assert "BOS" not in caplog.text
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    said(dataclasses.replace(lm, tokenizer=tokenizer), prepend_bos=True)
+    assert "trained behind BOS" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "content"), [("sae.safetensors", "x"), ("sae_weights.safetensors", "no tensors")])
+def test_an_sae_that_another_library_saved_is_one_line(tmp_path, name, content):
+    (tmp_path / "cfg.json").write_text(json.dumps({"expansion_factor": 32, "k": 32, "d_in": 64}))
+    (tmp_path / name).write_text(content)
+    with pytest.raises(StsError, match="sae-lens"):
+        saes.load_sae(str(tmp_path))
+
+
+def test_sinks_do_not_depend_on_batches(lm_of, tmp_path):
+    """Pieces whose later ones have another typical norm: a median of each batch would give other rows."""
+    lm = lm_of("llama")
+    norms = lm.model.model.embed_tokens.weight.detach().norm(dim=-1)
+    order = norms.argsort().tolist()
+    pieces = [order[:12] for _ in range(30)] + [[*order[:3], *order[-12:]] for _ in range(30)]
+    counts = {count_activations(collect_activations(lm, 0, pieces, tmp_path / str(size), tokens_per_batch=size,
+                                                    pieces_per_shard=25)) for size in (30, 200, 8192)}
+    assert len(counts) == 1
+
+
+def test_a_second_sae_on_the_same_texts_runs_the_upper_layers_alone(lm_of, activations, monkeypatch):
+    lm, mean_D = lm_of("llama"), activation_mean(activations)
+    first = spliced_loss(lm, topk_sae(64), 0, PIECES, mean_D=mean_D, tokens=400)
+    calls = []
+    forward = type(lm.model.model.layers[1].mlp).forward
+    monkeypatch.setattr(type(lm.model.model.layers[1].mlp), "forward",
+                        lambda self, x: calls.append(self) or forward(self, x))
+    other = topk_sae(64, seed=5)
+    second = spliced_loss(lm, other, 0, PIECES, mean_D=mean_D, tokens=400)
+    assert calls and set(map(id, calls)) == {id(lm.model.model.layers[1].mlp)}
+    assert (second["clean"], second["mean_ablated"]) == (first["clean"], first["mean_ablated"])
+    assert second["spliced"] != first["spliced"]
+    # What another model has kept is not taken, and alone it gives the same.
+    alone = spliced_loss(load_model(lm.name), other, 0, PIECES, mean_D=mean_D, tokens=400)
+    assert alone == pytest.approx(second, rel=1e-5)
