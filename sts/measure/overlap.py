@@ -27,10 +27,9 @@ class Concentration:
         share_K: most shifted first, chosen and measured on the same questions.
         held_out_K: in the order of the other folds' change, measured on the fold left out; all folds together.
             Choosing and measuring on the same questions would flatter the chosen.
-        low_K, high_K: 95% interval of `held_out_K` over folds: jackknife with Student's t (folds are few).
+        low_K, high_K: 95% interval of `held_out_K` over folds.
         random_low_K, random_high_K: central 95% of random orders; their expectation is the diagonal.
-        width: number of all latents, L.
-        folds: number of folds.
+        width, folds: number of all latents, and of folds.
     """
 
     counts_K: np.ndarray
@@ -55,36 +54,9 @@ def count_grid(width: int, *also: int) -> np.ndarray:
     return np.union1d(grid, np.array([count for count in also if 1 <= count <= width], dtype=int))
 
 
-def held_out_shares(change_FL: torch.Tensor, counts_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per fold, the change that the most shifted latents of the *other* folds carry in it, F x K; and each fold's
-    total change, F.
-
-    Raises:
-        StsError: fewer than two folds, or no change at all.
-    """
-    change_FL = change_FL.double()
-    if len(change_FL) < 2:
-        raise StsError(f"{len(change_FL)} fold(s) of questions; choosing on some and measuring on others needs two. "
-                       "More shift_tokens give more questions.")
-    if change_FL.sum() <= 0:
-        raise StsError("No latent changed at all, so its concentration is undefined.")
-    rows = [own_L[shifted_dimensions(change_FL.sum(0) - own_L, change_FL.shape[1])].cumsum(0)[counts_K - 1]
-            for own_L in change_FL]
-    return torch.stack(rows).numpy(), change_FL.sum(1).numpy()
-
-
 def ratio_interval(part_FK: np.ndarray, whole_F: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Interval of sum(part) / sum(whole) over folds: delete-one jackknife, Student's t with F - 1 degrees of freedom.
-
-    A percentile bootstrap of eight folds is too narrow.
-
-    Args:
-        part_FK: F folds, K quantities.
-        whole_F: what each is divided by.
-
-    Returns:
-        low_K and high_K, within 0 and 1.
-    """
+    """(low_K, high_K), within 0 and 1, of sum(part) / sum(whole) over folds: delete-one jackknife with Student's t, as
+    a percentile bootstrap of eight folds is too narrow."""
     folds = len(whole_F)
     without_FK = (part_FK.sum(0) - part_FK) / (whole_F.sum() - whole_F)[:, None]
     error_K = np.sqrt((folds - 1) / folds * ((without_FK - without_FK.mean(0)) ** 2).sum(0))
@@ -99,22 +71,23 @@ def concentrations(change_FL: torch.Tensor, *also: int, orders: int = 200, seed:
     Args:
         change_FL: summed squared change per fold and latent.
         also: numbers of latents that the result must hold, besides a grid.
-        orders: random orders for their band.
-        seed: of these.
+        orders, seed: number and seed of random orders for their band.
 
     Raises:
-        StsError: as `held_out_shares`.
+        StsError: fewer than two folds, or no change at all.
     """
-    width = change_FL.shape[1]
-    counts_K = count_grid(width, *also)
-    carried_FK, total_F = held_out_shares(change_FL, counts_K)
-    generator = np.random.default_rng(seed)
-    low_K, high_K = ratio_interval(carried_FK, total_F)
-    change_L = change_FL.double().sum(0)
+    (folds, width), change_FL = change_FL.shape, change_FL.double()
+    if folds < 2:
+        raise StsError(f"{folds} fold(s) of questions; choosing on some and measuring on others needs two. "
+                       "More shift_tokens give more questions.")
+    change_L, counts_K = change_FL.sum(0), count_grid(width, *also)
+    share_K = concentration(change_L).numpy()[counts_K - 1]
+    carried_FK = torch.stack([own_L[shifted_dimensions(change_L - own_L, width)].cumsum(0)[counts_K - 1]
+                              for own_L in change_FL]).numpy()
+    total_F, generator = change_FL.sum(1).numpy(), np.random.default_rng(seed)
     random_RK = np.stack([generator.permutation(change_L.numpy()).cumsum()[counts_K - 1] for _ in range(orders)])
-    random_low_K, random_high_K = np.quantile(random_RK / total_F.sum(), [0.025, 0.975], axis=0)
-    return Concentration(counts_K, concentration(change_L).numpy()[counts_K - 1], carried_FK.sum(0) / total_F.sum(),
-                         low_K, high_K, random_low_K, random_high_K, width, len(total_F))
+    return Concentration(counts_K, share_K, carried_FK.sum(0) / total_F.sum(), *ratio_interval(carried_FK, total_F),
+                         *np.quantile(random_RK / total_F.sum(), [0.025, 0.975], axis=0), width, folds)
 
 
 def same_fraction(count: int, of: int, width: int) -> int:
@@ -126,33 +99,25 @@ def same_fraction(count: int, of: int, width: int) -> int:
 
 def overlap_rows(first_L: torch.Tensor, second_L: torch.Tensor, counts: Sequence[int], *,
                  level: float = 0.95) -> list[dict]:
-    """How far two rankings agree on their top N, for several N, against chance.
-
-    Args:
-        first_L, second_L: squared change per latent, of two kinds.
+    """How far two rankings, by squared change per latent of two kinds, agree on their top N, against chance.
 
     Returns:
         One dict an N: n, overlap, share (overlap / N), chance (N / L, the mean for random sets), chance_low and
         chance_high (central `level` of the hypergeometric distribution, as shares), p (upper tail: random sets share
-        at least as many), and the same among active latents alone: active (latents with any change of the second
-        kind), active_chance and active_p (None where a set reaches beyond the active latents).
+        at least as many), and the same among active latents alone, a stricter null: active (latents with any change of
+        the second kind), active_chance and active_p (None where a set reaches beyond the active latents).
     """
-    width = len(second_L)
-    active = second_L > 0
-    order = {name: shifted_dimensions(change, width) for name, change in (("first", first_L), ("second", second_L))}
+    width, active = len(second_L), second_L > 0
+    first, second = (shifted_dimensions(change_L, width) for change_L in (first_L, second_L))
     rows = []
     for count in counts:
-        one, other = (order[name][:count] for name in ("first", "second"))
-        shared = overlap(one, other)
-        low, high = scipy_stats.hypergeom(width, count, count).ppf([(1 - level) / 2, (1 + level) / 2])
-        row = {"n": count, "overlap": shared, "share": shared / count, "chance": count / width,
-               "chance_low": float(low) / count, "chance_high": float(high) / count,
-               "p": overlap_p(width, count, count, shared), "active": int(active.sum()), "active_chance": None,
-               "active_p": None}
-        # A stricter null: random sets of latents that do something on these tokens at all.
-        own = int(active[one].sum())
-        if count <= row["active"]:
-            row["active_chance"] = own / row["active"]
-            row["active_p"] = overlap_p(row["active"], own, count, shared)
-        rows.append(row)
+        shared, random = overlap(first[:count], second[:count]), scipy_stats.hypergeom(width, count, count)
+        low, high = random.ppf([(1 - level) / 2, (1 + level) / 2])
+        rows.append({"n": count, "overlap": shared, "share": shared / count, "chance": count / width,
+                     "chance_low": float(low) / count, "chance_high": float(high) / count,
+                     "p": overlap_p(width, count, count, shared), "active": int(active.sum()), "active_chance": None,
+                     "active_p": None})
+        if count <= rows[-1]["active"]:
+            own, number = int(active[first[:count]].sum()), rows[-1]["active"]
+            rows[-1] |= {"active_chance": own / number, "active_p": overlap_p(number, own, count, shared)}
     return rows

@@ -1,9 +1,10 @@
 """STS, the SAE-based transferability score: which latents a worked example shifts, and how much a domain uses them.
 
-Two named variants. `paper`: the formulas of arXiv 2603.02908, section 3: activations summed over the shifted latents and
-averaged over tokens; changes taken between the same token without and behind demonstrations. `official_code`: what the
-notebook of the official repository computes: squared activations averaged over tokens and latents; changes taken
-between row r of two separate runs. Everything that scores anything goes through `FORMULAS`.
+Two named variants. `paper`: the formulas of arXiv 2603.02908, section 3: activations summed over the shifted latents
+and averaged over tokens; changes taken between the same token without and behind demonstrations. `official_code`: what
+the notebook of the official repository computes: squared activations averaged over tokens and latents; changes taken
+between row r of two separate runs. Whatever scores anything goes through `score_domain`; a changed formula is changed
+in this file alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ Stats = Mapping[str, torch.Tensor]
 FORMULAS = {"paper": {"sts_act": ("base_sum_L", False), "sts_icl": ("squared_difference_L", False)},
             "official_code": {"sts_act": ("base_square_sum_L", True), "sts_icl": ("squared_difference_L", True)}}
 VARIANTS = tuple(FORMULAS)
+#: Raise it when a formula changes: it is part of the version of every stage that scores.
+REVISION = 0
+
+
+def sums_of(variant: str) -> set[str]:
+    """The sums by latent that a variant's scores are made of."""
+    return {field for field, _ in FORMULAS[variant].values()}
 
 
 def check_top_n(top_n: int, latents: int) -> None:

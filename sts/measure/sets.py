@@ -2,13 +2,11 @@
 
 A latent's energy is its mean square over tokens. With decoder norms of one that is the squared length of what zeroing
 the latent takes out of the residual stream, so energy says how much a set removes, whatever its latents mean.
-
-Shape suffixes: K chosen latents, L latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +15,7 @@ import torch
 from sts.errors import StsError
 from sts.measure.score import shifted_dimensions
 
-#: How far a matched set's total energy may be from that of the set it imitates.
+#: How far a matched set's total may be from that of the set it imitates.
 TOLERANCE = 0.1
 #: A partner is drawn among at least so many nearest ones, so that the draws differ.
 NEAREST = 3
@@ -29,13 +27,8 @@ FEWEST = 2
 class ZeroSet:
     """A set of latents to zero.
 
-    Attributes:
-        kind: none, most_shifted, most_active, random, matched (in energy) or like_rate (matched in firing rate).
-        count: number of latents.
-        draw: of sets that are drawn, which one; else 0.
-        latents: their indices.
-        energy: the latents' energies summed, per token.
-        usable: False for a matched set that failed to match; it is not evaluated.
+    `kind` is none, most_shifted, most_active, random, matched (in energy) or like_rate (matched in firing rate); `draw`
+    tells drawn sets apart; `energy` is the latents' sum, per token. A set that failed to match is not `usable`.
     """
 
     kind: str
@@ -48,16 +41,13 @@ class ZeroSet:
 
 def sets_to_zero(change_L: torch.Tensor, energy_L: torch.Tensor, counts: Sequence[int], draws: int,
                  seed: int, rate_L: torch.Tensor | None = None) -> list[ZeroSet]:
-    """Every set that is zeroed; first the empty one.
-
-    For each number of latents: the most shifted; the most active, those of largest energy; `draws` random sets, drawn
-    evenly from all that are not among the most shifted; `draws` sets matched to the most shifted in energy; and, given
-    firing rates, as many matched in those.
+    """Every set that is zeroed, the empty one first: for each number of latents the most shifted, those of largest
+    energy, and `draws` sets each that hold none of the most shifted: random ones, ones matched to them in energy and,
+    given firing rates, in those.
 
     Args:
         change_L: squared change by fine-tuning.
-        energy_L: energy on the tokens whose bits are counted.
-        rate_L: firing rates on the same tokens.
+        energy_L, rate_L: energy and firing rate on the tokens whose bits are counted.
         seed: of the draws; each draw has a stream of random numbers of its own.
 
     Raises:
@@ -85,11 +75,7 @@ def sets_to_zero(change_L: torch.Tensor, energy_L: torch.Tensor, counts: Sequenc
 
 
 def random_latents(width: int, without: torch.Tensor, count: int, seed: int | Sequence[int]) -> torch.Tensor:
-    """`count` latents drawn evenly from all but those in `without`.
-
-    Raises:
-        StsError: there are not so many.
-    """
+    """`count` latents drawn evenly from all but those in `without`; `StsError` if there are not so many."""
     others = np.setdiff1d(np.arange(width), without.numpy())
     if count > len(others):
         raise StsError(f"{count} random latents were asked for beside {len(without)} chosen ones; the SAE has "
@@ -98,15 +84,11 @@ def random_latents(width: int, without: torch.Tensor, count: int, seed: int | Se
 
 
 def matched_latents(energy_L: torch.Tensor, chosen: torch.Tensor, seed: int | Sequence[int]) -> torch.Tensor:
-    """As many latents as chosen, none of them chosen, of like energy one by one and in total.
+    """As many latents as chosen, none of them chosen, of like energy (or another measure) one by one and in total.
 
     Each of the chosen, largest first, gets a partner drawn from those still left: among those whose energy differs by
     less than `TOLERANCE` (in logarithm), and the `NEAREST` nearest. What a partner has too little, the next one is
-    asked to have more, so that the total comes out right wherever the others hold enough. Where they do not, the
-    result holds less: compare the totals.
-
-    Args:
-        energy_L: energy of each latent, or another measure of at least 0 to match by.
+    asked to have more. Where the others do not hold enough, the result holds less: compare the totals.
 
     Raises:
         StsError: fewer latents are left than were chosen.
@@ -131,15 +113,9 @@ def matched_latents(energy_L: torch.Tensor, chosen: torch.Tensor, seed: int | Se
     return torch.from_numpy(np.sort(np.array(found, dtype=np.int64)))
 
 
-def latent_activity(stats: dict[str, torch.Tensor], *, tuned: bool, norms_L: torch.Tensor) -> tuple[torch.Tensor,
-                                                                                                  torch.Tensor]:
-    """Firing rates, and energies: mean over tokens of the squared length of what a latent adds to the residual stream.
-
-    Args:
-        stats: paired statistics of the untuned and the tuned model.
-        tuned: which of the two.
-        norms_L: lengths of the decoder vectors.
-    """
+def latent_activity(stats: Mapping[str, torch.Tensor], norms_L: torch.Tensor, *,
+                    tuned: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Firing rates and energies in one of the models of paired statistics; `norms_L` are decoder vectors' lengths."""
     side = "icl" if tuned else "base"
     return (stats[f"{side}_fired_L"] / stats["tokens"],
             stats[f"{side}_square_sum_L"] / stats["tokens"] * norms_L.square())

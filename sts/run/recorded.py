@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts.errors import StsError
+from sts.measure.score import sums_of
 from sts.run.resources import MADE_OF_KEYS, drawn, seeds_of, trainings_of
 from sts.run.stage import STAGES
 from sts.run.store import PROVENANCE, Store, read
@@ -51,10 +52,10 @@ def texts_withheld(value: list[dict] | dict) -> bool:
     return tokens == {BLANK}
 
 
-def _sums(*kept: str) -> Callable[[Mapping], dict]:
-    """Of sums by domain ("law/tokens"), those named `kept` and the numbers of tokens."""
+def _sums(variant: str) -> Callable[[Mapping], dict]:
+    """Of sums by domain ("law/tokens"), those that a variant's scores are made of, and the numbers of tokens."""
     return lambda sums: {field: value for field, value in sums.items()
-                         if field.rpartition("/")[2] in ("tokens", *kept)}
+                         if field.rpartition("/")[2] in ("tokens", *sums_of(variant))}
 
 
 _SCORED = "size; the sums that scores are made of are recorded"
@@ -63,8 +64,8 @@ _VALUES, _NULLS = (f"size; stage baseline_{name} holds what is made of it" for n
 CHANGED: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
     "latent_examples": ("texts", _without_tokens), "ablated_answers": ("texts", _without_answers),
     "text_activations": ("size", None), "latent_strengths": ("texts", None),
-    "domain_stats": (_SCORED, _sums("base_sum_L", "squared_difference_L")),
-    "domain_rows": (_SCORED, _sums("base_square_sum_L", "squared_difference_L")),
+    "domain_stats": (_SCORED, _sums("paper")),
+    "domain_rows": (_SCORED, _sums("official_code")),
     "domain_raw_stats": (_VALUES, None), "domain_model_change": (_VALUES, None), "random_latent_scores": (_NULLS, None)}
 #: Recorded of the run's own seed alone; of others, stage scores holds what is made of them.
 OWN_SEED = ("domain_stats", "domain_rows")

@@ -21,7 +21,7 @@ from sts.measure.items import MEASURES, item_differences, reliability
 from sts.measure.overlap import same_fraction
 from sts.measure.paper import extremes, spread_ratio, with_selection
 from sts.measure.resampling import correlate, power_of_design
-from sts.measure.score import VARIANTS
+from sts.measure.score import REVISION, VARIANTS
 from sts.run.stage import stage
 
 #: Domains at either end that the paper's Figure 3 keeps.
@@ -121,7 +121,7 @@ def text_baselines(tokenizer, train, questions):
         for domain, own in texts.items()])
 
 
-@stage("parquet", version=2, also=("evaluation_before",))
+@stage("parquet", version=2 + REVISION, also=("evaluation_before",))
 def baseline_values(scores, shift, shift_controls, sft_shift, domain_stats, domain_raw_stats, domain_model_change,
                     text_baselines, domain_shift, top_n):
     """Every baseline that is the same for all measures, for this seed: column domain, and one column a predictor."""
@@ -135,7 +135,7 @@ def baseline_values(scores, shift, shift_controls, sft_shift, domain_stats, doma
         top_n, same_fraction(top_n, *widths))).reset_index()
 
 
-@stage("tensors", version=2)
+@stage("tensors", version=2 + REVISION)
 def random_latent_scores(shift, domain_stats, top_n, baseline_draws, seed, report):
     """`baselines.random_set_scores` with `baseline_draws` sets of latents of each kind, named kind/act_RD and so on."""
     flat, domains = {}, baselines.split_domains(domain_stats)

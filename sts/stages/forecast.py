@@ -8,7 +8,7 @@ from sts.engine.extract import paired_stats, row_paired_stats
 from sts.errors import StsError
 from sts.measure.baselines import split_domains
 from sts.measure.cost import prompt_tokens
-from sts.measure.score import VARIANTS, overlap, score_domains, shifted_dimensions
+from sts.measure.score import REVISION, VARIANTS, overlap, score_domains, shifted_dimensions
 from sts.run.stage import stage
 
 
@@ -48,7 +48,7 @@ def domain_rows(lm, reader, layer, domain_groups, official_rows, tokens_per_batc
         lm, reader, layer, groups, official_rows, tokens_per_batch=tokens_per_batch, work=work), report)
 
 
-@stage("parquet")
+@stage("parquet", version=1 + REVISION)
 def scores(shift, shift_rows, domain_stats, domain_rows, top_n):
     """STS_act and STS_ICL of every domain in both variants."""
     sums = {"paper": (shift, domain_stats), "official_code": (shift_rows, domain_rows)}

@@ -25,7 +25,7 @@ from sts.measure.baselines import split_domains
 from sts.measure.compare import AXES, SCORES, sweeps_compared
 from sts.measure.items import item_differences
 from sts.measure.overlap import same_fraction
-from sts.measure.score import Stats, check_top_n, score_domain, shifted_dimensions
+from sts.measure.score import REVISION, Stats, check_top_n, score_domain, shifted_dimensions, sums_of
 from sts.run.stage import stage
 
 #: Seed of the sweep's text and SAEs, the same in every seed of a run.
@@ -57,7 +57,7 @@ def _frame(rows: list[dict], *more: str) -> pandas.DataFrame:
     return pandas.DataFrame(rows, columns=[*COLUMNS, *more])
 
 
-@stage("parquet")
+@stage("parquet", version=1 + REVISION)
 def sweep_latents(shift, domain_stats, scores, top_n, sweep_bands, sweep_top_n):
     """Scores by rank band of the latents, by their number N, and by the formulas: axis, value, own, domain, scores."""
     order, domains = ranking(shift), split_domains(domain_stats)
@@ -82,7 +82,7 @@ def forecast_values(own: Mapping[str, int], listed: Mapping[str, list[int]],
     return found + [("masks", *each) for each in masked]
 
 
-@stage("parquet", also=("lm", "reader", "layer", "shift_groups", "domain_groups", "masks"))
+@stage("parquet", version=1 + REVISION, also=("lm", "reader", "layer", "shift_groups", "domain_groups", "masks"))
 def sweep_settings(variant, shift, domain_stats, top_n, demonstrations, shift_demonstrations, score_tokens,
                    shift_tokens, sweep_demonstrations, sweep_shift_demonstrations, sweep_tokens, sweep_shift_tokens,
                    sweep_masks, report):
@@ -164,7 +164,7 @@ def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_te
     return scratch
 
 
-@stage("parquet", also=("fold_norms",))
+@stage("parquet", version=1 + REVISION, also=("fold_norms",))
 def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_groups, masks, top_n, sae_latents, sae_k,
                sweep_widths, sweep_layers, sweep_k, tokens_per_batch, report, work, scratch, device):
     """Scores with each SAE of the sweep; also layer, latents, k, l0, explained and silent (shares, held-out text)."""
@@ -184,8 +184,8 @@ def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_gr
             for done, (name, group) in enumerate(groups.items(), place * len(groups)):
                 stats = paired_stats(lm, together, one, group, masks, tokens_per_batch=tokens_per_batch, work=work,
                                      report=lambda f, done=done, steps=steps: report((done + f) / steps)).to_tensors()
-                sums[name] = split_domains(together.split({field: stats[field] for field in (
-                    "tokens", "base_sum_L", "squared_difference_L")}))
+                sums[name] = split_domains(together.split({field: stats[field]
+                                                           for field in ("tokens", *sums_of("paper"))}))
             rows = [_scored(spec, sweep_sae_training / spec.name, {name: own[spec.name] for name, own in sums.items()},
                             top_n, sae_latents) for spec in specs]
             partial = path.with_suffix(".partial")

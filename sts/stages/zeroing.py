@@ -24,7 +24,7 @@ NORM_PROBLEMS = 8
 def _chosen(sft_shift, sft_shift_solutions, reader, tuned, counts, draws, seed):
     """Firing rates and total energy on the solutions, and every set to zero."""
     norms_L = reader.W_dec.detach().double().norm(dim=1).cpu()
-    rate_L, energy_L = latent_activity(split_domains(sft_shift_solutions)["sae"], tuned=tuned, norms_L=norms_L)
+    rate_L, energy_L = latent_activity(split_domains(sft_shift_solutions)["sae"], norms_L, tuned=tuned)
     change_L = split_domains(sft_shift)["sae"]["squared_difference_L"]
     return rate_L, energy_L, sets_to_zero(change_L, energy_L, counts, draws, seed, rate_L)
 
