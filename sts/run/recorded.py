@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts.errors import StsError
-from sts.measure.score import sums_of
 from sts.run.resources import MADE_OF_KEYS, drawn, seeds_of, trainings_of
 from sts.run.stage import STAGES
 from sts.run.store import PROVENANCE, Store, read
@@ -54,8 +53,12 @@ def texts_withheld(value: list[dict] | dict) -> bool:
 
 def _sums(variant: str) -> Callable[[Mapping], dict]:
     """Of sums by domain ("law/tokens"), those that a variant's scores are made of, and the numbers of tokens."""
-    return lambda sums: {field: value for field, value in sums.items()
-                         if field.rpartition("/")[2] in ("tokens", *sums_of(variant))}
+    def kept(sums: Mapping) -> dict:
+        from sts.measure.score import sums_of
+
+        return {field: value for field, value in sums.items()
+                if field.rpartition("/")[2] in ("tokens", *sums_of(variant))}
+    return kept
 
 
 _SCORED = "size; the sums that scores are made of are recorded"
