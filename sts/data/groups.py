@@ -99,6 +99,31 @@ def other_domain_sets(train: Sequence[Example], pool: Mapping[str, list[Example]
     return [[without_options(example) for example in chosen] for chosen in sets]
 
 
+def benchmark_questions(names: Sequence[str], held_out: list[Example], questions: Mapping[str, list[Example]],
+                        pool: Mapping[str, list[Example]], count: int, limit: int,
+                        seed: int) -> dict[str, tuple[str, list[Example], list[Example]]]:
+    """What is answered in words: name -> (benchmark, questions, worked examples).
+
+    Args:
+        names: mmlu_pro (the domains' questions behind `count` worked examples of their own), sft_held_out (the held-out
+            problems, as gsm8k asks), gsm8k or math.
+        limit: questions a domain at most; 0 for all.
+    """
+    found: dict[str, tuple[str, list[Example], list[Example]]] = {}
+    for name in names:
+        if name == "mmlu_pro":
+            drawn = [(pool[domain][:count], own) if domain in pool else
+                     demonstration_draws(own, count, 1, seed=seed, what=f"Domain {domain!r}")[0]
+                     for domain, own in questions.items()]
+            found[name] = (name, [one for _, own in drawn for one in own[:limit or None]],
+                           [one for worked, _ in drawn for one in worked])
+        elif name == "sft_held_out":
+            found[name] = "gsm8k", held_out, []
+        else:
+            found[name] = name, load_examples(name, split="test", limit=limit, seed=seed), []
+    return found
+
+
 def token_chunks(documents, context: int, limit: int) -> list[list[int]]:
     """Cut tokenised documents into pieces of at most `context` tokens until `limit` tokens are gathered."""
     pieces, total = [], 0

@@ -1,8 +1,7 @@
 """What stages are handed besides results and settings: models, the SAE, examples, prompts, other seeds.
 
-Each resource is one function of an open run, registered with what it brings into a key. What a run reads from outside
-(an *input*) is known by a digest; `DECIDED_BY` names the settings that decide what it is. Libraries and models are
-imported where they are used, so that keys and records can be worked with in a second.
+Each is one function of an open run, registered with what it brings into a key. What a run reads from outside (an
+*input*) is known by a digest. Libraries are imported where they are used, so that keys and records take a second.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ _SET_ASIDE = ("domain_data", "demonstration_split", "domains")
 #: Input -> the settings that decide what it is. Records keep those of `DRAWN`, which their stages need not use.
 DECIDED_BY = {"model": _MODEL, "sft_train": _TRAINING, "sft_held_out": _TRAINING, "domain_data": _DOMAINS,
               "demonstrations": _SET_ASIDE, "text_data": ("text_data", "text_examples", "seed"),
-              "sae_text": (*_MODEL, "sae_text"), "trial_problems": (*_TRAINING, "sft_trial_examples")}
+              "sae_text": (*_MODEL, "sae_text"), "trial_problems": (*_TRAINING, "sft_trial_examples"),
+              "generation_data": (*_TRAINING, *_DOMAINS, *_SET_ASIDE, "eval_generate", "eval_limit", "demonstrations")}
 DRAWN = ("sft_train", "sft_held_out", "domain_data", "demonstrations")
 #: Inputs that are other stages' keys: these are known wherever the stages are, so records have to agree in them.
 MADE_OF_KEYS = ("sae", "seeds", "training_sets")
@@ -101,11 +101,7 @@ def reader(run):
 
 
 def sae_name(run: OpenRun) -> str:
-    """What `engine.saes.load_sae` takes; trains the SAE first where the run says so.
-
-    Raises:
-        StsError: it was recorded without its weights.
-    """
+    """What `engine.saes.load_sae` takes, trained first where the run says so; `StsError` without recorded weights."""
     if run.settings.sae != "train":
         own = ROOT / run.settings.sae  # a profile of the repository may be run from any folder
         return str(own) if (own / "cfg.json").is_file() else run.settings.sae
@@ -137,7 +133,7 @@ def masks(run):
     return Masks(run.settings.question_tokens_only, run.settings.drop_first_positions, run.settings.outlier_norm)
 
 
-# --- examples
+# --- examples and prompts
 
 def _training_set(run) -> tuple[list, list]:
     from sts.data.load import training_split
@@ -208,7 +204,15 @@ def trial(run):
     return *_training_set(_other(run, seed=seed, sft_examples=run.settings.sft_trial_examples)), seed
 
 
-# --- prompts
+@resource(uses=("eval_generate",), inputs=("generation_data",))
+def benchmarks(run):
+    """What is answered in words: name in `eval_generate` -> (benchmark, questions, worked examples)."""
+    from sts.data.groups import benchmark_questions
+
+    own = run.settings
+    return benchmark_questions(own.eval_generate, held_out(run), questions(run), examples_set_aside(run),
+                               own.demonstrations, own.eval_limit, own.seed)
+
 
 @resource(uses=("shift_tokens", "shift_demonstrations", "demonstration_draws", "seed"), inputs=("sft_train",))
 def shift_groups(run):
@@ -266,11 +270,7 @@ def each_training(run):
 # --- what is read, by digest
 
 def identity(run: OpenRun, what: str) -> str:
-    """A digest of something that a stage reads from outside.
-
-    Raises:
-        StsError: it is not here.
-    """
+    """A digest of something that a stage reads from outside; `StsError` if it is not here."""
     if what == "sae":
         from sts.engine.saes import sae_identity
 
@@ -295,5 +295,6 @@ def identity(run: OpenRun, what: str) -> str:
     made: dict[str, Callable[[], Any]] = {
         "sft_train": lambda: [train(run)], "sft_held_out": lambda: [held_out(run)], "text_data": lambda: [texts(run)],
         "domain_data": lambda: questions(run).values(), "demonstrations": lambda: examples_set_aside(run).values(),
-        "trial_problems": lambda: trial(run)[:2]}
+        "trial_problems": lambda: trial(run)[:2],
+        "generation_data": lambda: [part for _, *parts in benchmarks(run).values() for part in parts]}
     return digest([example for group in made[what]() for example in group])
