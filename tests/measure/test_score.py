@@ -6,7 +6,9 @@ import torch
 
 from sts.engine.extract import PairedStats
 from sts.errors import StsError
+from sts.measure import baselines, score
 from sts.measure.score import concentration, overlap, score_domain, score_domains, shifted_dimensions
+from sts.run import recorded
 
 generator = numpy.random.default_rng(5)
 TRAIN_BASE, TRAIN_ICL = generator.gamma(1.0, size=(2, 30, 12))
@@ -48,6 +50,17 @@ def test_official_variant_averages_squares_over_tokens_and_latents():
     scored = score_domain("official_code", stats(base, icl), top)
     assert scored["sts_act"] == pytest.approx((base[:, [3, 0, 7]] ** 2).mean(), rel=1e-12)
     assert scored["sts_icl"] == pytest.approx(((icl - base)[:, [3, 0, 7]] ** 2).mean(), rel=1e-12)
+
+
+def test_a_changed_formula_changes_random_sets_and_what_is_recorded_too(monkeypatch):
+    shift, domains = stats(TRAIN_BASE, TRAIN_ICL), {name: stats(*pair) for name, pair in DOMAINS.items()}
+    before = baselines.random_set_scores("uniform", shift, domains, 3, 4, seed=1)
+    monkeypatch.setitem(score.FORMULAS, "paper", score.FORMULAS["official_code"])
+    after = baselines.random_set_scores("uniform", shift, domains, 3, 4, seed=1)
+    torch.testing.assert_close(after["icl_RD"], before["icl_RD"] / 3)  # a mean over the set, not a sum
+    assert not torch.allclose(after["act_RD"], before["act_RD"] / 3)  # squares
+    kept = recorded.CHANGED["domain_stats"][1]({f"law/{name}": 0 for name in shift})
+    assert set(kept) == {"law/tokens", "law/base_square_sum_L", "law/squared_difference_L"}
 
 
 def test_ties_go_to_the_lower_index():

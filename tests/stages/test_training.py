@@ -46,5 +46,3 @@ def test_the_key_does_not_depend_on_the_run_that_is_reported(run):
 def test_no_rate_is_an_error(run):
     with pytest.raises(StsError, match="sft_lr_tried is empty"):
         sts.open_run("smoke", results=run.results).get("sft_trials")
-
-

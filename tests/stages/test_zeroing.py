@@ -1,7 +1,6 @@
-"""The experiment that zeroes latents: stages on the smoke run against other means, effects, rule and sentences."""
+"""The experiment that zeroes latents: stages on the smoke run against other means."""
 
 import numpy as np
-import pandas
 import pytest
 import torch
 
@@ -140,33 +139,3 @@ def test_keys_follow_what_the_stages_read(run):
 def test_one_draw_is_refused(tmp_path):
     with pytest.raises(StsError, match="ablation_draws"):
         sts.open_run("smoke", results=tmp_path, ablation_draws=1)
-
-
-# --- effects ------------------------------------------------------------------------------------------------------
-
-def table(costs: dict[str, np.ndarray], energy: dict[str, float], count: int = 10) -> pandas.DataFrame:
-    """Rows as of stage `ablation`, of 20 units of energy in all: kind -> added bits, sets x problems; no entry for
-    matched where nothing matches."""
-    problems = next(iter(costs.values())).shape[1]
-    plain_P = np.linspace(1, 2, problems)
-    rows = [{"kind": "none", "latents": 0, "draw": 0, "rate": 0.0, "energy": 0.0, "example_id": f"q{item}",
-             "bits": bits} for item, bits in enumerate(plain_P)]
-    for kind in KINDS:
-        base = {"kind": kind, "latents": count, "rate": 0.1, "energy": energy[kind]}
-        if kind not in costs:
-            rows += [base | {"draw": draw, "energy": energy[kind] - draw} for draw in range(2)]
-        else:
-            rows += [base | {"draw": draw, "example_id": f"q{item}", "bits": plain_P[item] + cost}
-                     for draw, own in enumerate(costs[kind]) for item, cost in enumerate(own)]
-    frame = pandas.DataFrame(rows).sample(frac=1, random_state=0)
-    return frame.assign(share=frame["energy"] / 20)
-
-
-ENERGY = {"most_shifted": 5.0, "most_active": 9.0, "random": 0.5, "matched": 5.0}
-ALIKE = {"most_shifted": 0.1, "most_active": 0.1, "random": 0.1, "matched": 0.1}
-
-
-# --- the rule -----------------------------------------------------------------------------------------------------
-
-# --- the page -----------------------------------------------------------------------------------------------------
-
