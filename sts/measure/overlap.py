@@ -86,8 +86,10 @@ def concentrations(change_FL: torch.Tensor, *also: int, orders: int = 200, seed:
                               for own_L in change_FL]).numpy()
     total_F, generator = change_FL.sum(1).numpy(), np.random.default_rng(seed)
     random_RK = np.stack([generator.permutation(change_L.numpy()).cumsum()[counts_K - 1] for _ in range(orders)])
-    return Concentration(counts_K, share_K, carried_FK.sum(0) / total_F.sum(), *ratio_interval(carried_FK, total_F),
-                         *np.quantile(random_RK / total_F.sum(), [0.025, 0.975], axis=0), width, folds)
+    low_K, high_K = ratio_interval(carried_FK, total_F)
+    random_low_K, random_high_K = np.quantile(random_RK / total_F.sum(), [0.025, 0.975], axis=0)
+    return Concentration(counts_K, share_K, carried_FK.sum(0) / total_F.sum(), low_K, high_K, random_low_K,
+                         random_high_K, width, folds)
 
 
 def same_fraction(count: int, of: int, width: int) -> int:

@@ -67,22 +67,22 @@ def recomputed_correlations(*, permutations: int = 100_000, resamples: int = 5_0
     spearman, published_r_squared, r_squared, slope and intercept (percentage points a unit of STS), n,
     leave_one_out_low, low_without, leave_one_out_high, high_without.
     """
-    published, rows = published_correlations().set_index(["model", "metric"]), []
-    for key, panel in figure3_points().groupby(["model", "metric"], sort=False):
-        found = correlate(panel["sts"], panel["abs_shift_pct"], list(panel["domain"]), seed=seed,
+    points, rows = figure3_points(), []
+    for said in published_correlations().sort_values("metric", kind="stable").to_dict("records"):
+        panel = points[(points["model"] == said["model"]) & (points["metric"] == said["metric"])]
+        found = correlate(list(panel["sts"]), list(panel["abs_shift_pct"]), list(panel["domain"]), seed=seed,
                           permutations=permutations, resamples=resamples)
-        said, without = published.loc[key], found.leave_one_out
+        without = vars(found.leave_one_out)
         rows.append({
-            "model": key[0], "metric": key[1], "published_pearson": said["pearson"],
+            "model": said["model"], "metric": said["metric"], "published_pearson": said["pearson"],
             "published_std": said["pearson_std"], "pearson": found.pearson, "low": found.pearson_interval.low,
-            "high": found.pearson_interval.high, "p": found.p, "exact": found.exact, "spearman": found.spearman,
-            "published_r_squared": said["r_squared"], "r_squared": found.r_squared, "slope": found.line.slope,
-            "intercept": found.line.intercept, "n": found.n, "leave_one_out_low": without.low,
-            "low_without": without.low_without, "leave_one_out_high": without.high,
-            "high_without": without.high_without})
+            "high": found.pearson_interval.high, "p": found.p, "p_holm": math.nan, "exact": found.exact,
+            "spearman": found.spearman, "published_r_squared": said["r_squared"], "r_squared": found.r_squared,
+            "slope": found.line.slope, "intercept": found.line.intercept, "n": found.n,
+            "leave_one_out_low": without["low"], "low_without": without["low_without"],
+            "leave_one_out_high": without["high"], "high_without": without["high_without"]})
     frame = pd.DataFrame(rows)
-    frame.insert(frame.columns.get_loc("p") + 1, "p_holm", multipletests(frame["p"], method="holm")[1])
-    return frame
+    return frame.assign(p_holm=multipletests(frame["p"], method="holm")[1])
 
 
 # --- what choosing the extremes does ------------------------------------------------------------------------------
@@ -129,10 +129,10 @@ def correlations_without_selection(results: pd.DataFrame, count: int = 4) -> pd.
 
     Columns: model, metric, pearson (eight extremes), spread_ratio (of |shift|, extremes over all), all_domains.
     """
-    ratios = accuracy_shifts().groupby("model")["abs_shift_pct"].agg(spread_ratio, count)
-    frame = results[["model", "metric", "pearson"]].assign(spread_ratio=results["model"].map(ratios))
-    frame["all_domains"] = [with_selection(row.pearson, 1 / row.spread_ratio) for row in frame.itertuples()]
-    return frame
+    shifts = accuracy_shifts().set_index("model")["abs_shift_pct"]
+    ratios = [spread_ratio(list(shifts[model]), count) for model in results["model"]]
+    return results[["model", "metric", "pearson"]].assign(spread_ratio=ratios, all_domains=[
+        with_selection(r, 1 / ratio) for r, ratio in zip(results["pearson"], ratios, strict=True)])
 
 
 def selection_effect(correlations: Sequence[float], *, domains: int = 14, count: int = 4, simulations: int = 10_000,
