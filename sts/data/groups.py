@@ -46,16 +46,18 @@ def training_groups(tokenizer: PreTrainedTokenizerBase, examples: list[Example],
     parts = own_questions(drawn)
     if not all(parts):
         raise StsError(f"The training set {name!r} has {len(examples)} examples, too few for a question behind each of "
-                       f"{draws} draws of {count} demonstrations. Lower demonstration_draws or shift_demonstrations, or "
-                       "raise sft_examples.")
-    return [make_group(tokenizer, questions, demonstrations, context_length=context_length,
-                       tokens=max(1, tokens // draws)) for (demonstrations, _), questions in zip(drawn, parts, strict=True)]
+                       f"{draws} draws of {count} demonstrations. Lower demonstration_draws or shift_demonstrations, "
+                       "or raise sft_examples.")
+    own = max(1, tokens // draws)
+    return [make_group(tokenizer, questions, demonstrations, context_length=context_length, tokens=own)
+            for (demonstrations, _), questions in zip(drawn, parts, strict=True)]
 
 
 def groups_of_domains(tokenizer: PreTrainedTokenizerBase, questions: Mapping[str, list[Example]],
                       pool: Mapping[str, list[Example]], count: int, draws: int, *, tokens: int, context_length: int,
                       seed: int) -> dict[str, list[PromptGroup]]:
-    """Each domain's questions behind each draw of demonstrations from the same domain: set aside in `pool`, or its own."""
+    """Each domain's questions behind each draw of demonstrations from the same domain, set aside in `pool` or its own.
+    """
     groups = {}
     for domain, examples in questions.items():
         drawn = demonstration_draws(pool.get(domain, examples), count, draws, seed=seed, what=f"Domain {domain!r}",
@@ -89,8 +91,8 @@ def other_domain_sets(train: Sequence[Example], pool: Mapping[str, list[Example]
     own = trained_domains(train)
     large = [domain for domain in sorted(set(pool) - own) if len(pool[domain]) >= count]
     if not large:
-        raise StsError(f"The control takes {count} demonstrations from a domain other than {', '.join(sorted(own))}; no "
-                       "domain has so many. Use fewer shift_demonstrations, or more domains.")
+        raise StsError(f"The control takes {count} demonstrations from a domain other than {', '.join(sorted(own))}; "
+                       "no domain has so many. Use fewer shift_demonstrations, or more domains.")
     generator = random.Random(seed)
     order = generator.sample(large, len(large))
     sets = [generator.sample(pool[order[draw % len(order)]], count) for draw in range(draws)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import torch
 
@@ -19,7 +20,7 @@ from sts.engine.sae_quality import (
     strengths,
     top_contexts,
 )
-from sts.engine.sae_training import SaeTraining, collect_activations, save_sae, shard_paths, train_sae
+from sts.engine.sae_training import SaeTraining, collect_activations, save_sae, train_sae
 from sts.engine.saes import load_sae
 from sts.errors import StsError
 from sts.run.stage import stage
@@ -47,9 +48,7 @@ def sae(lm, layer, sae_texts, sae_latents, sae_k, sae_samples, sae_lr, splice_to
         "text": dict(sae_texts.sources), "tokens": sum(map(len, train)), "curve": curve, "held_out": quality},
         indent=1) + "\n", encoding="utf-8")
     for part in ("train", "held_out"):  # gigabytes that nothing needs any more
-        for path in shard_paths(scratch / part):
-            path.unlink()
-        (scratch / part).rmdir()
+        shutil.rmtree(scratch / part)
     return scratch
 
 
@@ -117,13 +116,12 @@ def latent_examples(lm, layer, texts, context, seed, reader, text_activations):
 
 @stage("json", inputs_without=("model", "text_data"))
 def latent_strengths(latent_examples, lm, layer, texts, context, seed, reader, text_activations):
-    """How strongly the latents of `latent_examples` fire, with texts on which they fire half as strongly as they can."""
-    chosen = [row["latent"] for row in latent_examples]
+    """How strongly the latents of `latent_examples` fire, and texts on which half as strongly as they can."""
     return strengths(Firings(reader, text_activations / "train", _pieces(lm, texts, context, seed, "train"),
-                             lm.tokenizer, chosen))
+                             lm.tokenizer, [row["latent"] for row in latent_examples]))
 
 
 @stage("json")
 def latent_logits(latent_examples, lm, reader):
-    """The tokens that the latents of `latent_examples` promote and demote: their decoder vectors through the LM head."""
+    """Tokens that the latents of `latent_examples` promote and demote: their decoder vectors through the LM head."""
     return promoted_tokens(lm, reader, [row["latent"] for row in latent_examples])
