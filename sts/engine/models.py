@@ -79,13 +79,14 @@ def sha256_of_file(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def resolve_model(name: str, revision: str, cache: Path) -> tuple[str, str]:
+def resolve_model(name: str, revision: str, cache: Path, convert: bool = True) -> tuple[str, str]:
     """Where a model's files are and what identifies its weights.
 
     Args:
         name: packaged name, local folder or hub id.
         revision: hub revision; ignored for local models.
         cache: folder for converted packaged models.
+        convert: a packaged model that is not there yet; its identity alone needs no conversion.
 
     Returns:
         (location, identity): `location` is what `from_pretrained` takes; `identity` is a digest of the local
@@ -102,7 +103,7 @@ def resolve_model(name: str, revision: str, cache: Path) -> tuple[str, str]:
     if name in packaged.PACKAGED:
         digest = sha256_of_file(*packaged.packaged_files(name))
         folder = cache / f"{name}-{digest[:12]}"
-        if not (folder / "config.json").is_file():
+        if convert and not (folder / "config.json").is_file():
             cache.mkdir(parents=True, exist_ok=True)
             packaged.convert(name, folder, digest)
         return str(folder), f"gguf:{digest[:16]}"

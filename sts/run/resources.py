@@ -282,7 +282,7 @@ def identity(run: OpenRun, what: str) -> str:
     if what == "model":
         from sts.engine.models import resolve_model
 
-        return resolve_model(run.settings.model, run.settings.model_revision, run.results / "models")[1]
+        return resolve_model(run.settings.model, run.settings.model_revision, run.results / "models", convert=False)[1]
     from sts.data.load import digest
 
     if what == "sae_text":
