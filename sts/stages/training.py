@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+from sts.data.load import shared_questions
 from sts.engine.evaluate import evaluate
 from sts.engine.finetune import FineTuning, fine_tune
 from sts.errors import StsError
@@ -51,21 +52,23 @@ def sft_trials(fresh_lm, trial, sft_lr_tried, sft_epochs, sft_batch, sft_micro_b
     return rows
 
 
-def _evaluated(lm, questions, limit, kinds, batch, report, work):
-    chosen = [example for group in questions.values() for example in (group[:limit] if limit else group)]
-    return evaluate(lm, chosen, kinds=kinds, batch=batch, report=report, work=work)
+def _asked(questions, limit):
+    return [example for group in questions.values() for example in (group[:limit] if limit else group)]
 
 
 @stage("parquet", version=2)
 def evaluation_before(lm, questions, eval_limit, eval_batch, eval_kinds, report, work):
     """Log-likelihoods of `eval_kinds` (option letters, worked solutions) under the untuned model."""
-    return _evaluated(lm, questions, eval_limit, eval_kinds, eval_batch, report, work)
+    return evaluate(lm, _asked(questions, eval_limit), kinds=eval_kinds, batch=eval_batch, report=report, work=work)
 
 
-@stage("parquet", version=2)
-def evaluation_after(tuned, questions, eval_limit, eval_batch, eval_kinds, report, work):
-    """The same under the tuned model."""
-    return _evaluated(tuned, questions, eval_limit, eval_kinds, eval_batch, report, work)
+@stage("parquet", version=2, inputs_without=("sft_train",))
+def evaluation_after(tuned, train, questions, eval_limit, eval_batch, eval_kinds, report, work):
+    """The same under the tuned model; questions that it was trained on are counted in the record of what was run."""
+    asked = _asked(questions, eval_limit)
+    if shared := shared_questions(train, asked):
+        work.note(f"{shared} of the {len(asked)} questions that are evaluated were trained on.")
+    return evaluate(tuned, asked, kinds=eval_kinds, batch=eval_batch, report=report, work=work)
 
 
 @stage("parquet", version=4)
