@@ -29,11 +29,10 @@ _HUB: ContextVar[bool] = ContextVar("hub", default=True)
 # --- loading ------------------------------------------------------------------------------------------------------
 
 def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) -> list[Example]:
-    """Read a question set.
+    """Read a question set: of `SOURCES`, or of `GENERATED`, which needs neither folder nor hub.
 
     Args:
-        name: a key of `SOURCES`, or "gsm_symbolic" or "mmlu_exemplars", which need neither folder nor hub.
-        split: the data set's split; "" for its first.
+        split: "" for the first.
         limit: how many, drawn without replacement in an order fixed by `seed`; 0 for all in file order.
         seed: for `limit`, and for generating "gsm_symbolic".
 
@@ -62,16 +61,8 @@ def _read(name: str, source: Source, split: str) -> list[Example]:
 
 
 def load_mixture(names: str, count: int, *, seed: int = 0) -> list[Example]:
-    """`count` examples of the first split of a question set, or of several in equal parts, mixed; fewer if it has
-    fewer. No question of a released set comes twice.
-
-    Args:
-        names: a question set, or several joined by "+", such as "gsm8k+math".
-        seed: for drawing and mixing.
-
-    Raises:
-        StsError: as `load_examples`.
-    """
+    """`count` examples of the first split of a question set, or of several ("gsm8k+math") in equal parts, mixed; fewer
+    if it has fewer. No question of a released set comes twice. Raises as `load_examples`."""
     parts = names.split("+")
     shares = [count // len(parts) + (place < count % len(parts)) for place in range(len(parts))]
     examples = [example for name, share in zip(parts, shares, strict=True) for example in _drawn(name, share, seed)]
@@ -92,14 +83,8 @@ def _drawn(name: str, count: int, seed: int) -> list[Example]:
 
 
 def training_split(names: str, train: int, held_out: int, *, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """Examples to train on, and others held out; where there are fewer, both are smaller in proportion, with a warning.
-
-    Args:
-        names, seed: as in `load_mixture`.
-
-    Raises:
-        StsError: fewer than one example for either part.
-    """
+    """Examples of `load_mixture` to train on, and others held out; where there are too few, both parts are smaller in
+    proportion, with a warning; `StsError` where that leaves nothing for one of them."""
     examples = load_mixture(names, train + held_out, seed=seed)
     kept = len(examples) - held_out if len(examples) == train + held_out else \
         round(len(examples) * train / (train + held_out))
@@ -179,10 +164,8 @@ def gsm_symbolic(count: int, *, seed: int) -> list[Example]:
 
 
 def mmlu_exemplars() -> list[Example]:
-    """The 282 worked MMLU examples (4 or 5 for each of 57 subjects) of lm-evaluation-harness' `flan_cot_fewshot` tasks.
-
-    The boilerplate that opens each solution is the same for all and is left out (`sources.without_preamble`).
-    """
+    """The 282 worked MMLU examples (4 or 5 for each of 57 subjects) of lm-evaluation-harness' `flan_cot_fewshot` tasks,
+    without the boilerplate that opens each solution."""
     import lm_eval
     import yaml
 
@@ -203,11 +186,7 @@ def mmlu_exemplars() -> list[Example]:
 
 
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
-    """Split "question\\n\\n(A) one (B) two ..." into the question and its options.
-
-    Raises:
-        StsError: no list of options starting with (A).
-    """
+    """Split "question\\n\\n(A) one (B) two ..." into the question and its options; `StsError` where there are none."""
     start = text.rfind("(A)")
     if start < 0:
         raise StsError(f"No options (A), (B), ... in: {text[:80]!r}")
@@ -223,11 +202,7 @@ def split_options(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def by_domain(examples: list[Example], domains: tuple[str, ...] = ()) -> dict[str, list[Example]]:
-    """Group examples by domain, in alphabetical order.
-
-    Raises:
-        StsError: a domain asked for has no example.
-    """
+    """Group examples by domain, in alphabetical order; `StsError` where a domain asked for has none."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.domain, []).append(example)
@@ -240,11 +215,7 @@ def by_domain(examples: list[Example], domains: tuple[str, ...] = ()) -> dict[st
 # --- plain text ---------------------------------------------------------------------------------------------------
 
 def load_texts(name: str) -> list[str]:
-    """Documents of plain text: one of `CORPORA` from STS_DATA_DIR, or a .txt (one document) or .jsonl ("text") file.
-
-    Raises:
-        StsError: no such corpus or file, or a JSON line without "text".
-    """
+    """Documents of plain text: one of `CORPORA` from STS_DATA_DIR, or a .txt (one document) or .jsonl ("text") file."""
     if name in CORPORA:
         path = local_file("corpus", name)
         if path is None:

@@ -166,14 +166,8 @@ def document_ids(tokenizer: PreTrainedTokenizerBase, document: Example | str) ->
 
 def make_prompt(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: tuple[Example, ...] = (), *,
                 context_length: int = 0) -> Prompt:
-    """Tokenise a question behind demonstrations and find the question's own tokens.
-
-    Args:
-        context_length: the model's context in tokens; 0 for no check.
-
-    Raises:
-        StsError: the prompt does not fit the context.
-    """
+    """Tokenise a question behind demonstrations and find the question's own tokens; `StsError` where the prompt does
+    not fit the model's context, in tokens (0 for no check)."""
     text = render(tokenizer, question, demonstrations)
     # Where the question starts: a marker in its place, as the question's words may occur in the template too.
     start = render(tokenizer, MARKER, demonstrations).rfind(MARKER)
@@ -191,14 +185,8 @@ def make_prompt(tokenizer: PreTrainedTokenizerBase, question: str, demonstration
 
 
 def solution_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, *, context_length: int = 0) -> Prompt:
-    """A question with its worked solution; the `question` range holds the solution's tokens.
-
-    Args:
-        context_length: the model's context in tokens; 0 for no check.
-
-    Raises:
-        StsError: the conversation does not fit the context, there is no solution, or the template changes it.
-    """
+    """A question with its worked solution; the `question` range holds the solution's tokens. Raises `StsError` where it
+    does not fit the context (0 for no check), there is no solution, or the template changes it."""
     solution, start = solution_text(example), len(context_text(tokenizer, question_text(example)))
     text, own_text = render(tokenizer, question_text(example), answer=solution), _plain(tokenizer, solution)
     end = start + len(blank(tokenizer) + own_text)
@@ -214,16 +202,11 @@ def solution_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, *, con
 
 def paired_positions(base: Prompt, icl: Prompt, *, question_tokens_only: bool = True,
                      drop_first_positions: int = 0) -> tuple[list[int], list[int]]:
-    """Positions of the tokens that both prompts share at their end, in step.
+    """(positions in base, positions in icl) of the tokens that both prompts share at their end, in step.
 
-    Both prompts end with the same question, so their token ids agree from some point to the end. That common end is
-    the pairing; it holds the question and, unless `question_tokens_only`, the template around it.
-
-    Returns:
-        (positions in base, positions in icl), of equal length.
-
-    Raises:
-        StsError: the two prompts do not hold the same question.
+    Both end with the same question, so their token ids agree from some point to the end. That common end is the
+    pairing; it holds the question and, unless `question_tokens_only`, the template around it. Raises `StsError` for two
+    questions.
     """
     common = 0
     while common < min(len(base.ids), len(icl.ids)) and base.ids[-1 - common] == icl.ids[-1 - common]:
@@ -240,16 +223,11 @@ def paired_positions(base: Prompt, icl: Prompt, *, question_tokens_only: bool = 
 
 def demonstration_draws(examples: list[Example], count: int, draws: int, *, seed: int, what: str,
                         set_aside: bool = False) -> list[tuple[tuple[Example, ...], list[Example]]]:
-    """Split examples into demonstrations and questions, `draws` times, with a moving window over a seeded shuffle.
+    """`draws` pairs of `count` demonstrations and all other examples, by a moving window over a seeded shuffle.
 
     Args:
+        what: whose examples these are, for the error where there are fewer than `count` + 1.
         set_aside: the examples serve as demonstrations only, so that none needs to be left over.
-
-    Returns:
-        `draws` pairs (demonstrations, questions): `count` demonstrations and all other examples.
-
-    Raises:
-        StsError: fewer examples than `count` + 1 (`count` if set aside).
     """
     if len(examples) < count + (not set_aside):
         raise StsError(f"{what} has {len(examples)} examples; {count} demonstrations leave no question to score. "

@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import yaml
+
 from sts.data.check import Row
+from sts.errors import ROOT
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,12 @@ def without_preamble(solution: str) -> str:
 
 def last_boxed(solution: str) -> str:
     """The content of the last \\boxed{...} of a LaTeX solution, braces balanced; "" if there is none."""
-    start = solution.rfind("\\boxed{")
-    if start < 0:
-        return ""
-    depth, begin = 0, start + len("\\boxed{")
-    for position in range(begin - 1, len(solution)):
-        depth += {"{": 1, "}": -1}.get(solution[position], 0)
+    _, mark, rest = solution.rpartition("\\boxed{")
+    depth = 1
+    for position, character in enumerate(rest if mark else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
-            return solution[begin:position]
+            return rest[:position]
     return ""
 
 
@@ -68,6 +69,10 @@ def last_boxed(solution: str) -> str:
 def _chosen(example_id: str, domain: str, question: str, options: tuple[str, ...], index: int,
             solution: str = "") -> Example:
     return Example(example_id, domain, question, options, index, options[index], solution)
+
+
+def _open(example_id: str, domain: str, question: str, solution: str, answer: str = "") -> Example:
+    return Example(example_id, domain, question, (), -1, answer, solution)
 
 
 def _mmlu_pro(row: Row, row_id: str) -> Example:
@@ -91,10 +96,6 @@ def _gsm8k(row: Row, row_id: str) -> Example:
     # <<48/2=24>> are calculator annotations of the release, not part of the prose.
     worked = re.sub(r"<<.*?>>", "", worked).strip()
     return _open(row_id, "math", row.text("question"), f"{worked}\n#### {final.strip()}", final.strip())
-
-
-def _open(example_id: str, domain: str, question: str, solution: str, answer: str = "") -> Example:
-    return Example(example_id, domain, question, (), -1, answer, solution)
 
 
 def _math(row: Row, row_id: str) -> Example:
@@ -160,27 +161,8 @@ MATHEMATICS = {"gsm8k", "math", "limo", "gsm_symbolic"}
 GENERATED = {"gsm_symbolic": ("train", "test"), "mmlu_exemplars": ("train",)}
 CORPORA = ("web", "books", "textbook")
 
-_SUBJECTS = {
-    "math": "abstract_algebra college_mathematics elementary_mathematics high_school_mathematics "
-            "high_school_statistics",
-    "health": "anatomy clinical_knowledge college_medicine human_aging medical_genetics nutrition "
-              "professional_medicine virology",
-    "physics": "astronomy college_physics conceptual_physics high_school_physics",
-    "business": "business_ethics management marketing",
-    "biology": "college_biology high_school_biology",
-    "chemistry": "college_chemistry high_school_chemistry",
-    "computer science": "college_computer_science computer_security high_school_computer_science machine_learning",
-    "economics": "econometrics high_school_macroeconomics high_school_microeconomics",
-    "engineering": "electrical_engineering",
-    # MMLU-Pro has no question from moral_scenarios; it goes with moral_disputes.
-    "philosophy": "formal_logic logical_fallacies moral_disputes moral_scenarios philosophy world_religions",
-    "other": "global_facts high_school_geography high_school_government_and_politics human_sexuality miscellaneous "
-             "professional_accounting public_relations security_studies sociology us_foreign_policy",
-    "history": "high_school_european_history high_school_us_history high_school_world_history prehistory",
-    "psychology": "high_school_psychology professional_psychology",
-    "law": "international_law jurisprudence professional_law",
-}
-#: MMLU's 57 subjects -> MMLU-Pro's 14 categories, as MMLU-Pro's own `src` column assigns them.
-MMLU_PRO_CATEGORY = {subject: domain for domain, names in _SUBJECTS.items() for subject in names.split()}
+_SUBJECTS = yaml.safe_load((ROOT / "data" / "mmlu_subjects.yaml").read_text(encoding="utf-8"))
+#: MMLU's 57 subjects -> MMLU-Pro's 14 categories.
+MMLU_PRO_CATEGORY = {subject: domain for domain, names in _SUBJECTS.items() for subject in names}
 #: MMLU-Pro's 14 categories, in alphabetical order.
 DOMAINS = tuple(sorted(_SUBJECTS))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,13 +26,8 @@ from sts.errors import StsError
 
 @dataclass(frozen=True)
 class Masks:
-    """Which tokens count; each part can be switched off (settings of the same names).
-
-    Attributes:
-        question_tokens_only: those of a prompt's `question` range alone.
-        drop_first_positions: not those at so many first positions of a prompt.
-        outlier_norm: not those whose residual norm is above so many times the median (`residuals.sink_norms`); 0: all.
-    """
+    """Which tokens count: those of a prompt's `question` range alone, not those at its first positions, not those whose
+    residual norm is above so many times the median (`residuals.sink_norms`); False or 0 switch a part off."""
 
     question_tokens_only: bool = True
     drop_first_positions: int = 1
@@ -88,8 +84,7 @@ def _nothing_left() -> StsError:
 
 # --- without and behind demonstrations ------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class _Pair:
+class _Pair(NamedTuple):
     """A question behind one set of demonstrations: which group, its prompt there, and the spans that pair."""
 
     group: int
@@ -106,8 +101,8 @@ def _pairs(groups: list[PromptGroup], masks: Masks) -> list[tuple[Prompt, list[_
             at_base, at_icl = paired_positions(base, icl, question_tokens_only=masks.question_tokens_only,
                                                drop_first_positions=masks.drop_first_positions)
             if at_base:
-                pair = _Pair(number, icl, (at_base[0], at_base[-1] + 1), (at_icl[0], at_icl[-1] + 1))
-                questions.setdefault(base.ids, (base, []))[1].append(pair)
+                questions.setdefault(base.ids, (base, []))[1].append(
+                    _Pair(number, icl, (at_base[0], at_base[-1] + 1), (at_icl[0], at_icl[-1] + 1)))
     return list(questions.values())
 
 
@@ -199,33 +194,24 @@ def row_paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGrou
 
 # --- in two models ------------------------------------------------------------------------------------------------
 
-def model_paired_stats(lm: LanguageModel, tuned: LanguageModel, sae, layer: int, prompts: list[Prompt], masks: Masks,
-                       *, tokens_per_batch: int = 4096, report: Callable[[float], None] = lambda fraction: None,
-                       work: Work | None = None) -> PairedStats:
-    """Token-paired statistics of prompts in two models.
-
-    Args:
-        lm: the base model; its values are the statistics' `base`.
-        tuned: the same architecture with other weights, in memory of its own (`load_tuned` changes the model it is
-            given); its values are in the place of `icl`.
-        prompts: token ids; with `masks.question_tokens_only` the tokens of their `question` range count alone. A
-            token whose norm is an outlier in either model counts in neither; the threshold is the base model's.
-
-    Raises:
-        StsError: NaN activations, or masks that leave no token.
-    """
-    return model_paired_folds(lm, tuned, sae, layer, prompts, masks, 1, tokens_per_batch=tokens_per_batch,
-                              report=report, work=work)[0]
+def model_paired_stats(*args, **how) -> PairedStats:
+    """`model_paired_folds` of all prompts in one."""
+    return model_paired_folds(*args, 1, **how)[0]
 
 
 def model_paired_folds(lm: LanguageModel, tuned: LanguageModel, sae, layer: int, prompts: list[Prompt], masks: Masks,
                        folds: int, *, tokens_per_batch: int = 4096,
                        report: Callable[[float], None] = lambda fraction: None,
                        work: Work | None = None) -> list[PairedStats]:
-    """`model_paired_stats` of every `folds`-th prompt, from the first, the second and so on, in one pass.
+    """Token-paired statistics of every `folds`-th prompt, from the first, the second and so on, in two models.
+
+    Args:
+        lm: the base model; its values are the statistics' `base`.
+        tuned: the same architecture with other weights, in memory of its own; its values are in the place of `icl`.
+            A token whose norm is an outlier in either model counts in neither; the threshold is the base model's.
 
     Raises:
-        StsError: as there; a fold without a token counts as masks that leave none.
+        StsError: NaN activations, or masks that leave a fold without a token.
     """
     work = Work() if work is None else work
     here, there = (Extractor(one, layer, tokens_per_batch, work) for one in (lm, tuned))

@@ -28,10 +28,7 @@ DENSE_VALUES = 2_000_000
 @dataclass(frozen=True)
 class SparseLatents:
     """The nonzero latents of a chunk of tokens: latents[n] of token rows[n] has values[n]; in order of token, latent.
-
-    Attributes:
-        shape: (tokens, latents).
-    """
+    `shape` is (tokens, latents)."""
 
     rows_N: torch.Tensor
     latents_N: torch.Tensor
@@ -160,7 +157,7 @@ class PairedStats:
 # --- encoding -----------------------------------------------------------------------------------------------------
 
 def encode_chunks(sae, residual_TD: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Encode tokens chunk by chunk; yields (slice of rows, latents of those rows, T x L, in the SAE's precision)."""
+    """Encode tokens chunk by chunk: (slice of rows, latents of those rows, T x L, in the SAE's precision)."""
     step = max(1, CHUNK_VALUES // sae.cfg.d_sae)
     for start in range(0, len(residual_TD), step):
         rows = slice(start, min(start + step, len(residual_TD)))
@@ -178,11 +175,7 @@ class Encoder:
         self.step = max(1, CHUNK_VALUES * (GPU_CHUNKS if on_gpu else 1) // sae.cfg.d_sae)
 
     def chunks(self, *residuals_TD: torch.Tensor) -> Iterator[tuple[Chunk, ...]]:
-        """Latents of residual streams with equally many rows, the same rows of each at a time.
-
-        Yields:
-            One chunk for each residual stream; all sparse or all dense.
-        """
+        """Latents of residual streams with equally many rows, the same rows at a time; all sparse or all dense."""
         start, length = 0, len(residuals_TD[0])
         while start < length:
             try:

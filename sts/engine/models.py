@@ -25,26 +25,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a model family that its modules do not say; a new family is one row of `FAMILIES`.
-
-    Attributes:
-        config: the transformers class of its configuration; `random-<family>` is a tiny model of it.
-        plain: its attention is a softmax of scaled scores over all earlier tokens (see `prefix.prefix_attention`).
-        base: the random model is a base model: no chat template, and BOS before plain text.
-        settings: of the random model's configuration; `layer_types` are repeated for all its layers.
-    """
+    """A model family: transformers' class of its configuration, and what a tiny random model of it is like: settings
+    (`layer_types` are repeated), and whether it is a base model (no chat template, BOS before plain text)."""
 
     config: str
-    plain: bool = False
     base: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 _SLIDING = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32,
             "layer_types": ["sliding_attention", "full_attention"]}
+#: A new family is one row; `random-<family>` names its random model.
 FAMILIES = {
-    "llama": Family("LlamaConfig", plain=True),
-    "qwen2": Family("Qwen2Config", plain=True),
+    "llama": Family("LlamaConfig"),
+    "qwen2": Family("Qwen2Config"),
     "gemma2": Family("Gemma2Config", settings=_SLIDING),
     "gemma3": Family("Gemma3TextConfig", base=True, settings=_SLIDING),
 }
@@ -80,17 +74,12 @@ def sha256_of_file(*paths: Path) -> str:
 
 
 def resolve_model(name: str, revision: str, cache: Path, convert: bool = True) -> tuple[str, str]:
-    """Where a model's files are and what identifies its weights.
+    """What `from_pretrained` takes for a packaged name, local folder or hub id, and what identifies its weights: a
+    digest of local files, or `hub:<id>@<revision>`.
 
     Args:
-        name: packaged name, local folder or hub id.
-        revision: hub revision; ignored for local models.
         cache: folder for converted packaged models.
         convert: a packaged model that is not there yet; its identity alone needs no conversion.
-
-    Returns:
-        (location, identity): `location` is what `from_pretrained` takes; `identity` is a digest of the local
-        weights, or `hub:<id>@<revision>`.
 
     Raises:
         StsError: no such folder or packaged model, and not a hub id.
@@ -117,26 +106,17 @@ def resolve_model(name: str, revision: str, cache: Path, convert: bool = True) -
         small = hashlib.sha256("".join(sha256_of_file(path) for path in rest).encode()).hexdigest()[:8]
         return str(folder), "sha256:" + "+".join([*(sha256_of_file(path)[:16] for path in weights), small])
     if folder.is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise StsError(
-            f"Model {name!r} is not known. Valid: {', '.join([*packaged.PACKAGED, *RANDOM])}, a local folder with "
-            "config.json and *.safetensors, or a hub id such as 'Qwen/Qwen2.5-7B-Instruct'."
-        )
+        raise StsError(f"Model {name!r} is not known. Valid: {', '.join([*packaged.PACKAGED, *RANDOM])}, a local "
+                       "folder with config.json and *.safetensors, or a hub id such as 'Qwen/Qwen2.5-7B-Instruct'.")
     return name, f"hub:{name}@{revision or 'main'}"
 
 
 def load_model(name: str, *, revision: str = "", dtype: str = "float32", device: str = "cpu",
                cache: Path = Path("results/models")) -> LanguageModel:
-    """Load a causal language model and its tokenizer for inference.
-
-    Args:
-        name: packaged name, local folder or hub id (see `resolve_model`).
-        revision: hub revision to pin; "" for the default branch.
-        dtype: "float32", "bfloat16" or "float16".
-        device: torch device string.
-        cache: folder where packaged models are converted, once.
+    """Load a causal language model and its tokenizer for inference; arguments as of `resolve_model`.
 
     Raises:
-        StsError: unknown model, or the hub cannot be reached.
+        StsError: unknown model, a tokenizer without offsets, or the hub cannot be reached.
     """
     from sts.engine.packaged import PACKAGED  # it knows this module
 
@@ -149,10 +129,9 @@ def load_model(name: str, *, revision: str = "", dtype: str = "float32", device:
     except OSError as error:
         if not on_hub:
             raise StsError(f"Model folder {name!r} could not be read: {first_line(error)}") from error
-        raise StsError(
-            f"Model {name!r} was asked from the Hugging Face hub, which could not be reached or does not have it "
-            f"({first_line(error)}). What works without a network: a local folder, or a packaged model "
-            f"({', '.join(PACKAGED)}).") from error
+        raise StsError(f"Model {name!r} was asked from the Hugging Face hub, which could not be reached or does not "
+                       f"have it ({first_line(error)}). What works without a network: a local folder, or a packaged "
+                       f"model ({', '.join(PACKAGED)}).") from error
     except (ValueError, SafetensorError) as error:  # a missing tokenizer, a truncated weights file
         raise StsError(f"Model {name!r} could not be read: {first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -182,19 +161,13 @@ def bf16_is_fast(device: str) -> bool:
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The model's decoder layers in order, PEFT-wrapped or not.
-
-    Raises:
-        StsError: the model keeps its layers elsewhere.
-    """
+    """The model's decoder layers in order, PEFT-wrapped or not; `StsError` where they are elsewhere."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, torch.nn.ModuleList):
-        raise StsError(
-            f"{type(base).__name__} does not keep its decoder layers in `.model.layers`; "
-            f"families known to work: {', '.join(FAMILIES)}."
-        )
+        raise StsError(f"{type(base).__name__} does not keep its decoder layers in `.model.layers`; families known to "
+                       f"work: {', '.join(FAMILIES)}.")
     return layers
 
 
@@ -206,11 +179,8 @@ def check_layer(model: torch.nn.Module, layer: int) -> None:
 
 
 def resid_post(output: torch.Tensor | tuple) -> torch.Tensor:
-    """The residual stream after a decoder layer, batch x positions x width, from that layer's output.
-
-    transformers 5 returns a bare tensor, older versions a tuple; indexing a bare tensor with [0] would silently
-    take the first row of the batch.
-    """
+    """The residual stream after a decoder layer, batch x positions x width, from that layer's output."""
+    # transformers 5 returns a bare tensor, of which [0] would silently be the first row of the batch.
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
@@ -219,17 +189,10 @@ class _Stop(Exception):
 
 
 def residual_stream(model: torch.nn.Module, layer: int, input_ids_BP: torch.Tensor, **inputs) -> torch.Tensor:
-    """Run the model up to `layer` (zero-based, inclusive) and return the residual stream after it.
+    """Run the model up to `layer` (zero-based, inclusive): the residual stream after it, batch x positions x width.
 
     Later layers, the final norm and the LM head are not computed: a forward hook on the layer raises, and the
-    exception ends the pass. No model code is changed.
-
-    Args:
-        input_ids_BP: batch x positions token ids, on the model's device.
-        inputs: passed to the decoder (attention_mask, position_ids, past_key_values, ...).
-
-    Returns:
-        batch x positions x width, in the model's dtype.
+    exception ends the pass. `inputs` go to the decoder.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     captured: list[torch.Tensor] = []

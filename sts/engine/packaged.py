@@ -27,10 +27,9 @@ class Packaged:
     """A GGUF model file that a Python package carries, and the command that installs the package.
 
     Attributes:
-        in_parts: the package has the file in parts, with functions `chunk_paths()` and `assemble(path)`, which joins
-            them and checks the result.
+        in_parts: the package has functions `chunk_paths()` and `assemble(path)`, which joins and checks the parts.
         optional: nothing in the book needs it unless a run names it.
-        terms: under what terms its weights come, if others than an open-source licence.
+        terms: of its weights, if others than an open-source licence.
     """
 
     module: str
@@ -60,11 +59,7 @@ PACKAGED = {
 
 
 def packaged_files(name: str) -> list[Path]:
-    """The files of a packaged model that, one after the other, are its GGUF file.
-
-    Raises:
-        StsError: the package is missing or incomplete; names the command that installs it.
-    """
+    """The files of a packaged model that, one after the other, are its GGUF file; `StsError` names what installs it."""
     packaged = PACKAGED[name]
     if packaged.in_parts:
         try:
@@ -76,10 +71,8 @@ def packaged_files(name: str) -> list[Path]:
         paths = [Path(spec.origin).parent / packaged.gguf_file] if spec and spec.origin else []
     if not paths or not all(path.is_file() for path in paths):
         terms = f" ({packaged.terms})" if packaged.terms else ""
-        raise StsError(
-            f"Model {name!r} comes in the Python package {packaged.module!r}, which is not installed. "
-            f"Install it with: {packaged.install}{terms}"
-        )
+        raise StsError(f"Model {name!r} comes in the Python package {packaged.module!r}, which is not installed. "
+                       f"Install it with: {packaged.install}{terms}")
     return paths
 
 
@@ -99,9 +92,8 @@ def convert(name: str, folder: Path, digest: str) -> None:
         path, = packaged_files(name)
     quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    config = type(quantised.config)(
-        **{key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
-    )
+    config = type(quantised.config)(**{key: value for key, value in quantised.config.to_dict().items()
+                                       if key != "quantization_config"})
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(partial)
@@ -128,16 +120,8 @@ _SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "
 
 def save_random_model(family: str, folder: Path, *, seed: int = 0, texts: list[str] | None = None,
                       **settings) -> Path:
-    """Write a random model and its tokenizer to `folder`, unless it is there already.
-
-    Args:
-        family: one of `FAMILIES`.
-        texts: text that the tokenizer is trained on; a few sentences of our own by default.
-        settings: override fields of the model's configuration (sliding_window, num_hidden_layers, ...).
-
-    Returns:
-        `folder`.
-    """
+    """Write a random model of a family and its tokenizer, trained on `texts`, to `folder`, unless it is there already;
+    `settings` override fields of the model's configuration. Returns `folder`."""
     if family not in FAMILIES:
         raise one_of("Model family", family, FAMILIES)
     if (folder / "config.json").is_file():

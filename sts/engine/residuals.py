@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from sts.engine.models import LanguageModel, check_layer, decoder_layers, resid_post, residual_stream
-from sts.engine.prefix import NO_PREFIX, Prefix, attending, joins_prefix, why_not_reusable
+from sts.engine.prefix import NO_PREFIX, Prefix, why_not_reusable
 from sts.engine.work import Work
 from sts.errors import StsError
 
@@ -28,8 +28,6 @@ SINK_SAMPLE = 8
 CACHED_SHARE = 1 / 8
 
 
-# --- batches ------------------------------------------------------------------------------------------------------
-
 def batches(lengths: Sequence[int], budget: Callable[[], float] | float = float("inf"), *, extra: float = 0.0,
             most: float = float("inf"), padding: float = PADDING, slack: int = 0) -> Iterator[list[int]]:
     """Indices grouped by length: rows x longest row within the budget.
@@ -40,25 +38,23 @@ def batches(lengths: Sequence[int], budget: Callable[[], float] | float = float(
         most: rows in a batch.
         padding: at most this share of a batch's positions, or `slack` positions.
     """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batch, real = [], 0
-    for index in order:
-        length = lengths[index]
-        positions = (len(batch) + 1) * length
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        positions = (len(batch) + 1) * lengths[index]
         too_many = positions + (len(batch) + 1) * extra > (budget() if callable(budget) else budget)
-        empty = positions - real - length
+        empty = positions - real - lengths[index]
         if batch and (too_many or len(batch) == most or empty > max(padding * positions, slack)):
             yield batch
             batch, real = [], 0
         batch.append(index)
-        real += length
+        real += lengths[index]
     if batch:
         yield batch
 
 
 def sink_norms(residuals_TD: Sequence[torch.Tensor], multiple: float, layers: int = 1) -> list[float]:
     """For each layer, the norm above which a token is a sink: `multiple` times the median over these tokens, the
-    counted ones of a text's or set's first `SINK_SAMPLE` prompts whatever the batches; infinite for 0 or no token."""
+    counted ones of the first `SINK_SAMPLE` prompts whatever the batches; infinite for 0 or no token."""
     if not multiple or not sum(map(len, residuals_TD)):
         return [float("inf")] * layers
     return [multiple * part_TD.float().norm(dim=-1).median().item()
@@ -75,6 +71,7 @@ class Extractor:
     """Runs prompts up to one layer, within a token budget that halves when memory runs out.
 
     Attributes:
+        layers: those that are read, side by side in the last dimension of what `tokens` returns.
         budget: padded tokens in one forward pass, at most.
         work: what has been run.
     """
@@ -151,14 +148,10 @@ class Extractor:
         rest = [ids[cached:max(last, cached + 1)] for ids, (_, last) in zip(prompts, spans, strict=True)]
         longest = max(map(len, rest))
         # Padding on the right needs no mask: causal attention never looks at it, and its rows are not chosen.
-        ids_BP = torch.zeros(len(rest), longest, dtype=torch.long)
-        for row, ids in enumerate(rest):
-            ids_BP[row, :len(ids)] = torch.tensor(ids)
+        ids_BP = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in rest])
         chosen_T = torch.cat([torch.arange(row * longest + first - cached, row * longest + last - cached)
                               for row, (first, last) in enumerate(spans)])
-        joined = joins_prefix(self.lm.model)
-        with attending(self.lm.model, prefix, joined=joined):
-            residual_BPD = self._forward(ids_BP, **prefix.inputs(joined=joined))
+        residual_BPD = self._forward(ids_BP, **prefix.inputs())
         residual_TD = residual_BPD.flatten(0, 1).index_select(0, self._to_device(chosen_T))
         # Before any mask of the caller: an outlier norm is left out on purpose, an overflow must not be.
         if not torch.isfinite(residual_TD).all():
@@ -178,11 +171,7 @@ class Extractor:
 
 
 class LayersExtractor(Extractor):
-    """An `Extractor` of several layers in one pass: their residual streams stand side by side in the last dimension.
-
-    Attributes:
-        layers: in the order given.
-    """
+    """An `Extractor` of several layers in one pass, in the order given."""
 
     def __init__(self, lm: LanguageModel, layers: Sequence[int], tokens_per_batch: int, work: Work | None = None):
         for layer in layers:

@@ -27,15 +27,10 @@ BARS = 12
 # --- quality ------------------------------------------------------------------------------------------------------
 
 def reconstruction_quality(sae, activations: Path) -> dict[str, Any]:
-    """How well an SAE reconstructs stored activations.
-
-    Returns:
-        {"tokens", "fraction_of_variance_explained", "l0", "dead", "latents"}: explained variance is
-        1 - sum ||x - x_hat||^2 / sum ||x - mean||^2; l0 the mean number of active latents a token; dead the number
-        of latents that fire on none of the tokens.
-    """
-    count, l0 = 0, 0.0
-    error = total = 0.0
+    """How well an SAE reconstructs stored activations: {"tokens", "fraction_of_variance_explained" (1 - sum
+    ||x - x_hat||^2 / sum ||x - mean||^2), "l0" (mean active latents a token), "dead" (latents that never fire),
+    "latents"}."""
+    count = l0 = error = total = 0
     fired_L = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
     mean_D = activation_mean(activations)
     for shard in _shards(activations):

@@ -29,11 +29,8 @@ NOTHING_SAID = SimpleNamespace(hook_name=None)
 
 
 def sae_identity(name: str) -> str:
-    """What identifies an SAE's weights: a digest of a local folder's file, or the registry's name.
-
-    Raises:
-        StsError: neither a folder with an SAE nor of the form release/sae_id.
-    """
+    """What identifies an SAE's weights: a digest of a local folder's files, or the registry's name; `StsError` if it is
+    neither a folder with an SAE nor of the form release/sae_id."""
     folder = Path(name).expanduser()
     if (folder / "cfg.json").is_file():
         weights = folder / "sae_weights.safetensors"
@@ -70,17 +67,13 @@ def known_width(name: str) -> int | None:
 
 
 def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_norms: bool = True):
-    """Load an SAE for inference.
+    """Load an SAE (`sae_lens.SAE`) for inference: a folder in sae-lens' format, or "release/sae_id" of its registry.
 
     Args:
-        name: folder with cfg.json and sae_weights.safetensors, or "release/sae_id" of sae-lens' registry.
         fold_norms: scale latents so that every decoder row has norm 1.
 
-    Returns:
-        sae_lens.SAE.
-
     Raises:
-        StsError: neither folder nor registry entry, or the hub cannot be reached.
+        StsError: neither folder nor registry entry, another format, or the hub cannot be reached.
     """
     local = sae_identity(name).startswith("sha256:")
     from sae_lens import SAE
@@ -129,13 +122,8 @@ def fold_decoder_norms(sae) -> None:
 class IdentitySAE:
     """The residual stream's own dimensions as "latents", so that raw dimensions go through the code of an SAE.
 
-    Every value is its own latent: `encode` and `decode` give back their input. Unlike an SAE's latents, raw dimensions
-    are dense and have both signs. In `LatentStats` of raw dimensions `fired` therefore counts the tokens with a
-    positive value, and `max` is the largest value but at least 0; sums and squared changes mean what they always do,
-    and raw dimensions are ranked by squared change like latents.
-
-    Attributes:
-        cfg: d_in and d_sae, both the width; the rest of an SAE's configuration is absent.
+    They are dense and have both signs: in `LatentStats` `fired` counts the tokens with a positive value, and `max` is
+    the largest value but at least 0; sums and squared changes mean what they always do.
     """
 
     width: int
@@ -160,14 +148,10 @@ def identity_sae(lm: LanguageModel) -> IdentitySAE:
 
 @dataclass
 class RandomCode:
-    """A sparse code with random directions, as sparse on every token as an SAE: what sparsity alone would show.
+    """A sparse code with random directions (unit columns), as sparse on every token as an SAE.
 
-    Each latent is the projection on a random unit vector of the residual stream less the SAE's decoder bias. On a
-    token on which the SAE has n active latents, the n largest positive projections are kept.
-
-    Attributes:
-        sae: the SAE whose width and sparsity it has.
-        directions_DL: unit columns.
+    Each latent is the projection of the residual stream less the SAE's decoder bias. On a token on which the SAE has n
+    active latents, the n largest positive projections are kept.
     """
 
     sae: object
@@ -196,11 +180,7 @@ def random_code(sae, seed: int = 0) -> RandomCode:
 
 @dataclass
 class SideBySide:
-    """Several SAEs of one site as one, their latents side by side, so that one pass through the model serves them all.
-
-    Attributes:
-        parts: name -> SAE; `split` undoes the concatenation of anything that ends in the latents' dimension.
-    """
+    """Several SAEs of one site (name -> SAE), their latents side by side: one pass through the model serves all."""
 
     parts: dict
 

@@ -65,7 +65,7 @@ def is_main() -> bool:
 def join(*, cpu: bool) -> PartialState | None:
     """Meet the other processes, each on a GPU of its own unless `cpu`; None for a program started by itself.
 
-    Called before a model is loaded, as "cuda" then means the process's own GPU.
+    To be called before a model is loaded: "cuda" then means the process's own GPU.
     """
     if count() == 1:
         return None
@@ -77,8 +77,7 @@ def join(*, cpu: bool) -> PartialState | None:
 
 def leave() -> None:
     """Close the connections to the other processes, if there are any."""
-    if count() > 1:
-        from torch import distributed
+    from torch import distributed
 
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+    if count() > 1 and distributed.is_initialized():
+        distributed.destroy_process_group()

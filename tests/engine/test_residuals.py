@@ -7,11 +7,9 @@ from hypothesis import strategies as st
 
 from sts.data.load import load_examples
 from sts.data.prompts import make_prompt, question_text
-from sts.engine import prefix as shared_prefix
-from sts.engine import residuals
-from sts.engine.models import LanguageModel, bf16_is_fast, load_model, resid_post
+from sts.engine.models import LanguageModel, load_model, resid_post
 from sts.engine.packaged import save_random_model
-from sts.engine.prefix import Prefix, common_prefix, joins_prefix, prefix_attention, why_not_reusable
+from sts.engine.prefix import Prefix, common_prefix, why_not_reusable
 from sts.engine.residuals import PADDING, Extractor, LayersExtractor, batches
 from sts.engine.work import Work
 from sts.errors import StsError
@@ -70,11 +68,8 @@ def test_several_layers_come_out_of_one_pass_side_by_side(deep):
 
 
 @pytest.mark.parametrize("layer", [1, 3])
-@pytest.mark.parametrize(("family", "joined"), [  # sliding windows keep the model's own attention, which joins
-    ("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False), ("gemma2", True),
-    ("gemma3", True)])
-def test_every_layer_sees_its_own_part_of_the_prefix(deep, family, layer, joined, monkeypatch):
-    monkeypatch.setattr(residuals, "joins_prefix", lambda model: joined)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3"])
+def test_every_layer_sees_its_own_part_of_the_prefix(deep, family, layer):
     extractor = Extractor(deep[family], layer, 10_000)
     found_TD = extractor.tokens(PROMPTS, SPANS, extractor.share(PREFIX))
     wanted_TD = torch.cat([hidden_states(deep[family], layer, ids)[slice(*span)]
@@ -161,55 +156,6 @@ def test_a_cache_that_cannot_be_reused_is_a_line_and_the_same_numbers(make, reas
             fresh(torch.tensor([ids]))
     wanted_TD = torch.cat([state[slice(*span)] for state, span in zip(seen, SPANS, strict=True)])
     torch.testing.assert_close(found_TD, wanted_TD, rtol=1e-4, atol=1e-5)
-
-
-def test_attention_behind_a_prefix_is_attention_to_prefix_and_own_past(monkeypatch):
-    from transformers.cache_utils import DynamicCache
-
-    rows, heads, groups, prefix, new, width = 5, 6, 2, 11, 7, 16
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(rows, heads, new, width, generator=generator)
-    key, value = torch.randn(2, rows, groups, new, width, generator=generator)
-    cache = DynamicCache()
-    before_key, before_value = torch.randn(2, 1, groups, prefix, width, generator=generator)
-    cache.update(before_key, before_value, 0)
-
-    class Module:
-        layer_idx = 0
-
-    whole = [torch.cat([one.expand(rows, -1, -1, -1), other], 2).repeat_interleave(heads // groups, 1)
-             for one, other in ((before_key, key), (before_value, value))]
-    sees = torch.ones(new, prefix + new, dtype=torch.bool).tril(prefix)
-    wanted = torch.nn.functional.scaled_dot_product_attention(query, *whole, attn_mask=sees, scale=0.3).transpose(1, 2)
-    for block in (1, 2_000, 10**9):  # one row at a time, two, all
-        monkeypatch.setattr(shared_prefix, "BLOCK_SCORES", block)
-        found, _ = prefix_attention(Module, query, key, value, None, scaling=0.3, shared_prefix=cache)
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_models_run_through_that_attention_and_get_their_own_back(lm_of, family, monkeypatch):
-    lm, calls = lm_of(family), []
-    monkeypatch.setattr(residuals, "joins_prefix", lambda model: False)
-    monkeypatch.setattr(shared_prefix, "BLOCK_SCORES", 5_000)
-    before = lm.model.config._attn_implementation
-    extractor = Extractor(lm, 0, 10_000)
-    prefix = extractor.share(PREFIX)
-    handle = lm.model.model.layers[0].self_attn.register_forward_hook(
-        lambda module, args, output: calls.append(module.config._attn_implementation))
-    found_TD = extractor.tokens(PROMPTS, SPANS, prefix)
-    handle.remove()
-    wanted_TD = torch.cat([hidden_states(lm, 0, ids)[slice(*span)] for ids, span in zip(PROMPTS, SPANS, strict=True)])
-    torch.testing.assert_close(found_TD, wanted_TD, rtol=1e-4, atol=1e-5)
-    assert calls == ["sts_shared_prefix"] and lm.model.config._attn_implementation == before
-
-
-def test_sliding_windows_and_full_precision_keep_the_models_own_attention(lm_of, tiny_models):
-    assert all(joins_prefix(lm_of(family).model) for family in ("llama", "gemma2", "gemma3"))  # float32
-    in_bf16 = {family: load_model(str(tiny_models[family]), dtype="bfloat16").model
-               for family in ("llama", "gemma2", "gemma3")}
-    assert joins_prefix(in_bf16["gemma2"]) and joins_prefix(in_bf16["gemma3"])
-    assert joins_prefix(in_bf16["llama"]) == (not bf16_is_fast("cpu"))
 
 
 def test_recurrent_models_are_recognised(lm_of, monkeypatch):
