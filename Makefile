@@ -9,8 +9,8 @@ STAMP := .venv/.installed
 
 help:
 	@echo "make book           install, execute every chapter, render the book (RUN=laptop, smoke, ...)"
-	@echo "make test           install, run every test"
-	@echo "make bench          install, measure the engine's speed and memory (about half an hour on two cores)"
+	@echo "make test           install, check style, imports and types, run every test"
+	@echo "make bench          install, measure the engine's speed and memory"
 	@echo "make clean          remove generated results and the rendered book (the installation stays)"
 
 book: $(STAMP)
@@ -22,6 +22,9 @@ test: $(STAMP)
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium; } || \
 	  echo "No Chromium found: the browser tests will fail until one is installed."
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q
 
 bench: $(STAMP)

@@ -122,7 +122,8 @@ class Page:
             ours = "".join(f"<div>{escape(claim.label)}: {_number(claim, found)} {_pill(word, 'sts-small')}</div>"
                            for claim, found, word in own if found)
             link = f'<a href="{result["chapter"]}.html">{escape(name)}</a>' if result["chapter"] else escape(name)
-            rows.append(f"<tr><td>{link}</td><td>{_pill(words[-1])}</td>{tables.cells((result['says'], result['paper']))}"
+            rows.append(f"<tr><td>{link}</td><td>{_pill(words[-1])}</td>"
+                        f"{tables.cells((result['says'], result['paper']))}"
                         f"<td>{ours}</td>{tables.cells([self.settings.name])}</tr>")
         counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
         head = ("of the paper", "verdict", "claim", "the paper", "here, with 95% interval", "run")
@@ -134,7 +135,7 @@ class Page:
 
     def latents(self, count: int = 10) -> HTML:
         """Cards of the latents of stage `latent_examples`, with what further stages on them are stored."""
-        found, note = self["latent_examples"][:count], self.texts_note("latent_examples").data
+        found, note = self["latent_examples"][:count], str(self.texts_note("latent_examples").data)
         more: dict[int, dict] = {}
         for stage in ("latent_logits", "latent_strengths"):
             for row in (self.stored(stage) if note else self[stage]) or ():
