@@ -1,4 +1,4 @@
-"""Run the benchmarks in one process and write one JSON file, which the book renders as a table and a figure."""
+"""Run the benchmarks in one process and write one JSON file; what was measured for the book is in data/benchmarks/."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The ways to per-latent sums that are compared. Each takes prompts and gives the sums; the work between differs.
 
-`ours` is the engine itself (`latent_stats` puts its parts together as `paired_stats` does). The others are what one would
-write otherwise, on the same prompts in the same batches.
+`ours` is the engine itself (`latent_stats` puts its parts together as `paired_stats` does). The others are what one
+would write otherwise, on the same prompts in the same batches.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sts.data.check import LETTERS, Row, json_lines, read_text
 from sts.data.sources import CORPORA, GENERATED, MMLU_PRO_CATEGORY, SOURCES, Example, Source, without_preamble
@@ -137,12 +138,13 @@ def _rows(name: str, source: Source, split: str) -> Iterator[Row]:
     if not _HUB.get():
         raise MissingData(f"Data set {name!r} is in no local folder: {hint}.")
     import datasets
+    from datasets.exceptions import DatasetNotFoundError
 
     try:
         for config in source.hub_configs:
-            rows = datasets.load_dataset(source.hub, config, split=split, revision=source.revision or None)
+            rows: Any = datasets.load_dataset(source.hub, config, split=split, revision=source.revision or None)
             yield from (Row(row, f"{source.hub} ({config}, {split})", number) for number, row in enumerate(rows, 1))
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (OSError, ValueError, DatasetNotFoundError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MissingData(
             f"Data set {name!r} was asked from the hub ({source.hub}), which could not be reached or does not have "

@@ -98,8 +98,9 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: tu
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, awaiting: bool) -> str:
     """Messages by the chat template, the same on every day; `awaiting` an answer, or finished."""
-    return tokenizer.apply_chat_template(messages, chat_template=_TODAY + tokenizer.get_chat_template(),
-                                         tokenize=False, add_generation_prompt=awaiting)
+    template = _TODAY + tokenizer.get_chat_template()
+    return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False,
+                                             add_generation_prompt=awaiting))
 
 
 def context_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:

@@ -89,8 +89,8 @@ def evaluate(lm: LanguageModel, examples: list[Example], *, kinds: Sequence[str]
             raise StsError(f"Item {row['example_id']}: its log-likelihood is {value}. The model's output is not "
                            "finite; if it was fine-tuned, try a lower sft_lr, else dtype float32.")
         row["loglikelihood"] = value
-    return pandas.DataFrame(rows)[["example_id", "domain", "kind", "option", "loglikelihood", "characters",
-                                   "is_right"]]
+    return pandas.DataFrame(rows, columns=["example_id", "domain", "kind", "option", "loglikelihood", "characters",
+                                           "is_right"])
 
 
 def requests(lm: LanguageModel, example: Example, kinds: Sequence[str] = KINDS) -> Iterator[
@@ -174,7 +174,7 @@ def loglikelihoods(lm: LanguageModel, requests: Sequence[tuple[Sequence[int], Se
             raise StsError(f"{len(target)} tokens behind {len(context)} cannot be scored: at least one of each, and "
                            f"{lm.context_length} in all, the model's context.")
         wanted.setdefault((*context, *target[:-1]), []).append((index, tuple(target)))
-    kept: dict[Ids, list[tuple[int, Ids]]] = {}
+    kept: dict[Ids, list[tuple[int, tuple[int, Ids]]]] = {}
     longer: Ids = ()
     for ids in sorted(wanted, reverse=True):  # a sequence that another begins with comes right after it
         longer = longer if longer[:len(ids)] == ids else ids

@@ -9,7 +9,7 @@ Shape suffixes: T tokens, D residual width, L latents, F folds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ class Masks:
 class Rows:
     """The counted tokens of prompts; those that the threshold was taken from are kept and not run again."""
 
-    def __init__(self, extractor: Extractor, prompts: list[tuple[int, ...]], spans: list[tuple[int, int]],
+    def __init__(self, extractor: Extractor, prompts: Sequence[Sequence[int]], spans: list[tuple[int, int]],
                  prefix: Prefix = NO_PREFIX):
         self.extractor, self.prompts, self.spans, self.prefix = extractor, prompts, spans, prefix
         self.kept: dict[int, torch.Tensor] = {}
@@ -194,13 +194,8 @@ def row_paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGrou
 
 # --- in two models ------------------------------------------------------------------------------------------------
 
-def model_paired_stats(*args, **how) -> PairedStats:
-    """`model_paired_folds` of all prompts in one."""
-    return model_paired_folds(*args, 1, **how)[0]
-
-
 def model_paired_folds(lm: LanguageModel, tuned: LanguageModel, sae, layer: int, prompts: list[Prompt], masks: Masks,
-                       folds: int, *, tokens_per_batch: int = 4096,
+                       folds: int = 1, *, tokens_per_batch: int = 4096,
                        report: Callable[[float], None] = lambda fraction: None,
                        work: Work | None = None) -> list[PairedStats]:
     """Token-paired statistics of every `folds`-th prompt, from the first, the second and so on, in two models.

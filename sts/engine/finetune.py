@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,7 +111,8 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     from peft import LoraConfig, get_peft_model
     from transformers import PrinterCallback, TrainerCallback
     from transformers.utils import logging as transformers_logging
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
@@ -124,7 +126,7 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     on_cpu = lm.device.type == "cpu"
     # Seed before the adapters get their random start.
     torch.manual_seed(settings.seed)
-    model = lm.model
+    model: Any = lm.model
     model.requires_grad_(not settings.lora_rank)
     if settings.lora_rank:
         model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha,
@@ -148,7 +150,7 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         report_to=[], disable_tqdm=True, use_cpu=on_cpu, fp16=False, train_sampling_strategy="random",
         bf16=not on_cpu and lm.model.dtype == torch.bfloat16, gradient_checkpointing=False,
         dataloader_pin_memory=not on_cpu)
-    trainer = SFTTrainer(
+    trainer: Any = SFTTrainer(
         model=model, args=config, processing_class=lm.tokenizer, callbacks=[Progress()],
         train_dataset=Dataset.from_list(train_rows), eval_dataset=Dataset.from_list(held_out_rows))
     trainer.remove_callback(PrinterCallback)  # it prints every step into the notebook
@@ -214,6 +216,7 @@ def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:
         # The adapted layers sit inside the base model; that is what a harness expects to be handed.
         model = tuned.get_base_model()
     else:
-        model = AutoModelForCausalLM.from_pretrained(adapter, dtype=lm.model.dtype).to(lm.device)
+        whole: Any = AutoModelForCausalLM.from_pretrained(adapter, dtype=lm.model.dtype)
+        model = whole.to(lm.device)
     model.eval().requires_grad_(False)
     return LanguageModel(name=f"{lm.name} (tuned)", model=model, tokenizer=lm.tokenizer, identity=lm.identity)

@@ -57,7 +57,7 @@ def is_same_answer(right: str, text: str) -> bool:
     from math_verify import parse, verify
 
     # Its timeouts are signals, which only the main thread may set.
-    seconds = COMPARISON_SECONDS if threading.current_thread() is threading.main_thread() else None
+    seconds: Any = COMPARISON_SECONDS if threading.current_thread() is threading.main_thread() else None
     one, other = (parse(answer, parsing_timeout=seconds) for answer in (f"\\boxed{{{right}}}", text))
     return bool(verify(one, other, timeout_seconds=seconds))
 
@@ -83,7 +83,8 @@ def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
 
-    rows, letters, tokenizer = [], benchmark == "mmlu_pro", engine.tokenizer
+    rows: list[dict[str, Any]] = []
+    letters, tokenizer = benchmark == "mmlu_pro", engine.tokenizer
     # A chat template writes BOS itself; before plain text belongs what the tokenizer puts there.
     engine.add_bos_token = False if tokenizer.chat_template and not letters else None
     for place, example in enumerate(examples):
@@ -102,17 +103,17 @@ def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
         return {"acc": int(right)}
 
     with contextlib.redirect_stderr(io.StringIO()):  # the harness's bars would end up in notebooks
-        task = ConfigurableTask(config={
+        config: Any = {
             "task": benchmark, "custom_dataset": lambda **kwargs: {"test": datasets.Dataset.from_list(rows)},
             "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{prompt}}",
             "doc_to_target": "answer", "process_results": score, "num_fewshot": 0,
             "generation_kwargs": {"until": ["Question:"], "max_gen_toks": max_tokens, "do_sample": False,
                                   "temperature": 0.0},
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]})
-        samples = evaluate(lm=engine, task_dict={"tasks": {benchmark: task}, "groups": {}, "group_map": {}},
-                           bootstrap_iters=0, log_samples=True)["samples"][benchmark]
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
+        tasks: Any = {"tasks": {benchmark: ConfigurableTask(config=config)}, "groups": {}, "group_map": {}}
+        answered: Any = evaluate(lm=engine, task_dict=tasks, bootstrap_iters=0, log_samples=True)
     found = []
-    for sample in sorted(samples, key=lambda sample: sample["doc"]["place"]):
+    for sample in sorted(answered["samples"][benchmark], key=lambda sample: sample["doc"]["place"]):
         text, example = sample["resps"][0][0], examples[sample["doc"]["place"]]
         found.append({"example_id": example.example_id, "domain": example.domain, "characters": len(text),
                       "sha256": hashlib.sha256(text.encode()).hexdigest()[:12], "answer": sample["doc"]["answer"],
@@ -125,7 +126,8 @@ def open_engine(lm: LanguageModel, *, batch: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return HFLM(lm.model, tokenizer=lm.tokenizer, batch_size=batch, max_length=lm.context_length)
+    make: Any = HFLM  # a decorator hides its parameters
+    return make(lm.model, tokenizer=lm.tokenizer, batch_size=batch, max_length=lm.context_length)
 
 
 def open_vllm(location: str, *, revision: str = "", dtype: str = "auto", tensor_parallel: int = 1,

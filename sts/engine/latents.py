@@ -49,7 +49,7 @@ class SparseLatents:
         else:
             rows_N, columns_N = latents_TL.nonzero(as_tuple=True)
             values_N = latents_TL[rows_N, columns_N]
-        return cls(rows_N, columns_N, values_N.double(), tuple(latents_TL.shape))
+        return cls(rows_N, columns_N, values_N.double(), (len(latents_TL), latents_TL.shape[1]))
 
     def minus(self, other: SparseLatents) -> SparseLatents:
         """Entry by entry difference of two chunks of the same tokens; its entries are not in order."""
@@ -83,11 +83,11 @@ def sum_by_latent(chunk: Chunk, power: int = 1) -> torch.Tensor:
 
 def _changes(base: Chunk, icl: Chunk) -> Iterator[Chunk]:
     """icl - base in float64; dense chunks a block at a time."""
-    if isinstance(icl, SparseLatents):
+    if isinstance(icl, SparseLatents) and isinstance(base, SparseLatents):
         yield icl.minus(base)
-    else:
+    elif isinstance(icl, torch.Tensor) and isinstance(base, torch.Tensor):
         step = max(1, DENSE_VALUES // icl.shape[1])
-        for base_TL, icl_TL in zip(base.split(step), icl.split(step), strict=True):
+        for base_TL, icl_TL in zip(torch.split(base, step), torch.split(icl, step), strict=True):
             yield icl_TL.double() - base_TL.double()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sts.errors import StsError
 
@@ -50,7 +50,7 @@ class LanguageModel:
     """A loaded causal language model with its tokenizer; `identity` is a digest of its weights (or hub revision)."""
 
     name: str
-    model: PreTrainedModel
+    model: Any  # a PreTrainedModel, of which a type checker knows too little
     tokenizer: PreTrainedTokenizerBase
     identity: str
 
@@ -125,7 +125,7 @@ def load_model(name: str, *, revision: str = "", dtype: str = "float32", device:
     options = {"revision": revision} if on_hub and revision else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=DTYPES[dtype], **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=DTYPES[dtype], **options)
     except OSError as error:
         if not on_hub:
             raise StsError(f"Model folder {name!r} could not be read: {first_line(error)}") from error
@@ -140,7 +140,7 @@ def load_model(name: str, *, revision: str = "", dtype: str = "float32", device:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.eval().requires_grad_(False)
-    return LanguageModel(name=name, model=model.to(device), tokenizer=tokenizer, identity=identity)
+    return LanguageModel(name=name, model=model.to(torch.device(device)), tokenizer=tokenizer, identity=identity)
 
 
 def first_line(error: BaseException) -> str:
@@ -160,7 +160,7 @@ def bf16_is_fast(device: str) -> bool:
     return bool(supported and supported())
 
 
-def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+def decoder_layers(model: Any) -> torch.nn.ModuleList:
     """The model's decoder layers in order, PEFT-wrapped or not; `StsError` where they are elsewhere."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
@@ -171,7 +171,7 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     return layers
 
 
-def check_layer(model: torch.nn.Module, layer: int) -> None:
+def check_layer(model: Any, layer: int) -> None:
     """Raise `StsError` unless `layer` (zero-based) names a decoder layer of the model."""
     count = len(decoder_layers(model))
     if not 0 <= layer < count:
@@ -188,7 +188,7 @@ class _Stop(Exception):
     """Raised inside the forward pass by our hook to leave it at the layer we need."""
 
 
-def residual_stream(model: torch.nn.Module, layer: int, input_ids_BP: torch.Tensor, **inputs) -> torch.Tensor:
+def residual_stream(model: Any, layer: int, input_ids_BP: torch.Tensor, **inputs) -> torch.Tensor:
     """Run the model up to `layer` (zero-based, inclusive): the residual stream after it, batch x positions x width.
 
     Later layers, the final norm and the LM head are not computed: a forward hook on the layer raises, and the
@@ -213,7 +213,7 @@ def residual_stream(model: torch.nn.Module, layer: int, input_ids_BP: torch.Tens
 
 
 @contextmanager
-def logits_at(model: PreTrainedModel, tokens_T: torch.Tensor) -> Iterator[None]:
+def logits_at(model: Any, tokens_T: torch.Tensor) -> Iterator[None]:
     """A context in which the model computes logits, 1 x T x vocabulary, at these of a batch's flattened positions."""
     handle = model.get_output_embeddings().register_forward_pre_hook(
         lambda module, args: (args[0].flatten(0, 1)[tokens_T][None],))

@@ -17,7 +17,7 @@ class _SharedLayer(DynamicLayer):
     lives as long as that layer's attention, and the prefix is never changed.
     """
 
-    def __init__(self, prefix: DynamicLayer):
+    def __init__(self, prefix: Any):
         super().__init__()
         self.prefix, self.is_sliding, self.is_initialized = prefix, prefix.is_sliding, prefix.is_initialized
 
@@ -50,7 +50,8 @@ class Prefix:
         """What a forward pass of a batch behind the prefix is called with."""
         if self.cache is None:
             return {"use_cache": False}
-        return {"use_cache": True, "past_key_values": Cache(layers=[_SharedLayer(one) for one in self.cache.layers])}
+        layers: list[Any] = [_SharedLayer(one) for one in self.cache.layers]
+        return {"use_cache": True, "past_key_values": Cache(layers=layers)}
 
 
 NO_PREFIX = Prefix()
@@ -66,7 +67,7 @@ def common_prefix(prompts: Sequence[Sequence[int]], limit: int) -> int:
     return len(first)
 
 
-def why_not_reusable(model: torch.nn.Module) -> str:
+def why_not_reusable(model: Any) -> str:
     """Why a prefix's key-value cache would not give what the whole prompt gives; "" if it would.
 
     Reusable are full and sliding-window attention with positions that do not depend on the prompt's length. State

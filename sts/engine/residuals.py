@@ -68,7 +68,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Extractor:
-    """Runs prompts up to one layer, within a token budget that halves when memory runs out.
+    """Runs prompts up to one layer or several, within a token budget that halves when memory runs out.
 
     Attributes:
         layers: those that are read, side by side in the last dimension of what `tokens` returns.
@@ -76,9 +76,12 @@ class Extractor:
         work: what has been run.
     """
 
-    def __init__(self, lm: LanguageModel, layer: int, tokens_per_batch: int, work: Work | None = None):
-        check_layer(lm.model, layer)
-        self.lm, self.layer, self.layers, self.budget = lm, layer, (layer,), tokens_per_batch
+    def __init__(self, lm: LanguageModel, layers: int | Sequence[int], tokens_per_batch: int,
+                 work: Work | None = None):
+        self.layers = (layers,) if isinstance(layers, int) else tuple(layers)
+        for layer in self.layers:
+            check_layer(lm.model, layer)
+        self.lm, self.layer, self.budget = lm, max(self.layers), tokens_per_batch
         self.work = Work() if work is None else work
         self.work.of_layers = len(decoder_layers(lm.model))
 
@@ -161,25 +164,6 @@ class Extractor:
         return residual_TD
 
     def _forward(self, ids_BP: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        return residual_stream(self.lm.model, self.layer, self._to_device(ids_BP), **inputs)
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A CPU tensor on the model's device; from pinned memory, so that the copy does not wait for the GPU."""
-        if self.lm.device.type == "cuda":
-            return tensor.pin_memory().to(self.lm.device, non_blocking=True)
-        return tensor.to(self.lm.device)
-
-
-class LayersExtractor(Extractor):
-    """An `Extractor` of several layers in one pass, in the order given."""
-
-    def __init__(self, lm: LanguageModel, layers: Sequence[int], tokens_per_batch: int, work: Work | None = None):
-        for layer in layers:
-            check_layer(lm.model, layer)
-        super().__init__(lm, max(layers), tokens_per_batch, work)
-        self.layers = tuple(layers)
-
-    def _forward(self, ids_BP: torch.Tensor, **inputs: Any) -> torch.Tensor:
         modules, found = decoder_layers(self.lm.model), {}
 
         def keep(layer: int):
@@ -187,8 +171,14 @@ class LayersExtractor(Extractor):
 
         handles = [modules[layer].register_forward_hook(keep(layer)) for layer in self.layers if layer != self.layer]
         try:
-            found[self.layer] = super()._forward(ids_BP, **inputs)
+            found[self.layer] = residual_stream(self.lm.model, self.layer, self._to_device(ids_BP), **inputs)
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.cat([found[layer] for layer in self.layers], dim=-1)
+        return torch.cat([found[layer] for layer in self.layers], dim=-1) if handles else found[self.layer]
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor on the model's device; from pinned memory, so that the copy does not wait for the GPU."""
+        if self.lm.device.type == "cuda":
+            return tensor.pin_memory().to(self.lm.device, non_blocking=True)
+        return tensor.to(self.lm.device)

@@ -30,11 +30,11 @@ def reconstruction_quality(sae, activations: Path) -> dict[str, Any]:
     """How well an SAE reconstructs stored activations: {"tokens", "fraction_of_variance_explained" (1 - sum
     ||x - x_hat||^2 / sum ||x - mean||^2), "l0" (mean active latents a token), "dead" (latents that never fire),
     "latents"}."""
-    count = l0 = error = total = 0
+    count, l0, error, total = 0, 0, 0.0, 0.0
     fired_L = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
     mean_D = activation_mean(activations)
     for shard in _shards(activations):
-        for x_TD in shard["activations_TD"].float().split(2048):
+        for x_TD in torch.split(shard["activations_TD"].float(), 2048):
             with torch.inference_mode():
                 latents_TL = sae.encode(x_TD.to(sae.device, sae.dtype))
                 error += (x_TD - sae.decode(latents_TL).float().cpu()).double().square().sum().item()
@@ -55,7 +55,8 @@ def _shards(activations: Path) -> Iterator[dict[str, torch.Tensor]]:
 
 def activation_mean(activations: Path) -> torch.Tensor:
     """Mean of all stored activation vectors."""
-    total, count = 0, 0
+    total: torch.Tensor = torch.zeros(1, dtype=torch.float64)
+    count = 0
     for shard in _shards(activations):
         total, count = total + shard["activations_TD"].double().sum(0), count + len(shard["piece_T"])
     return (total / count).float()
@@ -133,7 +134,7 @@ def _loss(lm: LanguageModel, layer: int, pieces: list[list[int]], known: dict,
 
     def hook(module, args, output):
         kept_BP = content_BP & (resid_post(output).float().norm(dim=-1) <= known["limit"])
-        return replaced(output, kept_BP, lambda x_TD: change(x_TD).to(x_TD.dtype))
+        return replaced(output, kept_BP, lambda x_TD: change(x_TD).to(x_TD.dtype) if change else x_TD)
 
     handle = decoder_layers(lm.model)[layer].register_forward_hook(hook) if change else None
     predicting_T = (position_P < lengths_B[:, None] - 1).flatten().nonzero().flatten().to(lm.device)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from sts.engine.extract import Rows
 from sts.engine.models import LanguageModel, bf16_is_fast
-from sts.engine.residuals import OUTLIER_NORM, LayersExtractor
+from sts.engine.residuals import OUTLIER_NORM, Extractor
 from sts.engine.work import Work
 from sts.errors import StsError
 
@@ -46,7 +46,7 @@ def collect_layers(lm: LanguageModel, folders: Mapping[int, Path], pieces: list[
     """
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    extractor = LayersExtractor(lm, tuple(folders), tokens_per_batch, work)
+    extractor = Extractor(lm, tuple(folders), tokens_per_batch, work)
     rows = Rows(extractor, pieces, [(1, len(piece)) for piece in pieces])
     limits = rows.thresholds(OUTLIER_NORM)
     shards = math.ceil(len(pieces) / pieces_per_shard)

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -154,7 +155,7 @@ class RandomCode:
     active latents, the n largest positive projections are kept.
     """
 
-    sae: object
+    sae: Any
     directions_DL: torch.Tensor
 
     def __post_init__(self) -> None:
@@ -240,7 +241,7 @@ def check_fits(sae, lm: LanguageModel, layer: int) -> None:
                        "that its file does not hold. Fold it into the weights and save the SAE again.")
     tokenizer = lm.tokenizer
     if getattr(said, "prepend_bos", None) and tokenizer.bos_token and not (
-            start_ids(tokenizer) or render(tokenizer, "?").startswith(tokenizer.bos_token)):
+            start_ids(tokenizer) or render(tokenizer, "?").startswith(str(tokenizer.bos_token))):
         note("The SAE was trained behind BOS (%s), which this model's prompts do not begin with.", tokenizer.bos_token)
 
 

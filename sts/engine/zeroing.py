@@ -120,7 +120,7 @@ def lower_layers_once(lm: LanguageModel, layer: int, work: Work | None = None,
         ids_BP = inputs.get("input_ids", args[0] if args else None)
         plain = inputs.get("use_cache") is False and all(inputs.get(name) is None for name in MORE)
         now = (tuple(ids_BP.shape), ids_BP.cpu().numpy().tobytes()) if plain and ids_BP is not None else None
-        if now in kept and work is not None:
+        if now in kept and ids_BP is not None and work is not None:
             work.layer_tokens -= ids_BP.numel() * len(lower)
 
     def once(forward: Callable, *, last: bool) -> Callable:

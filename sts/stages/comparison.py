@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 
 from sts.data.prompts import question_text
-from sts.engine.extract import model_paired_stats, paired_stats
+from sts.engine.extract import model_paired_folds, paired_stats
 from sts.engine.saes import SideBySide, identity_sae
 from sts.errors import StsError
 from sts.measure import baselines
@@ -100,9 +100,10 @@ def domain_model_change(lm, tuned, reader, layer, domain_groups, masks, tokens_p
     """The same questions, without demonstrations, in the untuned and the tuned model; also all latents' change."""
     codes, flat = SideBySide({"sae": reader, "raw": identity_sae(lm)}), {}
     for done, (domain, groups) in enumerate(domain_groups.items()):
-        own = codes.split(model_paired_stats(
+        stats, = model_paired_folds(
             lm, tuned, codes, layer, list(groups[0].base), masks, work=work, tokens_per_batch=tokens_per_batch,
-            report=lambda f, done=done: report((done + f) / len(domain_groups))).to_tensors())
+            report=lambda f, done=done: report((done + f) / len(domain_groups)))
+        own = codes.split(stats.to_tensors())
         flat |= {f"{domain}/{name}": tensor for name, tensor in (
             ("tokens", own["raw/tokens"]), ("base_sum_L", own["raw/base_sum_L"]),
             ("tuned_sum_L", own["raw/icl_sum_L"]), ("squared_difference_L", own["raw/squared_difference_L"]),

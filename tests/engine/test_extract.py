@@ -19,7 +19,6 @@ from sts.engine.extract import (
     Masks,
     folded,
     model_paired_folds,
-    model_paired_stats,
     paired_stats,
     row_paired_stats,
 )
@@ -301,6 +300,10 @@ def test_paired_passes_over_real_questions_are_padded_by_at_most_a_tenth(lm_of):
 
 # --- two models ---------------------------------------------------------------------------------------------------
 
+def both(*args, **how):
+    return model_paired_folds(*args, **how)[0]
+
+
 @pytest.fixture(scope="module")
 def two_models(tiny_models):
     """A model and a copy with other weights."""
@@ -319,7 +322,7 @@ def prompts(two_models):
 @pytest.mark.parametrize("tokens_per_batch", [1, 4096], ids=["one at a time", "all at once"])
 def test_statistics_of_two_models_equal_the_naive_computation(two_models, prompts, tokens_per_batch):
     sae = topk_sae(64)
-    stats = model_paired_stats(*two_models, sae, 0, prompts, Masks(outlier_norm=0), tokens_per_batch=tokens_per_batch)
+    stats = both(*two_models, sae, 0, prompts, Masks(outlier_norm=0), tokens_per_batch=tokens_per_batch)
     base_TL, tuned_TL = (torch.cat([naive_latents(lm, sae, 0, prompt)[slice(*prompt.question)]
                                     for prompt in prompts]).double() for lm in two_models)
     assert stats.tokens == len(base_TL) == sum(prompt.question[1] - prompt.question[0] for prompt in prompts)
@@ -332,7 +335,7 @@ def test_statistics_of_two_models_equal_the_naive_computation(two_models, prompt
 
 def test_the_same_model_twice_does_not_shift(two_models, prompts):
     lm, _ = two_models
-    assert model_paired_stats(lm, lm, topk_sae(64), 0, prompts, Masks()).squared_difference_L.max() == 0
+    assert both(lm, lm, topk_sae(64), 0, prompts, Masks()).squared_difference_L.max() == 0
 
 
 def test_a_token_that_is_an_outlier_in_either_model_counts_in_neither(two_models, prompts):
@@ -345,20 +348,20 @@ def test_a_token_that_is_an_outlier_in_either_model_counts_in_neither(two_models
                     slice(*prompt.question)].norm(dim=-1) for prompt in prompts]))
     limit = 1.05 * norms[0].median()
     expected = int(((norms[0] <= limit) & (norms[1] <= limit)).sum())
-    stats = model_paired_stats(lm, tuned, topk_sae(64), 0, prompts, Masks(outlier_norm=1.05))
+    stats = both(lm, tuned, topk_sae(64), 0, prompts, Masks(outlier_norm=1.05))
     assert stats.base.tokens == stats.icl.tokens == expected
     assert min(int((own <= limit).sum()) for own in norms) > expected
 
 
 def test_masks_that_leave_nothing_of_two_models_are_an_error(two_models, prompts):
     with pytest.raises(StsError, match="No token is left"):
-        model_paired_stats(*two_models, topk_sae(64), 0, prompts, Masks(drop_first_positions=10_000))
+        both(*two_models, topk_sae(64), 0, prompts, Masks(drop_first_positions=10_000))
 
 
 def test_folds_add_up_to_the_whole(two_models, prompts):
     sae, masks = topk_sae(64), Masks(outlier_norm=0)
-    whole = model_paired_stats(*two_models, sae, 0, prompts, masks).to_tensors()
-    parts = [model_paired_stats(*two_models, sae, 0, prompts[fold::2], masks) for fold in range(2)]
+    whole = both(*two_models, sae, 0, prompts, masks).to_tensors()
+    parts = [both(*two_models, sae, 0, prompts[fold::2], masks) for fold in range(2)]
     found = model_paired_folds(*two_models, sae, 0, prompts, masks, 2)
     for part, own in zip(parts, found, strict=True):
         for name, expected in part.to_tensors().items():
@@ -376,7 +379,7 @@ def test_raw_dimensions_go_through_the_same_code(two_models, prompts):
     lm, tuned = two_models
     sae = identity_sae(lm)
     check_fits(sae, lm, 0)
-    stats = model_paired_stats(lm, tuned, sae, 0, prompts, Masks(outlier_norm=0))
+    stats = both(lm, tuned, sae, 0, prompts, Masks(outlier_norm=0))
     groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])]
     by_context = paired_stats(lm, sae, 0, groups, Masks(outlier_norm=0))
 

@@ -10,7 +10,7 @@ from sts.data.prompts import make_prompt, question_text
 from sts.engine.models import LanguageModel, load_model, resid_post
 from sts.engine.packaged import save_random_model
 from sts.engine.prefix import Prefix, common_prefix, why_not_reusable
-from sts.engine.residuals import PADDING, Extractor, LayersExtractor, batches
+from sts.engine.residuals import PADDING, Extractor, batches
 from sts.engine.work import Work
 from sts.errors import StsError
 
@@ -57,14 +57,14 @@ def deep(tmp_path_factory):
 
 def test_several_layers_come_out_of_one_pass_side_by_side(deep):
     for lm in deep.values():
-        extractor = LayersExtractor(lm, (3, 0), 10_000)
+        extractor = Extractor(lm, (3, 0), 10_000)
         found_TD = extractor.tokens(PROMPTS, SPANS, extractor.share(PREFIX))
         wanted_TD = torch.cat([torch.cat([hidden_states(lm, layer, ids)[slice(*span)] for layer in (3, 0)], dim=-1)
                                for ids, span in zip(PROMPTS, SPANS, strict=True)])
         torch.testing.assert_close(found_TD, wanted_TD, rtol=1e-4, atol=1e-5)
         assert extractor.work.passes == pytest.approx(extractor.work.padded_tokens * 4 / 5)  # once, to the deepest
         with pytest.raises(StsError):
-            LayersExtractor(lm, (9, 0), 10_000)
+            Extractor(lm, (9, 0), 10_000)
 
 
 @pytest.mark.parametrize("layer", [1, 3])
