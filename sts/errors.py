@@ -18,7 +18,7 @@ class StsError(Exception):
     """A request that cannot be met, with the way to mend it."""
 
 
-def one_of(what: str, asked: object, valid: object) -> StsError:
+def one_of(what: str, asked: object, valid: Iterable[object]) -> StsError:
     """The error for a name that is not in a list: `what` was asked for, these are the valid ones."""
     names = sorted(str(name) for name in valid)
     return StsError(f"{what} {asked!r} is not known. Valid: {', '.join(names)}.{did_you_mean(asked, names)}")

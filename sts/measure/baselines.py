@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas
@@ -68,7 +69,7 @@ class Predictor:
 
     label: str
     group: str
-    values: Callable[[Known], pandas.Series] | None = None
+    values: Callable[[Known], Any] | None = None
     forecast: bool = True
 
 
@@ -126,7 +127,7 @@ def tfidf_similarity(domains: Mapping[str, Sequence[str]], training: Sequence[st
         raise StsError(f"TF-IDF of {len(texts) + len(training)} texts: {error}. Texts with words of two letters or "
                        "more work.") from error
     parts = np.split(np.arange(weights.shape[0]), np.cumsum([len(own) for own in domains.values()]))
-    means = normalize(np.vstack([np.asarray(weights[rows].mean(axis=0)) for rows in parts]))
+    means = np.asarray(normalize(np.vstack([np.asarray(weights[rows].mean(axis=0)) for rows in parts])))
     return pandas.Series(means[:-1] @ means[-1], index=list(domains))
 
 

@@ -215,7 +215,7 @@ SAE_AXES, ENDS = ("width", "width_share", "layer", "k", "norms"), ("bands", "wid
 
 
 def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], differences: Mapping[str, np.ndarray],
-                    **numbers: int) -> dict[str, list[dict]]:
+                    **numbers: Any) -> dict[str, list[dict]]:
     """The rows of stage `sweep_correlations` for one measure, from each seed's scores by axis, value and domain."""
     places = frames[0][["axis", "value", "own"]].drop_duplicates()
     owns = {(axis, value): bool(own) for axis, value, own in places.itertuples(index=False)}
@@ -260,10 +260,10 @@ def holm(rows: dict[Any, Correlated]) -> dict[Any, Correlated]:
     """The rows with p_holm: p of their differences, corrected by Holm's method for all of them together."""
     from statsmodels.stats.multitest import multipletests
 
-    own = {key: row for key, row in rows.items() if isinstance(row.less, Difference)}
-    adjusted = multipletests([row.less.p for row in own.values()], method="holm")[1] if own else []
-    return rows | {key: replace(row, less=replace(row.less, p_holm=float(p)))
-                   for (key, row), p in zip(own.items(), adjusted, strict=True)}
+    own = {key: row.less for key, row in rows.items() if isinstance(row.less, Difference)}
+    adjusted = np.asarray(multipletests([less.p for less in own.values()], method="holm")[1] if own else [])
+    return rows | {key: replace(rows[key], less=replace(less, p_holm=float(p)))
+                   for (key, less), p in zip(own.items(), adjusted, strict=True)}
 
 
 def different(scores: Mapping[Any, np.ndarray]) -> list[Any]:

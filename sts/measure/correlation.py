@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
 from sts.errors import StsError
@@ -53,7 +54,7 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def vector(name: str, values: Sequence[float]) -> np.ndarray:
+def vector(name: str, values: ArrayLike) -> np.ndarray:
     """The values as a plain vector of finite numbers; `StsError` if they are none."""
     try:
         found = np.asarray(values, dtype=np.float64)
@@ -67,7 +68,7 @@ def vector(name: str, values: Sequence[float]) -> np.ndarray:
     return found
 
 
-def points(x: Sequence[float], y: Sequence[float], minimum: int = 3) -> tuple[np.ndarray, np.ndarray]:
+def points(x: ArrayLike, y: ArrayLike, minimum: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """Both as vectors that pair up, long enough and not constant; `StsError` otherwise."""
     x_N, y_N = vector("x", x), vector("y", y)
     if x_N.size != y_N.size:
@@ -106,17 +107,17 @@ def correlation_rows(x_N: np.ndarray, y_N: np.ndarray, controls_NK: np.ndarray |
     return np.clip((units(x_N, controls_NK) * units(y_N, controls_NK)).sum(-1), -1, 1)
 
 
-def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+def pearson(x: ArrayLike, y: ArrayLike) -> float:
     """Pearson's correlation; `StsError` for unequal lengths, fewer than 3 points, NaN or a constant vector."""
     return float(correlation_rows(*points(x, y)))
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Spearman's rank correlation, ties at their mean rank. Raises as `pearson`."""
     return float(correlation_rows(*(scipy_stats.rankdata(own) for own in points(x, y))))
 
 
-def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
+def fit_line(x: ArrayLike, y: ArrayLike) -> Line:
     """Least-squares line of y on x; slope in units of y per unit of x. Raises as `pearson`."""
     x_N, y_N = points(x, y)
     centred_N = (x_N - x_N.mean()) / np.ptp(x_N)
@@ -124,7 +125,7 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
     return Line(slope, float(y_N.mean() - slope * x_N.mean()))
 
 
-def leave_one_out(x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> dict[str, float]:
+def leave_one_out(x: ArrayLike, y: ArrayLike, names: Sequence[str]) -> dict[str, float]:
     """Pearson's correlation of the others for each point left out; NaN where they make x or y constant."""
     x_N, y_N = points(x, y, minimum=4)
     return {str(name): float(correlation_rows(np.delete(x_N, place), np.delete(y_N, place)))

@@ -6,11 +6,12 @@ Shape suffixes: N items, D sets drawn, P problems.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas
+from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
 from sts.errors import StsError
@@ -47,7 +48,7 @@ class MeanInterval:
     resamples: int = 0
 
 
-def paired_mean_interval(differences: Sequence[float], *, level: float = 0.95, resamples: int = 5000,
+def paired_mean_interval(differences: ArrayLike, *, level: float = 0.95, resamples: int = 5000,
                          seed: int = 0) -> MeanInterval:
     """Mean of paired differences, one a test item, in their units: the percentile bootstrap from `BOOTSTRAP_FROM` items
     on, Student's t for fewer. One item says nothing about spread: then error and ends are NaN."""
@@ -69,7 +70,7 @@ def paired_mean_interval(differences: Sequence[float], *, level: float = 0.95, r
     return MeanInterval(mean, error, float(low), float(high), level, n, "bootstrap", resamples)
 
 
-def crossed_mean_interval(values_DP: Sequence[Sequence[float]], *, level: float = 0.95,
+def crossed_mean_interval(values_DP: ArrayLike, *, level: float = 0.95,
                           against_one: bool = False) -> MeanInterval:
     """Mean of a complete table of sets by problems, with Student's interval over both, as both are drawn at random.
 
@@ -91,7 +92,7 @@ def crossed_mean_interval(values_DP: Sequence[Sequence[float]], *, level: float 
                         columns, "t")
 
 
-def mcnemar_p(before: Sequence[bool], after: Sequence[bool]) -> float:
+def mcnemar_p(before: ArrayLike, after: ArrayLike) -> float:
     """McNemar's exact test, two-sided: do items turn from wrong to right as often as from right to wrong? 1 if none."""
     before_N, after_N = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
     if before_N.shape != after_N.shape or before_N.ndim != 1 or not before_N.size:
@@ -112,8 +113,8 @@ def item_measures(rows: pandas.DataFrame) -> pandas.DataFrame:
     letters = rows[rows["kind"] == "letter"]
     if len(letters):
         by_item = letters.groupby("example_id")["loglikelihood"]
-        weight = np.exp(letters["loglikelihood"] - by_item.transform("max"))
-        p = weight / weight.groupby(letters["example_id"]).transform("sum")
+        weight = pandas.Series(np.exp(letters["loglikelihood"] - by_item.transform("max")))
+        p = pandas.Series(weight / weight.groupby(letters["example_id"]).transform("sum"))
         items["p_right"] = 100 * p[letters["is_right"]].set_axis(letters.loc[letters["is_right"], "example_id"])
         items["accuracy"] = 100.0 * rows.loc[by_item.idxmax()].set_index("example_id")["is_right"].astype(float)
     solutions = rows[rows["kind"] == "solution"].set_index("example_id")
@@ -125,7 +126,7 @@ def tied_share(rows: pandas.DataFrame) -> float:
     """Share of the items with letters in which two or more tie for the likeliest, as many do in bf16; NaN without."""
     letters = rows[rows["kind"] == "letter"]
     best = letters["loglikelihood"] == letters.groupby("example_id")["loglikelihood"].transform("max")
-    return float((best.groupby(letters["example_id"]).sum() > 1).mean()) if len(letters) else math.nan
+    return (np.asarray(best.groupby(letters["example_id"]).sum()) > 1).mean().item() if len(letters) else math.nan
 
 
 def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, **numbers: int) -> pandas.DataFrame:
@@ -170,7 +171,7 @@ def item_differences(evaluations: Mapping[int, tuple[pandas.DataFrame, pandas.Da
             for measure, frame in frames.items() if len(frame)}
 
 
-def reliability(changes: Sequence[float], standard_errors: Sequence[float]) -> float:
+def reliability(changes: ArrayLike, standard_errors: ArrayLike) -> float:
     """Share of the variance of measured changes over domains that is not noise of the questions, 0 to 1. No forecast
     can be expected to correlate beyond its square root."""
     changes_N, errors_N = np.asarray(changes, float), np.asarray(standard_errors, float)

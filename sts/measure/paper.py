@@ -6,11 +6,12 @@ the eight most extreme of fourteen domains does to a correlation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+import math
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
 
@@ -109,7 +110,7 @@ def extremes(shifts: pd.DataFrame, count: int = 4) -> pd.DataFrame:
                      ignore_index=True)
 
 
-def spread_ratio(values: Sequence[float], count: int = 4) -> float:
+def spread_ratio(values: ArrayLike, count: int = 4) -> float:
     """Standard deviation of the `count` largest and `count` smallest values, over that of all values."""
     ordered = np.sort(np.asarray(values, dtype=float))
     return float(np.r_[ordered[:count], ordered[-count:]].std(ddof=1) / ordered.std(ddof=1))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sts.errors import StsError
 from sts.measure import correlation
@@ -39,7 +40,7 @@ def percentile_interval(values_B: np.ndarray, level: float = 0.95) -> Interval |
     return Interval(float(low), float(high), level, len(kept), len(values_B) - len(kept))
 
 
-def bootstrap_interval(x: Sequence[float], y: Sequence[float], *, level: float = 0.95, resamples: int = 5000,
+def bootstrap_interval(x: ArrayLike, y: ArrayLike, *, level: float = 0.95, resamples: int = 5000,
                        seed: int = 0) -> Interval:
     """Percentile interval of Pearson's correlation, points drawn with replacement; resamples without one are redrawn.
     With eight points it tends to be too narrow. Raises as `pearson`."""
@@ -84,7 +85,7 @@ class Correlation:
     leave_one_out: LeaveOneOut | None
 
 
-def correlate(x: Sequence[float], y: Sequence[float], names: Sequence[str], *, seed: int = 0,
+def correlate(x: ArrayLike, y: ArrayLike, names: Sequence[str], *, seed: int = 0,
               permutations: int = 100_000, resamples: int = 5000) -> Correlation:
     """One predictor and one seed: r with a bootstrap over points and a permutation p. Raises as `pearson`."""
     x_N, y_N = points(x, y)
