@@ -6,8 +6,8 @@ the eight most extreme of fourteen domains does to a correlation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
