@@ -22,9 +22,7 @@ test: $(STAMP)
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium; } || \
 	  echo "No Chromium found: the browser tests will fail until one is installed."
 	$(BIN)/ruff check .
-	$(BIN)/lint-imports
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q
 
 bench: $(STAMP)

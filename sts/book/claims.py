@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -83,7 +84,7 @@ def apart(found: Evidence) -> str:
     """Held if the 95% interval lies above all that it is compared with, in part if above the first alone; otherwise not
     held. Codes are compared as they are: where activity is concentrated, a change tends to be."""
     low = -math.inf if found.low is None else found.low
-    above = [low > (one.value if one.high is None else one.high) for one in found.others]
+    above = [low > (one.high or one.value or 0) for one in found.others]
     return HELD if above and all(above) else IN_PART if any(above[:1]) else NOT_HELD
 
 
@@ -154,7 +155,7 @@ class Claim:
     form: str = ".2f"
     bound: float | None = None
     learned: str = "own"
-    arguments: Mapping[str, object] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def judge(self, found: Evidence, unable: str = "") -> str:
         """The verdict on evidence, one of `WORDS`."""

@@ -111,10 +111,12 @@ def row(run: OpenRun | Stored, stage: str, where: Mapping[str, Any] = {}, *, und
         raise NotDone(f"Not in stage {stage} of this run: {', '.join(map(str, where.values()))}.")
     numbers = [_estimate(one, value, interval, p, sign) for one in rows]
     first = min(range(len(rows)), key=lambda place: numbers[place].value or 0.0) if each else 0
-    own = {"stage": stage, "under": under, "value": value, "interval": interval, "p": p, "sign": sign}
-    more = {each.format(**one): number for one, number in zip(rows, numbers, strict=True) if one is not rows[first]}
-    more = more if each else {name: row(run, **own | change | {"where": {**where, **change.get("where", {})}})
-                              for name, change in against.items()}
+    own: dict[str, Any] = {"stage": stage, "under": under, "value": value, "interval": interval, "p": p, "sign": sign}
+    more: dict[str, Estimate] = {each.format(**one): number for one, number in zip(rows, numbers, strict=True)
+                                 if each and one is not rows[first]}
+    for name, change in against.items():
+        other: dict[str, Any] = {**own, **change, "where": {**where, **change.get("where", {})}}
+        more[name] = row(run, **other)
     unable = CHANCE * (where.get("measure") == "accuracy" and _at_chance(run)) or _affected(run, stage, where)
     count = value_of(rows[first], n) or (run.get("domain_shift")["domain"].nunique() if of == "domains" else None)
     return Evidence(**vars(numbers[first]), n=count, of=of, against=more,
@@ -129,10 +131,10 @@ def _affected(run: OpenRun | Stored, stage: str, where: Mapping[str, Any]) -> st
 
 def _estimate(one: Mapping[str, Any], value: str, interval: str = "", p: str = "", sign: int = 1) -> Estimate:
     within = f"{interval}." if interval else ""
-    number, *ends = (value_of(one, path) for path in (value, f"{within}low", f"{within}high"))
+    number, low, high = (value_of(one, path) for path in (value, f"{within}low", f"{within}high"))
     if sign < 0:
-        number, *ends = (None if end is None else -end for end in (number, *reversed(ends)))
-    return Estimate(number, *ends, value_of(one, p))
+        number, low, high = (None if end is None else -end for end in (number, high, low))
+    return Estimate(number, low, high, value_of(one, p))
 
 
 def choice(run: OpenRun | Stored, measure: str, score: str) -> Evidence:
@@ -154,7 +156,8 @@ def losses(run: OpenRun | Stored, published: bool = False) -> Evidence:
                run.get("domain_shift").query("measure == 'accuracy'")["shift"])
     if changes.empty:
         raise NotDone("Accuracy was not evaluated in this run.")
-    return Evidence(float((changes < 0).mean()), n=len(changes), unable=CHANCE * (not published and _at_chance(run)))
+    unable = CHANCE * (not published and _at_chance(run))
+    return Evidence((changes < 0).to_numpy().mean().item(), n=len(changes), unable=unable)
 
 
 def own_lists(run: OpenRun | Stored) -> Evidence:

@@ -155,7 +155,7 @@ def scatter(rows: Any, x: str = "score", y: str = "change", label: str = "domain
                 axis.plot([right, right], ends, color=GREY, linewidth=0.9, alpha=0.6)
             axis.plot(right, up, marker, color=colour, markerfacecolor=colour if clear else "white")
         if fit and len(places) > 2 and numpy.ptp(places[:, 0]) > 0:
-            slope, intercept = numpy.polyfit(*places.T, 1)
+            slope, intercept = numpy.polyfit(places[:, 0], places[:, 1], 1)
             span = numpy.array([places[:, 0].min(), places[:, 0].max()])
             axis.plot(span, intercept + slope * span, color=GREY, linestyle="--")
         axis.margins(x=0.14, y=0.1)
@@ -168,8 +168,8 @@ def _write_names(axis: Axes, places: numpy.ndarray, labels: Sequence[str]) -> No
     """Each point's name beside it, moved off other names and points, with a line to the point."""
     if not labels or len(labels) > 30:  # more names than that hide the points
         return
-    texts = [axis.text(*place, text, path_effects=[patheffects.withStroke(linewidth=2, foreground="white")])
-             for place, text in zip(places, labels, strict=True)]
+    texts = [axis.text(right, up, text, path_effects=[patheffects.withStroke(linewidth=2, foreground="white")])
+             for (right, up), text in zip(places, labels, strict=True)]
     before = numpy.random.get_state()
     numpy.random.seed(0)  # adjustText draws from numpy's own generator; a page must come out alike each time
     try:
@@ -193,7 +193,7 @@ def curves(lines: Mapping[str, Any], xlabel: Axis = "", ylabel: str = "", *, log
             axis.plot(x, y, color=COLOURS[place % 7], linestyle=LINES[place % 4], label=label,
                       marker=MARKERS[place % 8] if markers else None)
             if band:
-                axis.fill_between(x, *band, color=COLOURS[place % 7], alpha=0.2, linewidth=0)
+                axis.fill_between(x, band[0], band[1], color=COLOURS[place % 7], alpha=0.2, linewidth=0)
         _marks(axis, marks)
         axis.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear", ylim=ylim)
     return _closed(figure)

@@ -43,8 +43,8 @@ def rows_of(rows: Any) -> list[dict]:
     """A frame, a list of dicts or dataclasses, or a single one of these, as dicts."""
     if isinstance(rows, pandas.DataFrame):
         return rows.to_dict("records")
-    listed = [rows] if isinstance(rows, Mapping) or dataclasses.is_dataclass(rows) else rows
-    return [dataclasses.asdict(row) if dataclasses.is_dataclass(row) else dict(row) for row in listed]
+    listed: Any = [rows] if isinstance(rows, Mapping) or hasattr(rows, "__dataclass_fields__") else rows
+    return [dict(row) if isinstance(row, Mapping) else dataclasses.asdict(row) for row in listed]
 
 
 def value_of(row: Any, path: str | None) -> Any:

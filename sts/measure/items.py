@@ -115,8 +115,8 @@ def item_measures(rows: pandas.DataFrame) -> pandas.DataFrame:
         by_item = letters.groupby("example_id")["loglikelihood"]
         weight = pandas.Series(np.exp(letters["loglikelihood"] - by_item.transform("max")))
         p = weight / weight.groupby(letters["example_id"]).transform("sum")
-        right = letters["is_right"].to_numpy(bool)
-        items["p_right"] = pandas.Series(100 * np.asarray(p)[right], index=letters["example_id"].to_numpy()[right])
+        right = np.asarray(letters["is_right"], bool)
+        items["p_right"] = pandas.Series(100 * np.asarray(p)[right], index=np.asarray(letters["example_id"])[right])
         items["accuracy"] = 100.0 * rows.loc[by_item.idxmax()].set_index("example_id")["is_right"].astype(float)
     solutions = rows[rows["kind"] == "solution"].set_index("example_id")
     items["bits"] = -solutions["loglikelihood"] / math.log(2) / solutions["characters"]

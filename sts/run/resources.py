@@ -286,12 +286,12 @@ def identity(run: OpenRun, what: str) -> str:
     from sts.data.load import digest
 
     if what == "sae_text":
+        from sts.data.groups import SaeTexts
         from sts.data.prompts import question_text, render, solution_text
-
-        own = sae_texts(run)  # by their texts as the model sees them, as recorded keys are
-        return digest([one if isinstance(one, str) else
-                       render(own.tokenizer, question_text(one), answer=solution_text(one))
-                       for name in own.sources for one in own.documents(name)])
+        own = SaeTexts(run.settings.sae_text, None, run.settings.context)  # pyright: ignore[reportArgumentType]
+        documents = [one for name in own.sources for one in own.documents(name)]  # before a model is loaded in vain
+        return digest([one if isinstance(one, str) else  # as the model sees them, as recorded keys are
+                       render(tokenizer(run), question_text(one), answer=solution_text(one)) for one in documents])
     made: dict[str, Callable[[], Any]] = {
         "sft_train": lambda: [train(run)], "sft_held_out": lambda: [held_out(run)], "text_data": lambda: [texts(run)],
         "domain_data": lambda: questions(run).values(), "demonstrations": lambda: examples_set_aside(run).values(),
