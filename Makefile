@@ -23,6 +23,7 @@ test: $(STAMP)
 	  echo "No Chromium found: the browser tests will fail until one is installed."
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q
 
 bench: $(STAMP)

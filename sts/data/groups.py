@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from sts.data.load import load_examples, load_texts
 from sts.data.prompts import (
@@ -20,6 +19,9 @@ from sts.data.prompts import (
 )
 from sts.data.sources import CORPORA, Example
 from sts.errors import StsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: What a training set's domain is called among MMLU-Pro's, where the name differs.
 DOMAIN_OF = {"code": "computer science", "medicine": "health", "mental health": "psychology"}

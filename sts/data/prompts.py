@@ -12,12 +12,14 @@ import random
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from sts.data.check import LETTERS
 from sts.data.sources import Example
 from sts.errors import StsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: A character from Unicode's private use area, which no text holds.
 MARKER = "\ue000"
