@@ -39,7 +39,8 @@ class Work:
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
-            logging.getLogger("sts").warning(text)
+            if not os.environ.get("STS_PROGRESS"):  # a page shows notes with its provenance
+                logging.getLogger("sts").warning(text)
 
     @property
     def passes(self) -> float:
