@@ -331,8 +331,9 @@ def test_the_digest_changes_with_any_field_and_with_the_order():
     assert data.digest(["a", "b"]) != data.digest(["b", "a"])
 
 
-def test_the_rows_that_the_readme_shows_are_read(tmp_path, monkeypatch):
-    rows = re.search(r"```json\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
+def test_the_rows_that_the_book_shows_are_read(tmp_path, monkeypatch):
+    page = (ROOT / "book" / "running_it.md").read_text(encoding="utf-8")
+    rows = re.search(r"```json\n(.*?)```", page, re.DOTALL).group(1)
     monkeypatch.setenv("STS_DATA_DIR", str(tmp_path))
     for place, line in zip(("mmlu_pro/test", "gsm8k/train"), rows.splitlines(), strict=True):
         (tmp_path / place).parent.mkdir()
