@@ -1,13 +1,17 @@
 """Fixtures shared by all tests: tiny models, no network, and results outside the repository."""
 
 import os
+from functools import cache
 
 # huggingface_hub reads this once, when it is imported, and most modules below import it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# `make test` runs two processes, and two threads each would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
 import sts.stages  # noqa: F401  (registers all stages)
+from sts.book.chapters import build_book
 from sts.engine.models import load_model
 from sts.engine.packaged import save_random_model
 from sts.run.stage import STAGES
@@ -22,6 +26,18 @@ def isolation(tmp_path_factory):
         patch.delenv("STS_DATA_DIR", raising=False)
         patch.delenv("STS_PROGRESS", raising=False)
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """A file's tests run in one process, and so do all that need a built book: each book is built once."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("book" if item.path.parent.name == "book" else item.path.stem))
+
+
+@pytest.fixture(scope="session")
+def built():
+    """Run -> index.html of its book, each built once."""
+    return cache(build_book)
 
 
 @pytest.fixture(scope="session")

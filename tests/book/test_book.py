@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import sts
-from sts.book.chapters import CHAPTERS, build_book, chapter_source, quick_page, run_chapter, without_roles
+from sts.book.chapters import CHAPTERS, chapter_source, quick_page, run_chapter, without_roles
 from sts.errors import ROOT, StsError
 from sts.run.recorded import record
 from sts.run.run import results_folder
@@ -20,8 +20,8 @@ from sts.run.store import Store
 
 
 @pytest.fixture(scope="module")
-def book():
-    return build_book("smoke")
+def book(built):
+    return built("smoke")
 
 
 def text_of(notebook) -> str:

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 
-from sts.book.chapters import CHAPTERS, build_book, chapter_source
+from sts.book.chapters import CHAPTERS, chapter_source
 
 NUMERAL = re.compile(r"(?<![\w.])[-+±−]?\d[\d,]*(?:\.\d+)?%?(?!\w)")
 INTERVAL = re.compile(r"[-+−]?\d[\d,.]*%?\s*(?:to|–|,)\s*[-+−]?\d[\d,.]*%?\s*[)\]]")
@@ -19,9 +19,9 @@ ASIDE = "table, pre, figcaption, details, footer, nav, script, style, .math, .ce
 PAGES = [*(f"notebooks/{chapter}" for chapter in CHAPTERS), "book/introduction", "book/method"]
 
 
-@pytest.fixture(scope="session", params=["smoke", "full"])
-def book(request):
-    return build_book(request.param).parent
+@pytest.fixture(scope="module", params=["smoke", "full"])
+def book(request, built):
+    return built(request.param).parent
 
 
 def article_of(book, page):
