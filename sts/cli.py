@@ -155,9 +155,9 @@ def doctor() -> None:
     for name in GENERATED:
         row(True, name, "from an installed package")
     for name, source in SOURCES.items():
-        found = [split for split in source.splits if local_file(source.folder, split)]
+        found = [split for split in source.splits if local_file(name, split)]
         row(bool(found) or None, name, ", ".join(found) if found else f"hub {source.hub}" if source.hub else
-            f"put {source.folder}/{source.splits[0]}.jsonl in STS_DATA_DIR")
+            f"put {name}/{source.splits[0]}.jsonl in STS_DATA_DIR")
     for name in CORPORA:
         row(local_file("corpus", name) is not None or None, f"corpus {name}", "for training an SAE")
     print("Folders")

@@ -23,12 +23,11 @@ def read_text(path: Path) -> str:
     """A UTF-8 text file, with or without byte-order mark; line ends become "\\n"."""
     content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")
-        at = text.find("\0")
+        text, at = content.decode("utf-8-sig"), content.find(0)
     except UnicodeDecodeError as error:
-        text, at = content[:error.start].decode("utf-8", "replace"), error.start
+        text, at = "", error.start
     if at >= 0:
-        raise StsError(f"{path}, row {text[:at].count(chr(10)) + 1}: not UTF-8 (UTF-16, as PowerShell's > writes, or "
+        raise StsError(f"{path}, row {content.count(10, 0, at) + 1}: not UTF-8 (UTF-16, as PowerShell's > writes, or "
                        "Windows-1252?). Save the file as UTF-8.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -39,10 +38,11 @@ def json_lines(path: Path) -> Iterator[Row]:
         if line.strip():
             try:
                 values = json.loads(line)
-            except ValueError as error:
-                raise StsError(f"{path}, row {number}: not JSON ({error}). Write one JSON object a line.") from error
+            except ValueError:
+                values = None
             if not isinstance(values, dict):
-                raise StsError(f"{path}, row {number}: {line[:40]!r} is no JSON object. Write one object a line.")
+                raise StsError(f"{path}, row {number}: not JSON of one row: {line[:40]!r}. Write one JSON object a "
+                               "line.")
             yield Row(values, str(path), number)
 
 
@@ -66,9 +66,7 @@ class Row:
 
     def text(self, column: str, *, empty: bool = False) -> str:
         """A text, its blanks as they are; a number as its digits. `empty`: it may be "", null or missing."""
-        if empty and self.values.get(column) is None:
-            return ""
-        return self._text(column, self.value(column), empty)
+        return "" if empty and self.values.get(column) is None else self._text(column, self.value(column), empty)
 
     def _text(self, column: str, value: Any, empty: bool = False) -> str:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
@@ -79,12 +77,12 @@ class Row:
             raise self.wrong(column, "empty. Write a text, or leave the row out.")
         return value
 
-    def texts(self, column: str, *, empty: bool = False) -> tuple[str, ...]:
+    def texts(self, column: str) -> tuple[str, ...]:
         """A list of texts."""
         values = self.value(column)
-        if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Collection):
+        if not isinstance(values, (list, tuple)):
             raise self.wrong(column, f'{str(values)[:60]!r} is no list of texts. Write a list: ["one", "two"].')
-        return tuple(self._text(column, value, empty) for value in values)
+        return tuple(self._text(column, value) for value in values)
 
     def options(self, column: str) -> tuple[str, ...]:
         """Two to 26 texts to choose from."""
@@ -98,21 +96,13 @@ class Row:
         """Which option is right: a whole number from 0, or a letter."""
         value = self.value(column)
         text = str(value).strip().removesuffix(".0")
-        letter = len(text) == 1 and text in LETTERS
-        if isinstance(value, bool) or not (letter or re.fullmatch(r"-?\d+", text)):
+        if isinstance(value, bool) or not re.fullmatch(r"-?\d+|[A-Z]", text):
             raise self.wrong(column, f"{value!r} is no index of an option. Write a whole number from 0.")
-        index = LETTERS.index(text) if letter else int(text)
+        index = LETTERS.index(text) if text in LETTERS else int(text)
         if not 0 <= index < len(options):
             raise self.wrong(column, f"{value!r} of {len(options)} options. Write 0 to {len(options) - 1}; where "
                                      "labels are hidden (-1), use a split that has them.")
         return index
-
-    def agrees(self, column: str, options: tuple[str, ...], index: int) -> None:
-        """Where the row names the right option once more, by letter or text, it must be the same."""
-        said = self.text(column, empty=True).strip()
-        if said not in ("", LETTERS[index], options[index].strip()):
-            raise self.wrong(column, f"says {said[:60]!r}, while the index says ({LETTERS[index]}) "
-                                     f"{options[index].strip()[:60]!r}. Correct one of them.")
 
     def among(self, column: str, valid: Collection[str]) -> str:
         """A text that is one of a few."""

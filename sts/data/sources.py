@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from sts.data.check import Row
+from sts.data.check import LETTERS, Row
 from sts.errors import ROOT
 
 
@@ -31,17 +31,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a question set is found: local file per split, and repository, configurations and revision on the hub."""
+    """A question set: its reader of rows, its splits, and repository, configurations and revision on the hub, if any.
+    Local files are <name>/<split>.jsonl."""
 
     read: Callable[[Row, str], Example]
-    folder: str
     splits: tuple[str, ...]
     hub: str = ""
+    revision: str | None = None
     hub_configs: tuple[str, ...] = ("default",)
-    revision: str = ""
 
 
-# --- parts of solutions -------------------------------------------------------------------------------------------
+# --- readers: one row of a public data set -> Example -------------------------------------------------------------
 
 _PREAMBLE = re.compile(
     r"^(A:\s*)?(Let['’]s think step by step\.\s*)?(We refer to Wikipedia( articles on [^.]*?)? for help\.\s*)?"
@@ -64,29 +64,35 @@ def last_boxed(solution: str) -> str:
     return ""
 
 
-# --- readers: one row of a public data set -> Example -------------------------------------------------------------
-
-def _chosen(example_id: str, domain: str, question: str, options: tuple[str, ...], index: int,
-            solution: str = "") -> Example:
-    return Example(example_id, domain, question, options, index, options[index], solution)
-
-
 def _open(example_id: str, domain: str, question: str, solution: str, answer: str = "") -> Example:
     return Example(example_id, domain, question, (), -1, answer, solution)
 
 
 def _mmlu_pro(row: Row, row_id: str) -> Example:
     options = row.options("options")
-    index = row.index("answer_index", options)
-    row.agrees("answer", options, index)
-    return _chosen(f"mmlu_pro-{row.text('question_id')}", row.text("category"), row.text("question"), options, index,
-                   without_preamble(row.text("cot_content", empty=True)))
+    index, said = row.index("answer_index", options), row.text("answer", empty=True).strip()
+    right = options[index].strip()
+    if said not in ("", LETTERS[index], right):  # the right option is named once more, by letter or text
+        raise row.wrong("answer", f"says {said[:60]!r}, while the index says ({LETTERS[index]}) {right[:60]!r}. "
+                                  "Correct one of them.")
+    return Example(f"mmlu_pro-{row.text('question_id')}", row.text("category"), row.text("question"), options, index,
+                   options[index], without_preamble(row.text("cot_content", empty=True)))
 
 
 def _mmlu(row: Row, row_id: str) -> Example:
     options = row.options("choices")
-    return _chosen(row_id, MMLU_PRO_CATEGORY[row.among("subject", MMLU_PRO_CATEGORY)], row.text("question"), options,
-                   row.index("answer", options))
+    index, domain = row.index("answer", options), MMLU_PRO_CATEGORY[row.among("subject", MMLU_PRO_CATEGORY)]
+    return Example(row_id, domain, row.text("question"), options, index, options[index], "")
+
+
+def _arc(row: Row, row_id: str) -> Example:
+    choices = row.value("choices")
+    if not isinstance(choices, dict):
+        raise row.wrong("choices", f'{str(choices)[:60]!r} is no object with "text" and "label".')
+    choices = Row(choices, row.file, row.number)
+    options, labels = choices.options("text"), choices.texts("label")
+    index = labels.index(row.among("answerKey", labels))
+    return Example(row_id, "science", row.text("question"), options, index, options[index], "")
 
 
 def _gsm8k(row: Row, row_id: str) -> Example:
@@ -109,16 +115,6 @@ def _limo(row: Row, row_id: str) -> Example:
     return _open(row_id, "math", row.text("question"), row.text("solution"), row.text("answer"))
 
 
-def _arc(row: Row, row_id: str) -> Example:
-    choices = row.value("choices")
-    if not isinstance(choices, dict):
-        raise row.wrong("choices", f'{str(choices)[:60]!r} is no object with "text" and "label".')
-    choices = Row(choices, row.file, row.number)
-    options = choices.options("text")
-    return _chosen(row_id, "science", row.text("question"), options,
-                   choices.texts("label").index(row.among("answerKey", choices.texts("label"))))
-
-
 def _mbpp(row: Row, row_id: str) -> Example:
     return _open(row_id, "code", row.text("text"), row.text("code").replace("\r\n", "\n"))
 
@@ -139,24 +135,21 @@ def _roleplay(row: Row, row_id: str) -> Example:
 
 
 SOURCES: dict[str, Source] = {
-    "mmlu_pro": Source(_mmlu_pro, "mmlu_pro", ("test", "validation"), "TIGER-Lab/MMLU-Pro",
-                       revision="b189ec765aa7ed75c8acfea42df31fdae71f97be"),
-    "gsm8k": Source(_gsm8k, "gsm8k", ("train", "test"), "openai/gsm8k", ("main",),
-                    "e53f048856ff4f594e959d75785d2c2d37b678ee"),
-    "math": Source(_math, "math", ("train", "test"), "EleutherAI/hendrycks_math",
+    "mmlu_pro": Source(_mmlu_pro, ("test", "validation"), "TIGER-Lab/MMLU-Pro",
+                       "b189ec765aa7ed75c8acfea42df31fdae71f97be"),
+    "gsm8k": Source(_gsm8k, ("train", "test"), "openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee", ("main",)),
+    "math": Source(_math, ("train", "test"), "EleutherAI/hendrycks_math", "21a5633873b6a120296cce3e2df9d5550074f4a3",
                    ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
-                    "prealgebra", "precalculus"), "21a5633873b6a120296cce3e2df9d5550074f4a3"),
-    "limo": Source(_limo, "limo", ("train",), "GAIR/LIMO"),
-    "mmlu": Source(_mmlu, "mmlu", ("test", "val", "dev")),
-    "arc_easy": Source(_arc, "arc_easy", ("train", "test")),
-    "arc_challenge": Source(_arc, "arc_challenge", ("train", "test")),
-    "mbpp": Source(_mbpp, "mbpp", ("all",)),
-    "counsel_chat": Source(_counsel_chat, "counsel_chat", ("all",)),
-    "pubmedqa": Source(_pubmedqa, "pubmedqa", ("labelled",)),
-    "roleplay": Source(_roleplay, "roleplay", ("all",)),
+                    "prealgebra", "precalculus")),
+    "limo": Source(_limo, ("train",), "GAIR/LIMO"),
+    "mmlu": Source(_mmlu, ("test", "val", "dev")),
+    "arc_easy": Source(_arc, ("train", "test")),
+    "arc_challenge": Source(_arc, ("train", "test")),
+    "mbpp": Source(_mbpp, ("all",)),
+    "counsel_chat": Source(_counsel_chat, ("all",)),
+    "pubmedqa": Source(_pubmedqa, ("labelled",)),
+    "roleplay": Source(_roleplay, ("all",)),
 }
-#: Question sets whose every example is of the domain "math".
-MATHEMATICS = {"gsm8k", "math", "limo", "gsm_symbolic"}
 #: Question sets from installed packages, and their splits.
 GENERATED = {"gsm_symbolic": ("train", "test"), "mmlu_exemplars": ("train",)}
 CORPORA = ("web", "books", "textbook")

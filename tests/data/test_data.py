@@ -171,7 +171,7 @@ def test_every_question_set_has_a_row_here():
 @pytest.mark.parametrize(("name", "split"), list(ROWS))
 def test_a_local_file_in_the_public_columns_is_read(local, name, split):
     row, expected = ROWS[name, split]
-    local(data_sources.SOURCES[name].folder, split, row)
+    local(name, split, row)
     assert load_examples(name, split=split) == [expected]
 
 
