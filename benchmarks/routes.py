@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from sts.data.prompts import Prompt, PromptGroup, paired_positions
-from sts.engine.extract import Masks, Rows, paired_stats
-from sts.engine.latents import Encoder, LatentStats
+from sts.engine.extract import Masks, paired_stats
+from sts.engine.latents import LatentStats, encode_chunks
 from sts.engine.models import LanguageModel, decoder_layers
-from sts.engine.residuals import Extractor, batches
+from sts.engine.residuals import Extractor, batches, is_content
 
 #: All tokens of a text but its first, and those with an outlier norm, which the product leaves out and others keep.
 EVERY_TOKEN = Masks(question_tokens_only=False)
@@ -68,14 +68,13 @@ def full_forward(setup: Setup, prompts: list[Prompt]) -> None:
 def latent_stats(lm: LanguageModel, sae, layer: int, prompts: list[Prompt], masks: Masks, *,
                  tokens_per_batch: int) -> LatentStats:
     """The engine's statistics of every latent over prompts, in memory that does not grow with their number."""
-    extractor, spans = Extractor(lm, layer, tokens_per_batch), [masks.span(prompt) for prompt in prompts]
-    encoder, stats = Encoder(sae, extractor.work), LatentStats(sae.cfg.d_sae, sae.device)
-    rows = Rows(extractor, [prompt.ids for prompt in prompts], spans)
-    limit, = rows.thresholds(masks.outlier_norm)
+    extractor, stats = Extractor(lm, layer, tokens_per_batch), LatentStats(sae.cfg.d_sae, sae.device)
+    texts, spans = [prompt.ids for prompt in prompts], [masks.span(prompt) for prompt in prompts]
+    limit, = extractor.sink_norms(texts, spans, masks.outlier_norm)
     for batch in extractor.batches([last for _, last in spans]):
-        residual_TD = torch.cat(rows.take(batch))
-        for (chunk,) in encoder.chunks(residual_TD[residual_TD.float().norm(dim=-1) <= limit]):
-            stats.add(chunk)
+        residual_TD = extractor.tokens([texts[index] for index in batch], [spans[index] for index in batch])
+        for _, (latents_TL,) in encode_chunks(sae, residual_TD[is_content(residual_TD, limit)]):
+            stats.add(latents_TL)
     return stats
 
 

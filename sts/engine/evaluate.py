@@ -4,13 +4,10 @@
 - `solution`: the right answer with its worked solution; divided by its characters it gives bits per character, which a
   small model can resolve where its accuracy is near chance.
 
-Every target's log-likelihood is kept, so that any measure can be computed again. What is scored are the very tokens
-that fine-tuning trains on (`prompts.solution_prompt`), behind what a finished turn has in front of them.
-
-lm-evaluation-harness' own class reads a question again for its solution, and computes logits at every position: twice
-the time on a small model. Here sequences that begin alike are packed into one row: the tokens that they share once,
-then each one's rest, which attends to what is shared and to itself ("tree attention", Miao et al., 2023, arXiv
-2305.09781). The numbers are those of one sequence at a time.
+What is scored are the very tokens that fine-tuning trains on (`prompts.solution_prompt`), behind what a finished turn
+has in front of them. Sequences that begin alike are packed into one row: the tokens that they share once, then each
+one's rest, which attends to what is shared and to itself ("tree attention", Miao et al., 2023, arXiv 2305.09781). The
+numbers are those of lm-evaluation-harness' own class, which takes twice the time on a small model.
 
 Shape suffixes: B rows, P positions, T tokens whose logits are needed, V vocabulary, N target tokens.
 """
@@ -26,19 +23,10 @@ import pandas
 import torch
 
 from sts.data.check import LETTERS
-from sts.data.prompts import (
-    OPENING,
-    blank,
-    context_text,
-    encode,
-    question_text,
-    solution_prompt,
-    solution_text,
-)
+from sts.data.prompts import OPENING, blank, context_text, encode, question_text, solution_prompt, solution_text
 from sts.data.sources import Example
 from sts.engine.models import LanguageModel, decoder_layers, logits_at
-from sts.engine.prefix import common_prefix, why_not_reusable
-from sts.engine.residuals import PADDING, batches, is_out_of_memory
+from sts.engine.residuals import PADDING, Budget, batches, common_prefix, why_not_reusable
 from sts.engine.work import Work
 from sts.errors import StsError, one_of
 
@@ -50,16 +38,9 @@ PASS_TOKENS = 32
 ROW_TOKENS = 2048
 
 
-
 def evaluate(lm: LanguageModel, examples: list[Example], *, kinds: Sequence[str] = KINDS, batch: int = 8,
              report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> pandas.DataFrame:
     """Score every example's targets of the given kinds: letters where it has options, its solution where it has one.
-
-    Args:
-        kinds: of `KINDS`.
-        batch: questions in one batch.
-        report: called with the fraction done.
-        work: counts what is run.
 
     Returns:
         One row per item and option and kind, and one per item's solution: example_id, domain, kind, option (index; -1
@@ -73,17 +54,15 @@ def evaluate(lm: LanguageModel, examples: list[Example], *, kinds: Sequence[str]
         if kind not in KINDS:
             raise one_of("Kind of evaluation", kind, KINDS)
     rows, targets = [], []
-    for example in examples:
-        for row, target in requests(lm, example, kinds):
-            rows.append(row)
-            targets.append(target)
-    if not rows:
-        raise StsError(f"None of the {len(examples)} examples has anything to score by {', '.join(kinds)}; letter "
-                       "needs questions with options, solution a worked solution or an answer.")
-    for row, (context, target) in zip(rows, targets, strict=True):
+    for row, (context, target) in (one for example in examples for one in requests(lm, example, kinds)):
         if len(context) + len(target) > lm.context_length:
             raise StsError(f"Item {row['example_id']} needs {len(context) + len(target)} tokens; the model's context "
                            f"is {lm.context_length}.")
+        rows.append(row)
+        targets.append((context, target))
+    if not rows:
+        raise StsError(f"None of the {len(examples)} examples has anything to score by {', '.join(kinds)}; letter "
+                       "needs questions with options, solution a worked solution or an answer.")
     for row, value in zip(rows, loglikelihoods(lm, targets, batch=batch, report=report, work=work), strict=True):
         if not math.isfinite(value):
             raise StsError(f"Item {row['example_id']}: its log-likelihood is {value}. The model's output is not "
@@ -164,15 +143,12 @@ def loglikelihoods(lm: LanguageModel, requests: Sequence[tuple[Sequence[int], Se
         work: counts what is run.
 
     Raises:
-        StsError: a request longer than the model's context, or one that memory has no room for.
+        StsError: a request that memory has no room for.
     """
     work = Work() if work is None else work
     work.of_layers = len(decoder_layers(lm.model))
     wanted: dict[Ids, list[tuple[int, Ids]]] = {}  # the last target token is predicted, not read
     for index, (context, target) in enumerate(requests):
-        if not context or not target or len(context) + len(target) > lm.context_length:
-            raise StsError(f"{len(target)} tokens behind {len(context)} cannot be scored: at least one of each, and "
-                           f"{lm.context_length} in all, the model's context.")
         wanted.setdefault((*context, *target[:-1]), []).append((index, tuple(target)))
     kept: dict[Ids, list[tuple[int, tuple[int, Ids]]]] = {}
     longer: Ids = ()
@@ -180,40 +156,28 @@ def loglikelihoods(lm: LanguageModel, requests: Sequence[tuple[Sequence[int], Se
         longer = longer if longer[:len(ids)] == ids else ids
         kept.setdefault(longer, []).extend((index, (len(ids) - len(target) + 1, target))
                                            for index, target in wanted[ids])
-    reason = why_not_reusable(lm.model)  # what forbids a shared cache forbids shared rows
-    rows = [Row(len(ids), (ids,)) for ids in sorted(kept)] if reason else pack(kept)
-    values, done = [0.0] * len(requests), 0
+    apart = bool(why_not_reusable(lm.model))  # what forbids a shared cache forbids shared rows
+
+    def packed(sequences: Iterable[Ids]) -> list[Row]:
+        return [Row(len(ids), (ids,)) for ids in sorted(sequences)] if apart else pack(sequences)
+
+    rows, budget, values, done = packed(kept), Budget(math.inf, work, lm.device), [0.0] * len(requests), 0
     for alone in (True, False):  # rows of one sequence need no mask
         own = [row for row in rows if (len(row.sequences) == 1) == alone]
-        for places in batches([len(row) for row in own], most=batch, padding=0 if reason else PADDING,
-                              slack=0 if reason else PASS_TOKENS):
-            for index, value in _score(lm, [own[place] for place in places], kept, work):
-                values[index] = value
+        for places in batches([len(row) for row in own], most=batch, padding=0 if apart else PADDING,
+                              slack=0 if apart else PASS_TOKENS):
+            sequences = [ids for place in places for ids in own[place].sequences]
+            for part in budget.run(lambda some: _run(lm, packed(some), kept, work), sequences,
+                                   lambda some: sum(map(len, some))):
+                for index, value in part:
+                    values[index] += value
             done += len(places)
             report(done / len(rows))
     return values
 
 
-def _score(lm: LanguageModel, rows: list[Row], kept: dict, work: Work) -> list[tuple[int, float]]:
-    """(request, log-likelihood) of all requests of these rows; in halves where memory runs out."""
-    try:
-        return _run(lm, rows, kept, work)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(rows) == len(rows[0].sequences) == 1:
-            raise StsError(f"A sequence of {len(rows[0])} tokens does not fit in the memory of {lm.device}. Use a "
-                           "smaller dtype, or fewer demonstrations.") from error
-    # Outside the handler, whose traceback keeps the failed pass' tensors alive.
-    work.note("Memory ran out; going on in halves. A smaller eval_batch avoids the attempt.")
-    if lm.device.type == "cuda":
-        torch.cuda.empty_cache()
-    if len(rows) == 1:
-        rows = [Row(len(ids), (ids,)) for ids in rows[0].sequences]
-    return [one for half in (rows[:len(rows) // 2], rows[len(rows) // 2:]) for one in _score(lm, half, kept, work)]
-
-
 def _run(lm: LanguageModel, rows: list[Row], kept: dict, work: Work) -> list[tuple[int, float]]:
+    """(request, log-likelihood) of each target token of all requests of these rows."""
     longest = max(map(len, rows))
     ids_BP, position_BP = torch.zeros(2, len(rows), longest, dtype=torch.long)
     branch_BP = torch.full((len(rows), longest), -1)  # of padding; what is shared is 0
@@ -241,10 +205,7 @@ def _run(lm: LanguageModel, rows: list[Row], kept: dict, work: Work) -> list[tup
         norm_T = logits_TV.float().logsumexp(-1)
         log_p_N = (logits_TV[row_N, torch.tensor(targets, device=lm.device)].float() - norm_T[row_N]).double().cpu()
     work.add(sum(map(len, rows)), ids_BP.numel(), work.of_layers)
-    found: dict[int, float] = {}
-    for index, value in zip(requests, log_p_N.tolist(), strict=True):
-        found[index] = found.get(index, 0.0) + value
-    return list(found.items())
+    return list(zip(requests, log_p_N.tolist(), strict=True))
 
 
 def _masks(lm: LanguageModel, position_BP: torch.Tensor, branch_BP: torch.Tensor):

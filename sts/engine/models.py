@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: transformers' class of its configuration, and what a tiny random model of it is like: settings
-    (`layer_types` are repeated), and whether it is a base model (no chat template, BOS before plain text)."""
+    """transformers' class of a family's configuration, and what a tiny random model of it is like: its settings, and
+    whether it is a base model (no chat template, BOS before plain text)."""
 
     config: str
     base: bool = False
@@ -34,7 +34,7 @@ class Family:
 
 
 _SLIDING = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32,
-            "layer_types": ["sliding_attention", "full_attention"]}
+            "layer_types": ["sliding_attention", "full_attention"]}  # in turn
 #: A new family is one row; `random-<family>` names its random model.
 FAMILIES = {
     "llama": Family("LlamaConfig"),
@@ -75,26 +75,18 @@ def sha256_of_file(*paths: Path) -> str:
 
 def resolve_model(name: str, revision: str, cache: Path, convert: bool = True) -> tuple[str, str]:
     """What `from_pretrained` takes for a packaged name, local folder or hub id, and what identifies its weights: a
-    digest of local files, or `hub:<id>@<revision>`.
-
-    Args:
-        cache: folder for converted packaged models.
-        convert: a packaged model that is not there yet; its identity alone needs no conversion.
-
-    Raises:
-        StsError: no such folder or packaged model, and not a hub id.
+    digest of local files, or `hub:<id>@<revision>`; `StsError` for what is none of these. A packaged model is converted
+    into the folder `cache` unless its identity alone is wanted (`convert`).
     """
     from sts.engine import packaged  # it knows this module
 
     if name in RANDOM:
-        cache.mkdir(parents=True, exist_ok=True)
         name = str(packaged.save_random_model(RANDOM[name], cache / name))
     if name in packaged.PACKAGED:
         digest = sha256_of_file(*packaged.packaged_files(name))
         folder = cache / f"{name}-{digest[:12]}"
         if convert and not (folder / "config.json").is_file():
-            cache.mkdir(parents=True, exist_ok=True)
-            packaged.convert(name, folder, digest)
+            packaged.convert(name, folder)
         return str(folder), f"gguf:{digest[:16]}"
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
@@ -113,11 +105,8 @@ def resolve_model(name: str, revision: str, cache: Path, convert: bool = True) -
 
 def load_model(name: str, *, revision: str = "", dtype: str = "float32", device: str = "cpu",
                cache: Path = Path("results/models")) -> LanguageModel:
-    """Load a causal language model and its tokenizer for inference; arguments as of `resolve_model`.
-
-    Raises:
-        StsError: unknown model, a tokenizer without offsets, or the hub cannot be reached.
-    """
+    """Load a causal language model and its tokenizer for inference (see `resolve_model`); `StsError` where it is
+    unknown, damaged or out of reach, or its tokenizer has no offsets."""
     from sts.engine.packaged import PACKAGED  # it knows this module
 
     location, identity = resolve_model(name, revision, cache)
@@ -161,12 +150,11 @@ def bf16_is_fast(device: str) -> bool:
 
 
 def decoder_layers(model: Any) -> torch.nn.ModuleList:
-    """The model's decoder layers in order, PEFT-wrapped or not; `StsError` where they are elsewhere."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    """The model's decoder layers in order; `StsError` where they are elsewhere."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, torch.nn.ModuleList):
-        raise StsError(f"{type(base).__name__} does not keep its decoder layers in `.model.layers`; families known to "
+        raise StsError(f"{type(model).__name__} does not keep its decoder layers in `.model.layers`; families known to "
                        f"work: {', '.join(FAMILIES)}.")
     return layers
 
@@ -188,28 +176,32 @@ class _Stop(Exception):
     """Raised inside the forward pass by our hook to leave it at the layer we need."""
 
 
-def residual_stream(model: Any, layer: int, input_ids_BP: torch.Tensor, **inputs) -> torch.Tensor:
-    """Run the model up to `layer` (zero-based, inclusive): the residual stream after it, batch x positions x width.
+def residual_stream(model: Any, layers: int | Sequence[int], input_ids_BP: torch.Tensor, **inputs) -> torch.Tensor:
+    """Run the model up to a layer (zero-based, inclusive): the residual stream after it, batch x positions x width; of
+    several layers side by side.
 
-    Later layers, the final norm and the LM head are not computed: a forward hook on the layer raises, and the
-    exception ends the pass. `inputs` go to the decoder.
+    Nothing after the last of them is computed: a forward hook raises there, and the exception ends the pass. `inputs`
+    go to the decoder.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    captured: list[torch.Tensor] = []
+    layers, found = (layers,) if isinstance(layers, int) else layers, {}
 
-    def leave(module, args, output):
-        captured.append(resid_post(output))
-        raise _Stop
+    def keep(layer: int):
+        def hook(module, args, output) -> None:
+            found[layer] = resid_post(output)
+            if layer == max(layers):
+                raise _Stop
+        return hook
 
-    handle = decoder_layers(model)[layer].register_forward_hook(leave)
+    handles = [decoder_layers(model)[layer].register_forward_hook(keep(layer)) for layer in layers]
     try:
         with torch.inference_mode():
-            base.get_decoder()(input_ids=input_ids_BP, **inputs)
+            model.get_decoder()(input_ids=input_ids_BP, **inputs)
     except _Stop:
         pass
     finally:
-        handle.remove()
-    return captured[0]
+        for handle in handles:
+            handle.remove()
+    return torch.cat([found[layer] for layer in layers], dim=-1)
 
 
 @contextmanager

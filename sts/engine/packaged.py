@@ -7,9 +7,10 @@ runs in tests and in the `smoke` run; what they say means nothing.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -19,7 +20,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts.engine.models import FAMILIES
-from sts.errors import StsError, one_of
+from sts.errors import StsError
 
 
 @dataclass(frozen=True)
@@ -76,36 +77,40 @@ def packaged_files(name: str) -> list[Path]:
     return paths
 
 
-def convert(name: str, folder: Path, digest: str) -> None:
-    """Write a packaged GGUF model as an ordinary safetensors checkpoint, atomically.
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write to that becomes `folder` when it is whole; of several processes the first one's is taken."""
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    try:
+        partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.is_dir():
+            raise
+
+
+def convert(name: str, folder: Path) -> None:
+    """Write a packaged GGUF model as an ordinary safetensors checkpoint.
 
     transformers dequantises the file but then treats the model as quantised and refuses to train or save it, so
     the weights move into a plain model built from the same configuration.
     """
     transformers.utils.logging.disable_progress_bar()
-    partial = folder.with_name(folder.name + f".partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     packaged = PACKAGED[name]
-    if packaged.in_parts:
-        path = importlib.import_module(packaged.module).assemble(partial / packaged.gguf_file)
-    else:
-        path, = packaged_files(name)
-    quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    config = type(quantised.config)(**{key: value for key, value in quantised.config.to_dict().items()
-                                       if key != "quantization_config"})
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(quantised.state_dict())
-    plain.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / packaged.gguf_file).unlink(missing_ok=True)  # joined here, and not needed any more
-    (partial / "source.json").write_text(json.dumps({"name": name, "sha256": digest}))
-    try:
-        partial.rename(folder)
-    except OSError:  # another process converted it first
-        shutil.rmtree(partial, ignore_errors=True)
-        if not folder.is_dir():
-            raise
+    with _whole(folder) as partial:
+        path = importlib.import_module(packaged.module).assemble(partial / packaged.gguf_file) if packaged.in_parts \
+            else packaged_files(name)[0]
+        quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        config = quantised.config.to_dict()
+        del config["quantization_config"]
+        plain = AutoModelForCausalLM.from_config(type(quantised.config)(**config), dtype=torch.float32)
+        plain.load_state_dict(quantised.state_dict())
+        plain.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
+        (partial / packaged.gguf_file).unlink(missing_ok=True)  # joined here, and not needed any more
 
 
 # --- random models ------------------------------------------------------------------------------------------------
@@ -118,15 +123,12 @@ _SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "
           "num_key_value_heads": 2, "max_position_embeddings": 8192}
 
 
-def save_random_model(family: str, folder: Path, *, seed: int = 0, texts: list[str] | None = None,
-                      **settings) -> Path:
-    """Write a random model of a family and its tokenizer, trained on `texts`, to `folder`, unless it is there already;
-    `settings` override fields of the model's configuration. Returns `folder`."""
-    if family not in FAMILIES:
-        raise one_of("Model family", family, FAMILIES)
+def save_random_model(family: str, folder: Path, *, seed: int = 0, **settings) -> Path:
+    """Write a random model of a family and its tokenizer to `folder`, unless it is there already; `settings` override
+    fields of the model's configuration. Returns `folder`."""
     if (folder / "config.json").is_file():
         return folder
-    tokenizer = _tokenizer(texts or _SENTENCES, base=FAMILIES[family].base)
+    tokenizer = _tokenizer(base=FAMILIES[family].base)
     shape = {**_SHAPE, **FAMILIES[family].settings, **settings}
     if "layer_types" in shape:
         shape["layer_types"] = list(islice(cycle(shape["layer_types"]), shape["num_hidden_layers"]))
@@ -138,17 +140,13 @@ def save_random_model(family: str, folder: Path, *, seed: int = 0, texts: list[s
         # transformers' default spread of 0.02 makes two layers nearly the identity; 0.1 makes them matter.
         config.initializer_range = 0.1
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    try:
-        partial.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(partial, ignore_errors=True)
+    with _whole(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return folder
 
 
-def _tokenizer(texts: list[str], *, base: bool):
+def _tokenizer(*, base: bool):
     """A chat model's, or a base model's: no chat template, and BOS before plain text (as Gemma-3-270m's)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -156,7 +154,7 @@ def _tokenizer(texts: list[str], *, base: bool):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+    tokenizer.train_from_iterator(_SENTENCES, trainers.BpeTrainer(
         vocab_size=1024, special_tokens=["<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     if base:

@@ -8,13 +8,15 @@ Shape suffixes: B batch, P positions, T tokens, D residual width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from sts.engine.models import LanguageModel, check_layer, decoder_layers, resid_post, residual_stream
-from sts.engine.prefix import NO_PREFIX, Prefix, why_not_reusable
+from sts.engine.models import LanguageModel, check_layer, decoder_layers, residual_stream
 from sts.engine.work import Work
 from sts.errors import StsError
 
@@ -27,6 +29,13 @@ SINK_SAMPLE = 8
 #: A cached token takes memory and attention but no layer; against the budget it counts this much of a token.
 CACHED_SHARE = 1 / 8
 
+
+def is_content(residual_TD: torch.Tensor, limit: float) -> torch.Tensor:
+    """Which tokens are no sinks: their norm is not above the limit (`Extractor.sink_norms`)."""
+    return residual_TD.float().norm(dim=-1) <= limit
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
 
 def batches(lengths: Sequence[int], budget: Callable[[], float] | float = float("inf"), *, extra: float = 0.0,
             most: float = float("inf"), padding: float = PADDING, slack: int = 0) -> Iterator[list[int]]:
@@ -52,27 +61,113 @@ def batches(lengths: Sequence[int], budget: Callable[[], float] | float = float(
         yield batch
 
 
-def sink_norms(residuals_TD: Sequence[torch.Tensor], multiple: float, layers: int = 1) -> list[float]:
-    """For each layer, the norm above which a token is a sink: `multiple` times the median over these tokens, the
-    counted ones of the first `SINK_SAMPLE` prompts whatever the batches; infinite for 0 or no token."""
-    if not multiple or not sum(map(len, residuals_TD)):
-        return [float("inf")] * layers
-    return [multiple * part_TD.float().norm(dim=-1).median().item()
-            for part_TD in torch.cat(list(residuals_TD)).chunk(layers, dim=-1)]
+@dataclass
+class Budget:
+    """How many tokens are run at once, at most: half of what was tried whenever memory runs out."""
+
+    most: float
+    work: Work
+    device: torch.device
+
+    def run(self, call: Callable[[list], Any], items: list, size: Callable[[list], float]) -> list:
+        """What `call` gives of all items, or of parts of them in order; `size` says how many tokens some items take.
+
+        Raises:
+            StsError: a single item that does not fit in memory.
+        """
+        if len(items) == 1 or size(items) <= self.most:
+            try:
+                return [call(items)]
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if len(items) == 1:
+                    raise StsError(f"A sequence of {size(items):.0f} tokens does not fit in the memory of "
+                                   f"{self.device}. Use fewer or shorter demonstrations, or a smaller dtype."
+                                   ) from error
+            # Outside the handler, whose traceback keeps the failed pass' tensors alive.
+            self.most = max(1, size(items) // 2)
+            self.work.note("Memory ran out; going on with smaller batches.")
+            clear_device_cache()
+        half = len(items) // 2
+        return self.run(call, items[:half], size) + self.run(call, items[half:], size)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device's memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")))
+# --- leading tokens that many prompts share -----------------------------------------------------------------------
 
+class _SharedLayer(DynamicLayer):
+    """One layer's keys and values of a prefix, put before those of every row of a batch.
+
+    transformers' own layers would copy the prefix for each row and keep it for all layers at once; here a layer's copy
+    lives as long as that layer's attention, and the prefix is never changed.
+    """
+
+    def __init__(self, prefix: Any):
+        super().__init__()
+        self.prefix, self.is_sliding, self.is_initialized = prefix, prefix.is_sliding, prefix.is_initialized
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args,
+               **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = len(key_states)
+        return (torch.cat([self.prefix.keys.expand(rows, -1, -1, -1), key_states], dim=-2),
+                torch.cat([self.prefix.values.expand(rows, -1, -1, -1), value_states], dim=-2))
+
+    def get_seq_length(self) -> int:
+        return self.prefix.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.prefix.get_mask_sizes(query_length)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """So many leading tokens that prompts share and that need not be run again: their keys and values."""
+
+    cached: int = 0
+    cache: DynamicCache | None = None
+
+    def inputs(self) -> dict[str, Any]:
+        """What a forward pass of a batch behind the prefix is called with."""
+        if self.cache is None:
+            return {"use_cache": False}
+        layers: list[Any] = [_SharedLayer(one) for one in self.cache.layers]
+        return {"use_cache": True, "past_key_values": Cache(layers=layers)}
+
+
+NO_PREFIX = Prefix()
+
+
+def common_prefix(prompts: Sequence[Sequence[int]], limit: int) -> int:
+    """How many leading tokens all prompts share, at most `limit`."""
+    columns = enumerate(zip(*(ids[:limit] for ids in prompts), strict=False))
+    return next((place for place, column in columns if len(set(column)) > 1), min(limit, *map(len, prompts)))
+
+
+def why_not_reusable(model: Any) -> str:
+    """Why a prefix's key-value cache would not give what the whole prompt gives; "" if it would.
+
+    Reusable are full and sliding-window attention with positions that do not depend on the prompt's length. State
+    space, convolution and chunked layers, and rotary embeddings that rescale with the length, are not.
+    """
+    config = model.config.get_text_config()
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    other = kinds - {"full_attention", "sliding_attention"}
+    if other or getattr(model, "_is_stateful", False):
+        return f"it has layers of type {', '.join(sorted(other)) or 'recurrent'}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    scaled = {part.get("rope_type") for part in parts} & {"dynamic", "longrope"}
+    return f"its rotary positions ({scaled.pop()}) change with the prompt's length" if scaled else ""
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
 
 class Extractor:
     """Runs prompts up to one layer or several, within a token budget that halves when memory runs out.
 
     Attributes:
         layers: those that are read, side by side in the last dimension of what `tokens` returns.
-        budget: padded tokens in one forward pass, at most.
+        budget: padded tokens in one forward pass.
         work: what has been run.
     """
 
@@ -81,33 +176,27 @@ class Extractor:
         self.layers = (layers,) if isinstance(layers, int) else tuple(layers)
         for layer in self.layers:
             check_layer(lm.model, layer)
-        self.lm, self.layer, self.budget = lm, max(self.layers), tokens_per_batch
-        self.work = Work() if work is None else work
+        self.lm, self.work = lm, Work() if work is None else work
+        self.budget = Budget(tokens_per_batch, self.work, lm.device)
         self.work.of_layers = len(decoder_layers(lm.model))
 
     def share(self, ids: Sequence[int]) -> Prefix:
         """Run leading tokens once, for all prompts that begin with them."""
-        ids = tuple(ids)
         reason = why_not_reusable(self.lm.model)
         if ids and reason:
             self.work.note(f"Model {self.lm.name!r}: its key-value cache cannot be reused, as {reason}; shared tokens "
                            "are run again for every question, which takes more time.")
         if not ids or reason:
-            return Prefix(ids)
+            return NO_PREFIX
         cache = DynamicCache(config=self.lm.model.config)
-        try:
-            self._forward(torch.tensor([ids]), past_key_values=cache, use_cache=True)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise StsError(f"The {len(ids)} tokens that all prompts begin with do not fit in the memory of "
-                           f"{self.lm.device}. Use fewer or shorter demonstrations, or a smaller dtype.") from error
-        self.work.add(len(ids), len(ids), self.layer + 1)
-        return Prefix(ids, cache)
+        self.budget.run(lambda rows: self._forward(torch.tensor(rows), past_key_values=cache, use_cache=True),
+                        [list(ids)], lambda rows: len(ids))
+        self.work.add(len(ids), len(ids), max(self.layers) + 1)
+        return Prefix(len(ids), cache)
 
     def batches(self, lengths: Sequence[int], prefix: Prefix = NO_PREFIX) -> Iterator[list[int]]:
         """`batches` of prompts with these whole lengths behind a prefix, by the budget as it then is."""
-        return batches([length - prefix.cached for length in lengths], lambda: self.budget,
+        return batches([length - prefix.cached for length in lengths], lambda: self.budget.most,
                        extra=prefix.cached * CACHED_SHARE)
 
     def tokens(self, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]],
@@ -116,69 +205,45 @@ class Extractor:
 
         Args:
             prompts: whole prompts, each beginning with the prefix.
-            spans: for each prompt a half-open range of positions, at or after the end of a cached prefix. What
+            spans: for each prompt a half-open range of positions, none empty or before the end of a cached prefix. What
                 follows the range is not run: attention is causal.
 
         Raises:
-            StsError: NaN or infinite values, or a single prompt that does not fit in memory.
+            StsError: NaN or infinite values, or a prompt that does not fit the context or the memory.
         """
-        longest = max(last for _, last in spans) - prefix.cached
-        size = int(len(prompts) * (longest + prefix.cached * CACHED_SHARE))
-        if len(prompts) == 1 or size <= self.budget:
-            try:
-                return self._tokens(prompts, spans, prefix)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(prompts) == 1:
-                    raise StsError(f"One prompt of {len(prompts[0])} tokens does not fit in the memory of "
-                                   f"{self.lm.device}. Use fewer or shorter demonstrations, or a smaller "
-                                   "dtype.") from error
-            # Outside the handler, whose traceback keeps the failed pass' tensors alive.
-            self.budget = max(1, size // 2)
-            self.work.note(f"Memory ran out; going on with {self.budget} tokens a batch.")
-            if self.lm.device.type == "cuda":
-                torch.cuda.empty_cache()
-        half = len(prompts) // 2
-        return torch.cat([self.tokens(prompts[:half], spans[:half], prefix),
-                          self.tokens(prompts[half:], spans[half:], prefix)])
+        if (longest := max(map(len, prompts))) > self.lm.context_length:
+            raise StsError(f"A prompt of {longest} tokens does not fit the model's context of "
+                           f"{self.lm.context_length}. Use fewer demonstrations or shorter questions.")
 
-    def _tokens(self, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]],
-                prefix: Prefix) -> torch.Tensor:
-        cached = prefix.cached
-        if any(first < cached for first, _ in spans):
-            raise ValueError("a span begins before the end of the cached prefix")
-        rest = [ids[cached:max(last, cached + 1)] for ids, (_, last) in zip(prompts, spans, strict=True)]
-        longest = max(map(len, rest))
+        def size(rows: list) -> float:
+            return len(rows) * (max(last for _, (_, last) in rows) - prefix.cached * (1 - CACHED_SHARE))
+
+        return torch.cat(self.budget.run(lambda rows: self._tokens(rows, prefix),
+                                         list(zip(prompts, spans, strict=True)), size))
+
+    def _tokens(self, rows: list[tuple[Sequence[int], tuple[int, int]]], prefix: Prefix) -> torch.Tensor:
+        rest = [torch.tensor(ids[prefix.cached:last]) for ids, (_, last) in rows]
         # Padding on the right needs no mask: causal attention never looks at it, and its rows are not chosen.
-        ids_BP = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in rest])
-        chosen_T = torch.cat([torch.arange(row * longest + first - cached, row * longest + last - cached)
-                              for row, (first, last) in enumerate(spans)])
+        ids_BP = pad_sequence(rest, batch_first=True)
         residual_BPD = self._forward(ids_BP, **prefix.inputs())
-        residual_TD = residual_BPD.flatten(0, 1).index_select(0, self._to_device(chosen_T))
+        residual_TD = torch.cat([row_PD[first - prefix.cached:last - prefix.cached]
+                                 for row_PD, (_, (first, last)) in zip(residual_BPD, rows, strict=True)])
         # Before any mask of the caller: an outlier norm is left out on purpose, an overflow must not be.
         if not torch.isfinite(residual_TD).all():
             raise StsError("The residual stream holds NaN or infinite values, so no statistics can be computed. "
                            "Try dtype float32; if that does not help, the model's weights are damaged.")
-        self.work.add(sum(map(len, rest)), ids_BP.numel(), self.layer + 1)
+        self.work.add(sum(map(len, rest)), ids_BP.numel(), max(self.layers) + 1)
         return residual_TD
 
     def _forward(self, ids_BP: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        modules, found = decoder_layers(self.lm.model), {}
+        return residual_stream(self.lm.model, self.layers, ids_BP.to(self.lm.device), **inputs)
 
-        def keep(layer: int):
-            return lambda module, args, output: found.__setitem__(layer, resid_post(output))
-
-        handles = [modules[layer].register_forward_hook(keep(layer)) for layer in self.layers if layer != self.layer]
-        try:
-            found[self.layer] = residual_stream(self.lm.model, self.layer, self._to_device(ids_BP), **inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return torch.cat([found[layer] for layer in self.layers], dim=-1) if handles else found[self.layer]
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A CPU tensor on the model's device; from pinned memory, so that the copy does not wait for the GPU."""
-        if self.lm.device.type == "cuda":
-            return tensor.pin_memory().to(self.lm.device, non_blocking=True)
-        return tensor.to(self.lm.device)
+    def sink_norms(self, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]],
+                   multiple: float) -> list[float]:
+        """For each layer, the norm above which a token is a sink: `multiple` times the median over the chosen tokens of
+        the first `SINK_SAMPLE` prompts, whatever the batches; infinite for 0 or no prompt."""
+        if not multiple or not prompts:
+            return [float("inf")] * len(self.layers)
+        sample_TD = self.tokens(prompts[:SINK_SAMPLE], spans[:SINK_SAMPLE])
+        return [multiple * part_TD.float().norm(dim=-1).median().item()
+                for part_TD in sample_TD.chunk(len(self.layers), dim=-1)]

@@ -6,68 +6,56 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
-from sts.engine.latents import Encoder, LatentStats, encode_chunks
-from sts.engine.models import LanguageModel, decoder_layers, logits_at, resid_post
-from sts.engine.residuals import OUTLIER_NORM, SINK_SAMPLE, batches, sink_norms
+from sts.engine.evaluate import loglikelihoods
+from sts.engine.latents import LatentStats, encode_chunks
+from sts.engine.models import LanguageModel
+from sts.engine.residuals import OUTLIER_NORM, Extractor
 from sts.engine.sae_training import shard_paths
-from sts.engine.zeroing import lower_layers_once, replaced
+from sts.engine.zeroing import changed, lower_layers_once
 from sts.errors import StsError
 
-#: By model: what a second SAE spliced into the same texts need not compute again.
-_KEPT: WeakKeyDictionary[torch.nn.Module, dict] = WeakKeyDictionary()
 #: Bars of a latent's histogram.
 BARS = 12
 
 
 # --- quality ------------------------------------------------------------------------------------------------------
 
-def reconstruction_quality(sae, activations: Path) -> dict[str, Any]:
-    """How well an SAE reconstructs stored activations: {"tokens", "fraction_of_variance_explained" (1 - sum
-    ||x - x_hat||^2 / sum ||x - mean||^2), "l0" (mean active latents a token), "dead" (latents that never fire),
-    "latents"}."""
-    count, l0, error, total = 0, 0, 0.0, 0.0
-    fired_L = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
-    mean_D = activation_mean(activations)
-    for shard in _shards(activations):
-        for x_TD in torch.split(shard["activations_TD"].float(), 2048):
-            with torch.inference_mode():
-                latents_TL = sae.encode(x_TD.to(sae.device, sae.dtype))
-                error += (x_TD - sae.decode(latents_TL).float().cpu()).double().square().sum().item()
-            total += (x_TD - mean_D).double().square().sum().item()
-            active_TL = (latents_TL > 0).cpu()
-            fired_L |= active_TL.any(0)
-            l0 += active_TL.sum().item()
-            count += len(x_TD)
-    return {"tokens": count, "fraction_of_variance_explained": 1 - error / total, "l0": l0 / count,
-            "dead": int((~fired_L).sum()), "latents": sae.cfg.d_sae}
-
-
 def _shards(activations: Path) -> Iterator[dict[str, torch.Tensor]]:
-    for path in shard_paths(activations):
-        with safe_open(path, "pt") as shard:
-            yield {name: shard.get_tensor(name) for name in ("activations_TD", "piece_T", "position_T")}
+    return (load_file(path) for path in shard_paths(activations))
 
 
 def activation_mean(activations: Path) -> torch.Tensor:
     """Mean of all stored activation vectors."""
-    total: torch.Tensor = torch.zeros(1, dtype=torch.float64)
-    count = 0
+    sums = [(shard["activations_TD"].double().sum(0), len(shard["piece_T"])) for shard in _shards(activations)]
+    return (torch.stack([total_D for total_D, _ in sums]).sum(0) / sum(count for _, count in sums)).float()
+
+
+def reconstruction_quality(sae, activations: Path) -> dict[str, Any]:
+    """How well an SAE reconstructs stored activations: {"tokens", "fraction_of_variance_explained" (1 - sum
+    ||x - x_hat||^2 / sum ||x - mean||^2), "l0" (mean active latents a token), "dead" (latents that never fire),
+    "latents"}."""
+    stats, mean_D, error, total = LatentStats(sae.cfg.d_sae, sae.device), activation_mean(activations), 0.0, 0.0
     for shard in _shards(activations):
-        total, count = total + shard["activations_TD"].double().sum(0), count + len(shard["piece_T"])
-    return (total / count).float()
+        for rows, (latents_TL,) in encode_chunks(sae, shard["activations_TD"]):
+            x_TD = shard["activations_TD"][rows].float()
+            with torch.inference_mode():
+                error += (x_TD - sae.decode(latents_TL).float().cpu()).double().square().sum().item()
+            total += (x_TD - mean_D).double().square().sum().item()
+            stats.add(latents_TL)
+    return {"tokens": stats.tokens, "fraction_of_variance_explained": 1 - error / total,
+            "l0": stats.fired_L.sum().item() / stats.tokens, "dead": int((stats.fired_L == 0).sum()),
+            "latents": sae.cfg.d_sae}
 
 
 def spliced_loss(lm: LanguageModel, sae, layer: int, pieces: list[list[int]], *, mean_D: torch.Tensor, tokens: int,
                  tokens_per_batch: int = 1024, report: Callable[[float], None] = lambda fraction: None) -> dict:
     """The model's next-token loss with the residual stream as it is, reconstructed by the SAE, and set to its mean.
 
-    Only content is replaced: not the first token of a piece, nor attention sinks (`residuals.sink_norms`). The layers
-    below run once, and for a second SAE on the same texts not at all.
+    Only content is replaced: not the first token of a piece, nor attention sinks (`Extractor.sink_norms`).
 
     Args:
         mean_D: the mean activation (see `activation_mean`).
@@ -80,83 +68,34 @@ def spliced_loss(lm: LanguageModel, sae, layer: int, pieces: list[list[int]], *,
     """
     chosen, total = [], 0
     for piece in pieces:
-        if total >= tokens:
-            break
-        chosen.append(piece)
-        total += len(piece) - 1
-    texts = (layer, tuple(map(tuple, chosen)), tokens_per_batch)
-    kept = _KEPT.setdefault(lm.model, {})
-    if texts not in kept:  # of one set of texts at a time
-        kept.clear()
-        kept[texts] = {"layers": {}}
-    known = kept[texts]
-    parts = list(batches([len(piece) for piece in chosen], tokens_per_batch))
-    mean, done = ("mean_ablated", mean_D.numpy().tobytes()), 0
-
-    def loss(change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> float:
-        nonlocal done
-        whole = 0.0
-        for batch in parts:
-            whole += _loss(lm, layer, [chosen[index] for index in batch], known, change)
-            done += 1
-            report(min(1.0, done / (3 * len(parts))))
-        return whole / total
-
-    with lower_layers_once(lm, layer, kept=known["layers"]):
-        if "clean" not in known:
-            rows = {}
-            handle = decoder_layers(lm.model)[layer].register_forward_hook(
-                lambda module, args, output: rows.update({len(rows): resid_post(output)}))
-            try:
-                known["clean"] = loss()
-            finally:
-                handle.remove()
-            first = [rows[number][row, 1:len(chosen[index])] for number, batch in enumerate(parts)
-                     for row, index in enumerate(batch) if index < SINK_SAMPLE]
-            known["limit"], = sink_norms(first, OUTLIER_NORM)
-        losses = {"clean": known["clean"], "spliced": loss(lambda x_TD: sae(x_TD.to(sae.dtype)))}
-        if mean not in known:
-            known[mean] = loss(lambda x_TD: mean_D.to(x_TD.device).expand(len(x_TD), -1))
-    losses["mean_ablated"] = known[mean]
-    report(1.0)
+        if total < tokens:
+            chosen.append(piece)
+            total += len(piece) - 1
+    limit, = Extractor(lm, layer, tokens_per_batch).sink_norms(chosen, [(1, len(piece)) for piece in chosen],
+                                                               OUTLIER_NORM)
+    changes = {"clean": lambda x_TD: x_TD, "spliced": lambda x_TD: sae(x_TD.to(sae.dtype)),
+               "mean_ablated": lambda x_TD: mean_D.to(x_TD).expand(len(x_TD), -1)}
+    losses: dict[str, float] = {}
+    with lower_layers_once(lm, layer):
+        for done, (name, change) in enumerate(changes.items()):
+            with changed(lm, layer, change, norm_limit=limit):
+                losses[name] = -sum(loglikelihoods(
+                    lm, [(piece[:1], piece[1:]) for piece in chosen],
+                    batch=max(1, tokens_per_batch // max(map(len, chosen))),
+                    report=lambda fraction, done=done: report((done + fraction) / len(changes)))) / total
     harm = losses["mean_ablated"] - losses["clean"]
     return {"tokens": total, **losses,
             "recovered": (losses["mean_ablated"] - losses["spliced"]) / harm if harm else math.nan}
-
-
-def _loss(lm: LanguageModel, layer: int, pieces: list[list[int]], known: dict,
-          change: Callable[[torch.Tensor], torch.Tensor] | None) -> float:
-    """Summed next-token loss of texts in nats, the layer's output changed where it is content."""
-    lengths_B = torch.tensor([len(piece) for piece in pieces])
-    position_P = torch.arange(int(lengths_B.max()))
-    ids_BP = torch.nn.utils.rnn.pad_sequence([torch.tensor(piece) for piece in pieces], batch_first=True)
-    content_BP = ((position_P < lengths_B[:, None]) & (position_P > 0)).to(lm.device)
-
-    def hook(module, args, output):
-        kept_BP = content_BP & (resid_post(output).float().norm(dim=-1) <= known["limit"])
-        return replaced(output, kept_BP, lambda x_TD: change(x_TD).to(x_TD.dtype) if change else x_TD)
-
-    handle = decoder_layers(lm.model)[layer].register_forward_hook(hook) if change else None
-    predicting_T = (position_P < lengths_B[:, None] - 1).flatten().nonzero().flatten().to(lm.device)
-    try:
-        # Padding on the right needs no mask: causal attention never looks at it, and its logits are not taken.
-        with torch.inference_mode(), logits_at(lm.model, predicting_T):
-            logits_TV = lm.model(input_ids=ids_BP.to(lm.device), use_cache=False).logits[0]
-            return torch.nn.functional.cross_entropy(
-                logits_TV.float(), ids_BP.flatten().to(lm.device)[predicting_T + 1], reduction="sum").item()
-    finally:
-        if handle:
-            handle.remove()
 
 
 # --- latents ------------------------------------------------------------------------------------------------------
 
 def latent_statistics(sae, activations: Path) -> LatentStats:
     """Per-latent sums over all stored activations (see `sae_training.collect_activations`)."""
-    encoder, stats = Encoder(sae), LatentStats(sae.cfg.d_sae, sae.device)
+    stats = LatentStats(sae.cfg.d_sae, sae.device)
     for shard in _shards(activations):
-        for (chunk,) in encoder.chunks(shard["activations_TD"].to(sae.device)):
-            stats.add(chunk)
+        for _, (latents_TL,) in encode_chunks(sae, shard["activations_TD"]):
+            stats.add(latents_TL)
     return stats
 
 
@@ -176,46 +115,34 @@ def spread_by_rate(stats: LatentStats, count: int, *, lowest: float = 0.0005, hi
 
 
 class Firings:
-    """Where chosen latents fire in stored activations, and how strongly.
-
-    Args:
-        pieces: the token ids that the stored activations came from.
-    """
+    """Where chosen latents fire in stored activations, which came from the token ids `pieces`, and how strongly."""
 
     def __init__(self, sae, activations: Path, pieces: list[list[int]], tokenizer, latents: list[int]):
         self.pieces, self.tokenizer, self.latents, self.tokens = pieces, tokenizer, latents, 0
         #: latent -> {(piece, position): value}
         self.fired: dict[int, dict[tuple[int, int], float]] = {latent: {} for latent in latents}
         for shard in _shards(activations):
-            piece_T, position_T = shard["piece_T"].tolist(), shard["position_T"].tolist()
-            for rows, latents_TL in encode_chunks(sae, shard["activations_TD"]):
+            places = list(zip(shard["piece_T"].tolist(), shard["position_T"].tolist(), strict=True))
+            self.tokens += len(places)
+            for rows, (latents_TL,) in encode_chunks(sae, shard["activations_TD"]):
                 chosen_TK = latents_TL[:, latents].float()
-                self.tokens += len(chosen_TK)
                 for row, column in chosen_TK.nonzero().tolist():
-                    place = (piece_T[rows.start + row], position_T[rows.start + row])
-                    self.fired[latents[column]][place] = chosen_TK[row, column].item()
+                    self.fired[latents[column]][places[rows.start + row]] = chosen_TK[row, column].item()
 
     def contexts(self, latent: int, near: float = math.inf, *, top: int = 4, before: int = 14,
                  after: int = 6) -> list[dict[str, Any]]:
-        """The texts on which a latent's value is nearest to `near`, at most one place from each.
-
-        Args:
-            before, after: tokens shown around the peak.
-
-        Returns:
-            [{"value", "tokens": [str], "values": [float], "peak"}], the nearest first.
-        """
-        fired = self.fired[latent]
-        found, seen = [], set()
+        """The texts on which a latent's value is nearest to `near`, at most one place from each, the nearest first:
+        [{"value", "tokens": [str], "values": [float], "peak"}], with so many tokens `before` and `after` the peak."""
+        fired, found = self.fired[latent], {}
         for piece, position in sorted(fired, reverse=True, key=lambda place: (
                 fired[place] if near == math.inf else -abs(fired[place] - near), place)):
-            if piece not in seen and len(found) < top:
-                seen.add(piece)
+            if piece not in found and len(found) < top:
                 places = range(max(0, position - before), min(len(self.pieces[piece]), position + after + 1))
-                found.append({"value": fired[piece, position], "peak": position - places.start,
-                              "tokens": [self.tokenizer.decode([self.pieces[piece][place]]) for place in places],
-                              "values": [fired.get((piece, place), 0.0) for place in places]})
-        return found
+                found[piece] = {
+                    "value": fired[piece, position], "peak": position - places.start,
+                    "tokens": [self.tokenizer.decode([self.pieces[piece][place]]) for place in places],
+                    "values": [fired.get((piece, place), 0.0) for place in places]}
+        return list(found.values())
 
 
 def top_contexts(firings: Firings) -> list[dict[str, Any]]:

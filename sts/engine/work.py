@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Work:
-    """What was run, in units that do not depend on the machine.
+    """What was run.
 
     Attributes:
         tokens: tokens that went through the layers; a cached token counts once, not once for every question behind it.
@@ -64,10 +64,7 @@ def is_main() -> bool:
 
 
 def join(*, cpu: bool) -> PartialState | None:
-    """Meet the other processes, each on a GPU of its own unless `cpu`; None for a program started by itself.
-
-    To be called before a model is loaded: "cuda" then means the process's own GPU.
-    """
+    """Meet the other processes, if any, before a model is loaded: "cuda" then means the process's own GPU."""
     if count() == 1:
         return None
     from accelerate import PartialState

@@ -9,13 +9,13 @@ Shape suffixes: B batch, P positions, T tokens, D residual width, L latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from sts.engine.latents import encode_chunks
-from sts.engine.models import LanguageModel, check_layer, decoder_layers, resid_post
+from sts.engine.models import LanguageModel, decoder_layers, resid_post
+from sts.engine.residuals import is_content
 from sts.engine.work import Work
 from sts.errors import StsError
 
@@ -24,46 +24,21 @@ MORE = ("past_key_values", "attention_mask", "position_ids", "inputs_embeds")
 
 
 @contextmanager
-def zeroed(lm: LanguageModel, sae, layer: int, latents: Sequence[int] | torch.Tensor, *,
-           drop_first_positions: int = 1, norm_limit: float = float("inf")) -> Iterator[None]:
-    """A context in which latents are zero at every token that counts: x becomes x - (decode(h) - decode(h')).
+def changed(lm: LanguageModel, layer: int, change: Callable[[torch.Tensor], torch.Tensor], *,
+            drop_first_positions: int = 1, norm_limit: float = float("inf")) -> Iterator[None]:
+    """A context in which the residual stream after a layer (zero-based) is changed, T x D, at every token that counts.
 
-    h = encode(x), and h' is h with the chosen latents at zero. Inside the context `lm.model` may be called in any way:
-    whole texts, batches padded on either side, or token by token with a key-value cache. Which tokens count depends
-    on nothing but the token itself, so all of these give the same.
-
-    Args:
-        layer: zero-based decoder layer after which the residual stream is changed.
-        latents: indices into the SAE's latents; with none the model is not touched at all.
-        drop_first_positions: leave the tokens at these first positions of every text alone (attention sinks).
-            Positions are the model's own position ids, so padding on the left does not count.
-        norm_limit: leave tokens with a larger residual norm alone (other sinks); see `extract.norm_threshold`.
-
-    Raises:
-        StsError: a latent that the SAE does not have, no such layer, or a model that does not hand its layers
-            position ids.
+    Inside it `lm.model` may be called in any way: whole texts, batches padded on either side, or token by token with a
+    key-value cache. Which tokens count depends on nothing but the token itself, so all of these give the same: not
+    those at the first positions of a text, by the model's own position ids, nor those with a larger residual norm, the
+    other attention sinks (`Extractor.sink_norms`).
     """
-    check_layer(lm.model, layer)
-    chosen = torch.as_tensor(latents, dtype=torch.long).flatten()
-    if not len(chosen):
-        yield
-        return
-    wrong = chosen[(chosen < 0) | (chosen >= sae.cfg.d_sae)]
-    if len(wrong):
-        raise StsError(f"Latent {wrong[0].item()} was asked to be zeroed; the SAE has latents 0 to "
-                       f"{sae.cfg.d_sae - 1}.")
-    chosen = chosen.to(sae.device)
-
     def hook(module, args, inputs, output):
-        residual_BPD = resid_post(output)
-        kept_BP = residual_BPD.float().norm(dim=-1) <= norm_limit
-        if drop_first_positions:
-            positions_BP = inputs.get("position_ids")
-            if positions_BP is None:
-                raise StsError(f"{type(lm.model).__name__} does not tell its layers the tokens' positions, so the "
-                               "first ones cannot be left alone; drop_first_positions=0 changes every token.")
-            kept_BP &= positions_BP.to(kept_BP.device) >= drop_first_positions
-        return replaced(output, kept_BP, lambda residual_TD: without(sae, residual_TD, chosen))
+        residual_BPD = resid_post(output).clone()
+        kept_BP = is_content(residual_BPD, norm_limit)
+        kept_BP &= inputs["position_ids"].to(kept_BP.device) >= drop_first_positions
+        residual_BPD[kept_BP] = change(residual_BPD[kept_BP]).to(residual_BPD.dtype)
+        return residual_BPD if isinstance(output, torch.Tensor) else (residual_BPD, *output[1:])
 
     handle = decoder_layers(lm.model)[layer].register_forward_hook(hook, with_kwargs=True)
     try:
@@ -72,47 +47,54 @@ def zeroed(lm: LanguageModel, sae, layer: int, latents: Sequence[int] | torch.Te
         handle.remove()
 
 
-def replaced(output: torch.Tensor | tuple, kept_BP: torch.Tensor,
-             change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | tuple:
-    """A decoder layer's output with the residual stream of some tokens, T x D, changed."""
-    residual_BPD = resid_post(output).clone()
-    residual_BPD[kept_BP] = change(residual_BPD[kept_BP])
-    return residual_BPD if isinstance(output, torch.Tensor) else (residual_BPD, *output[1:])
+def zeroed(lm: LanguageModel, sae, layer: int, latents: Sequence[int] | torch.Tensor, *, drop_first_positions: int = 1,
+           norm_limit: float = float("inf")) -> AbstractContextManager[None]:
+    """A context in which latents are zero at every token that counts (see `changed`): x becomes
+    x - (decode(h) - decode(h')), where h = encode(x), and h' is h with the chosen latents at zero.
+
+    Args:
+        latents: indices into the SAE's latents; with none the model is not touched at all.
+
+    Raises:
+        StsError: a latent that the SAE does not have.
+    """
+    chosen = torch.as_tensor(latents, dtype=torch.long).flatten().to(sae.device)
+    if not len(chosen):
+        return nullcontext()
+    wrong = chosen[(chosen < 0) | (chosen >= sae.cfg.d_sae)]
+    if len(wrong):
+        raise StsError(f"Latent {wrong[0].item()} was asked to be zeroed; the SAE has latents 0 to "
+                       f"{sae.cfg.d_sae - 1}.")
+    return changed(lm, layer, lambda residual_TD: without(sae, residual_TD, chosen),
+                   drop_first_positions=drop_first_positions, norm_limit=norm_limit)
 
 
 def without(sae, residual_TD: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """Residual vectors less what the chosen latents add to their reconstruction, T x D in the input's precision."""
-    changed_TD = torch.empty_like(residual_TD)
-    for rows, latents_TL in encode_chunks(sae, residual_TD):
-        with torch.no_grad():
-            dense_TL = latents_TL.to_dense() if latents_TL.is_sparse else latents_TL
-            zeroed_TL = dense_TL.clone()
+    found_TD = torch.empty_like(residual_TD)
+    for rows, (latents_TL,) in encode_chunks(sae, residual_TD):
+        with torch.inference_mode():
+            zeroed_TL = latents_TL.clone()
             zeroed_TL[:, latents] = 0
             # Decoded together: an SAE that normalises its input remembers the scale for one call of decode.
-            with_TD, without_TD = sae.decode(torch.stack([dense_TL, zeroed_TL])).float()
-            changed_TD[rows] = (residual_TD[rows].float() - (with_TD - without_TD)).to(residual_TD.dtype)
-    return changed_TD
+            with_TD, without_TD = sae.decode(torch.stack([latents_TL, zeroed_TL])).float()
+            found_TD[rows] = (residual_TD[rows].float() - (with_TD - without_TD)).to(residual_TD.dtype)
+    return found_TD
 
 
 @contextmanager
-def lower_layers_once(lm: LanguageModel, layer: int, work: Work | None = None,
-                      kept: dict[tuple, Any] | None = None) -> Iterator[None]:
+def lower_layers_once(lm: LanguageModel, layer: int, work: Work | None = None) -> Iterator[None]:
     """A context in which layers 0 to `layer` run once for every batch of token ids; later passes over it start above.
 
-    Hooks on layer `layer` see and may change its output at every pass, as `zeroed` does. The weights and hooks of the
+    Hooks on layer `layer` see and may change its output at every pass, as `changed` does. The weights and hooks of the
     layers below must stay as they are. Passes with a mask, a key-value cache or positions of their own run in full.
 
     Args:
         layer: zero-based; its output is kept for each batch, B x P x D in the model's precision.
         work: whoever runs the model counts all layers; those that did not run are taken off again.
-        kept: where outputs are kept, if a later context is to go on from them.
-
-    Raises:
-        StsError: no such layer.
     """
-    check_layer(lm.model, layer)
     lower = list(decoder_layers(lm.model)[:layer + 1])
-    kept = {} if kept is None else kept
+    kept: dict[tuple, torch.Tensor | tuple] = {}
     now: tuple | None = None
 
     def begin(module, args: tuple, inputs: dict) -> None:
@@ -133,7 +115,6 @@ def lower_layers_once(lm: LanguageModel, layer: int, work: Work | None = None,
             return output
         return run
 
-    before = [one.__dict__.get("forward") for one in lower]
     handle = lm.model.register_forward_pre_hook(begin, with_kwargs=True)
     try:
         for place, one in enumerate(lower):
@@ -141,7 +122,5 @@ def lower_layers_once(lm: LanguageModel, layer: int, work: Work | None = None,
         yield
     finally:
         handle.remove()
-        for one, own in zip(lower, before, strict=True):
+        for one in lower:
             one.__dict__.pop("forward", None)
-            if own is not None:
-                one.forward = own

@@ -6,8 +6,6 @@ import json
 import random
 import shutil
 
-import torch
-
 from sts.data.groups import token_pieces
 from sts.engine.sae_quality import (
     Firings,
@@ -27,6 +25,14 @@ from sts.run.stage import stage
 
 #: Latents whose texts the first chapter shows.
 CARDS = 10
+#: What the recorded keys of stages on chapter one's texts leave out, as `text_activations` holds it.
+KNOWN = ("model", "text_data")
+
+
+def _quality(lm, one, layer, held_out, pieces, splice_tokens, report=lambda fraction: None):
+    """How well an SAE reconstructs held-out activations, which came from `pieces`, and what that costs the model."""
+    return reconstruction_quality(one, held_out) | {"splice": spliced_loss(
+        lm, one, layer, pieces, tokens=splice_tokens, mean_D=activation_mean(held_out), report=report)}
 
 
 @stage("folder", also=("seed",))
@@ -34,16 +40,13 @@ def sae(lm, layer, sae_texts, sae_latents, sae_k, sae_samples, sae_lr, splice_to
         device):
     """Train an SAE on `sae_text`: weights, loss curve and quality on held-out text."""
     train, held_out = sae_texts.pieces(seed=seed)
-    collect_activations(lm, layer, held_out, scratch / "held_out", work=work)
-    collect_activations(lm, layer, train, scratch / "train", work=work, report=lambda f: report(0.5 * f))
+    collect_activations(lm, {layer: scratch / "held_out"}, held_out, work=work)
+    collect_activations(lm, {layer: scratch / "train"}, train, work=work, report=lambda f: report(0.5 * f))
     trained, curve = train_sae(
         scratch / "train", SaeTraining(sae_latents, sae_k, sae_samples, lr=sae_lr, seed=seed), model_name=lm.name,
-        layer=layer, device=device, report=lambda fraction, row: report(0.5 + 0.5 * fraction))
-    save_sae(trained, scratch, dtype=torch.bfloat16)
-    stored = load_sae(str(scratch), device=device)
-    quality = reconstruction_quality(stored, scratch / "held_out") | {
-        "splice": spliced_loss(lm, stored, layer, held_out, tokens=splice_tokens,
-                               mean_D=activation_mean(scratch / "held_out"))}
+        layer=layer, device=device, report=lambda f: report(0.5 + 0.5 * f))
+    save_sae(trained, scratch, dtype="bfloat16")
+    quality = _quality(lm, load_sae(str(scratch), device=device), layer, scratch / "held_out", held_out, splice_tokens)
     (scratch / "training.json").write_text(json.dumps({
         "text": dict(sae_texts.sources), "tokens": sum(map(len, train)), "curve": curve, "held_out": quality},
         indent=1) + "\n", encoding="utf-8")
@@ -67,58 +70,55 @@ def _pieces(lm, texts, context, seed, part):
 def text_activations(lm, layer, texts, context, seed, report, work, scratch):
     """The residual stream of chapter one's texts, in two parts: train and held_out."""
     for part, done, share in (("train", 0.0, 0.8), ("held_out", 0.8, 0.2)):
-        collect_activations(lm, layer, _pieces(lm, texts, context, seed, part), scratch / part, pieces_per_shard=64,
+        collect_activations(lm, {layer: scratch / part}, _pieces(lm, texts, context, seed, part), pieces_per_shard=64,
                             work=work, report=lambda f, done=done, share=share: report(done + share * f))
     return scratch
 
 
-@stage("folder", also=("texts",), inputs_without=("model", "text_data"))
+@stage("folder", also=("texts",), inputs_without=KNOWN)
 def small_sae(text_activations, lm, layer, small_sae_latents, small_sae_k, small_sae_samples, seed, report, scratch,
               device):
     """A small SAE trained live on chapter one's texts, with its loss curve."""
-    trained, curve = train_sae(
-        text_activations / "train",
-        SaeTraining(small_sae_latents, small_sae_k, small_sae_samples, batch=1024, lr=1e-3, seed=seed),
-        model_name=lm.name, layer=layer, device=device, log_every=5, report=lambda fraction, row: report(fraction))
+    settings = SaeTraining(small_sae_latents, small_sae_k, small_sae_samples, batch=1024, lr=1e-3, seed=seed)
+    trained, curve = train_sae(text_activations / "train", settings, model_name=lm.name, layer=layer, device=device,
+                               log_every=5, report=report)
     save_sae(trained, scratch)
     (scratch / "training.json").write_text(json.dumps({"curve": curve}, indent=1) + "\n", encoding="utf-8")
     return scratch
 
 
-def _quality(lm, one, layer, held_out, pieces, splice_tokens, report):
-    return reconstruction_quality(one, held_out) | {
-        "k": getattr(one.cfg, "k", None), "architecture": one.cfg.architecture(),
-        "splice": spliced_loss(lm, one, layer, pieces, tokens=splice_tokens, mean_D=activation_mean(held_out),
-                               report=report)}
+def _chapter_quality(lm, one, layer, texts, context, seed, text_activations, splice_tokens, report):
+    pieces = _pieces(lm, texts, context, seed, "held_out")
+    return {"k": getattr(one.cfg, "k", None), "architecture": one.cfg.architecture(),
+            **_quality(lm, one, layer, text_activations / "held_out", pieces, splice_tokens, report)}
 
 
-@stage("json", inputs_without=("model", "text_data"))
+@stage("json", inputs_without=KNOWN)
 def sae_quality(lm, layer, texts, context, seed, reader, text_activations, splice_tokens, report):
     """Quality of the run's SAE on chapter one's held-out texts."""
-    return _quality(lm, reader, layer, text_activations / "held_out", _pieces(lm, texts, context, seed, "held_out"),
-                    splice_tokens, report)
+    return _chapter_quality(lm, reader, layer, texts, context, seed, text_activations, splice_tokens, report)
 
 
-@stage("json", inputs_without=("model", "text_data"))
+@stage("json", inputs_without=KNOWN)
 def small_sae_quality(lm, layer, texts, context, seed, text_activations, small_sae, splice_tokens, report, device):
     """Quality of the small SAE on the same texts."""
-    return _quality(lm, load_sae(str(small_sae), device=device), layer, text_activations / "held_out",
-                    _pieces(lm, texts, context, seed, "held_out"), splice_tokens, report)
+    one = load_sae(str(small_sae), device=device)
+    return _chapter_quality(lm, one, layer, texts, context, seed, text_activations, splice_tokens, report)
 
 
-@stage("json", inputs_without=("model", "text_data"))
+@stage("json", inputs_without=KNOWN)
 def latent_examples(lm, layer, texts, context, seed, reader, text_activations):
     """Ten latents of the run's SAE, spread over firing rates by rule, with the texts they fire on most."""
-    train = text_activations / "train"
+    train, pieces = text_activations / "train", _pieces(lm, texts, context, seed, "train")
     chosen = spread_by_rate(latent_statistics(reader, train), CARDS)
-    return top_contexts(Firings(reader, train, _pieces(lm, texts, context, seed, "train"), lm.tokenizer, chosen))
+    return top_contexts(Firings(reader, train, pieces, lm.tokenizer, chosen))
 
 
-@stage("json", inputs_without=("model", "text_data"))
+@stage("json", inputs_without=KNOWN)
 def latent_strengths(latent_examples, lm, layer, texts, context, seed, reader, text_activations):
     """How strongly the latents of `latent_examples` fire, and texts on which half as strongly as they can."""
-    return strengths(Firings(reader, text_activations / "train", _pieces(lm, texts, context, seed, "train"),
-                             lm.tokenizer, [row["latent"] for row in latent_examples]))
+    train, pieces = text_activations / "train", _pieces(lm, texts, context, seed, "train")
+    return strengths(Firings(reader, train, pieces, lm.tokenizer, [row["latent"] for row in latent_examples]))
 
 
 @stage("json")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sts.engine.extract import paired_stats
 from sts.engine.sae_quality import reconstruction_quality
-from sts.engine.sae_training import SaeTraining, collect_layers, save_sae, shard_paths, train_sae
+from sts.engine.sae_training import SaeTraining, collect_activations, save_sae, shard_paths, train_sae
 from sts.engine.saes import SideBySide, check_fits, load_sae
 from sts.errors import StsError
 from sts.measure.baselines import split_domains
@@ -94,8 +94,8 @@ def sweep_settings(variant, shift, domain_stats, top_n, demonstrations, shift_de
     rows, values = [], forecast_values(own, listed, sweep_masks)
     for done, (axis, value, changes) in enumerate(values, 1):
         sums = variant(**changes) if changes else {"shift": shift, "domain_stats": domain_stats}
-        rows += score_rows(axis, value, not changes, ranking(sums["shift"])[:top_n],
-                           split_domains(sums["domain_stats"]))
+        rows += score_rows(axis, value, not changes, ranking(sums.get("shift"))[:top_n],
+                           split_domains(sums.get("domain_stats")))
         report(done / len(values))
     return _frame(rows)
 
@@ -137,9 +137,9 @@ def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_te
         layers = sorted({spec.layer for spec in specs})
         train, held_out = sae_texts.pieces(sweep_text_tokens, seed=SAE_SEED)
         for part, pieces, share in (("held_out", held_out, 0.0), ("train", train, 0.2)):
-            collect_layers(lm, {one: activations / part / str(one) for one in layers}, pieces, work=work,
-                           pieces_per_shard=max(32, 512 // len(layers)),
-                           report=lambda f, share=share: report(share * f))
+            collect_activations(lm, {one: activations / part / str(one) for one in layers}, pieces, work=work,
+                                pieces_per_shard=max(32, 512 // len(layers)),
+                                report=lambda f, share=share: report(share * f))
     for place, spec in enumerate(specs):
         folder = scratch / spec.name
         if (folder / QUALITY).is_file():
@@ -148,10 +148,10 @@ def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_te
             activations / "train" / str(spec.layer),
             SaeTraining(spec.latents, spec.k, sweep_sae_samples, lr=sae_lr, seed=SAE_SEED), model_name=lm.name,
             layer=spec.layer, device=device,
-            report=lambda fraction, row, place=place: report(0.2 + 0.8 * (place + fraction) / len(specs)))
+            report=lambda fraction, place=place: report(0.2 + 0.8 * (place + fraction) / len(specs)))
         norms_L = trained.W_dec.detach().norm(dim=-1).float().cpu()  # saving folds them
         folder.mkdir(exist_ok=True)
-        save_sae(trained, folder, dtype=torch.bfloat16)
+        save_sae(trained, folder, dtype="bfloat16")
         save_file({"norms_L": norms_L}, folder / NORMS)
         quality = reconstruction_quality(load_sae(str(folder), device=device),
                                          activations / "held_out" / str(spec.layer))
@@ -230,13 +230,13 @@ def sweep_correlations(each_seed, sweep_seeds, seed, bootstrap, permutations, re
     of the axes whose ends the paper compares. best: `compare.BestOf`, and less_own, its r minus that of the run's own
     score. saes: r with the run's own SAE and with the sweep's middle one, and their difference.
     """
-    views = [own for own in each_seed if sweep_seeds is None or own.seed in (seed, *sweep_seeds)]
+    views = [own for own in each_seed if sweep_seeds is None or own.settings.seed in (seed, *sweep_seeds)]
     places, frames = {axis: place for place, axis in enumerate(AXES)}, []
     for own in views:
         parts = [own.get(name)[list(COLUMNS)] for name in ("sweep_latents", "sweep_saes", "sweep_settings")]
         frames.append(pandas.concat([part for part in parts if len(part)], ignore_index=True).sort_values(
             "axis", key=lambda axis: axis.map(places), kind="stable", ignore_index=True))
-    changes = item_differences({own.seed: (own.get("evaluation_before"), own.get("evaluation_after"))
+    changes = item_differences({own.settings.seed: (own.get("evaluation_before"), own.get("evaluation_after"))
                                 for own in views})
     found: dict[str, list[dict]] = {}
     for done, (measure, differences) in enumerate(changes.items(), 1):

@@ -189,12 +189,6 @@ def test_scores_are_those_of_the_harness_own_class(lm_of, family):
     assert loglikelihoods(lm, REQUESTS) == pytest.approx([value for value, _ in wanted], abs=1e-4)
 
 
-@pytest.mark.parametrize(("context", "target"), [([5, 6], []), ([], [5]), ([5] * 8000, [6] * 200)])
-def test_requests_that_cannot_be_scored_are_refused(lm_of, context, target):
-    with pytest.raises(StsError, match=f"{len(target)} tokens behind {len(context)} cannot be scored"):
-        loglikelihoods(lm_of("llama"), [(context, target)])
-
-
 def test_ten_options_read_the_context_once(lm_of):
     context, options, work = ids(200), [ids(6) for _ in range(10)], Work()
     loglikelihoods(lm_of("llama"), [(context, one) for one in options], work=work)
@@ -276,7 +270,7 @@ def test_running_out_of_memory_goes_on_in_halves(lm_of, monkeypatch, most):
 
     def small_only(input_ids, **inputs):
         if input_ids.numel() > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return forward(input_ids=input_ids, **inputs)
 
     monkeypatch.setattr(lm.model, "forward", small_only)

@@ -14,7 +14,7 @@ from sts.data.prompts import (
     question_text,
     solution_prompt,
 )
-from sts.engine import latents as encoding
+from sts.engine import latents
 from sts.engine.extract import (
     Masks,
     folded,
@@ -22,10 +22,10 @@ from sts.engine.extract import (
     paired_stats,
     row_paired_stats,
 )
-from sts.engine.latents import Encoder, SparseLatents
+from sts.engine.latents import encode_chunks
 from sts.engine.models import load_model
 from sts.engine.residuals import Extractor
-from sts.engine.saes import check_fits, identity_sae
+from sts.engine.saes import identity_sae
 from sts.engine.work import Work
 from sts.errors import StsError
 
@@ -156,25 +156,21 @@ def test_masks_that_leave_nothing_are_an_error(lm_of):
         paired_stats(lm, sae, 0, groups, Masks(drop_first_positions=5_000))
 
 
-# --- shared questions, other SAEs -----------------------------------------------------------------------
+# --- other groups, other SAEs -------------------------------------------------------------------------------------
 
-def test_a_question_behind_two_sets_of_demonstrations_runs_without_them_once(lm_of):
+def test_a_question_behind_two_sets_of_demonstrations_counts_in_both(lm_of):
     lm, sae = lm_of("llama"), topk_sae(64)
     groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2]),
               make_group(lm.tokenizer, QUESTIONS[1:], DEMONSTRATIONS[2:5])]
-    together, apart, work = paired_stats(lm, sae, 0, groups, Masks(), work=(shared := Work())), [], []
-    for group in groups:
-        work.append(Work())
-        apart.append(paired_stats(lm, sae, 0, [group], Masks(), work=work[-1]))
+    together = paired_stats(lm, sae, 0, groups, Masks())
+    apart = [paired_stats(lm, sae, 0, [group], Masks()) for group in groups]
     assert together.tokens == sum(stats.tokens for stats in apart)
     torch.testing.assert_close(together.squared_difference_L, sum(stats.squared_difference_L for stats in apart),
                                rtol=1e-6, atol=1e-9)
-    saved = sum(single.tokens for single in work) - shared.tokens
-    assert saved >= sum(prompt.question[1] - prompt.question[0] for prompt in groups[1].base)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard", "dense"])
-def test_sparse_and_dense_encoding_give_the_same_sums(lm_of, architecture):
+def test_saes_of_every_architecture_are_summed_alike(lm_of, architecture):
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
     from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 
@@ -195,8 +191,6 @@ def test_sparse_and_dense_encoding_give_the_same_sums(lm_of, architecture):
         sae.b_enc.data.fill_(-usual if architecture == "standard" else 10 * usual)
     if architecture != "topk":
         sae.W_enc.data = weights_DL
-    kinds = {type(chunk) for chunk, in Encoder(sae).chunks(sample_TD)}
-    assert kinds == {torch.Tensor if architecture == "dense" else SparseLatents}
     chosen = paired_stats(lm, sae, 0, groups, Masks(outlier_norm=0))
     base_TL, icl_TL = [], []
     for base, icl in zip(groups[0].base, groups[0].icl, strict=True):
@@ -213,42 +207,16 @@ def test_sparse_and_dense_encoding_give_the_same_sums(lm_of, architecture):
     torch.testing.assert_close(chosen.base.fired_L, (base_TL > 0).sum(0).double())
 
 
-@pytest.mark.parametrize("k", [8, 60])
-def test_chunks_bound_the_memory_and_change_nothing(monkeypatch, k):
-    sae = topk_sae(64, k=k)
-    residual_TD = torch.randn(50, 64)
-    whole = list(Encoder(sae).chunks(residual_TD, residual_TD + 1))
-    monkeypatch.setattr(encoding, "CHUNK_VALUES", 7 * 96)  # seven tokens at a time
-    parts = list(Encoder(sae).chunks(residual_TD, residual_TD + 1))
-    assert len(whole) == 1 and len(parts) == 8 and all(part[0].shape[0] <= 7 for part in parts)
-
-    def dense(chunk):
-        if isinstance(chunk, torch.Tensor):
-            return chunk.double()
-        values_TL = torch.zeros(chunk.shape, dtype=torch.float64)
-        values_TL[chunk.rows_N, chunk.latents_N] = chunk.values_N
-        return values_TL
-
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    for side in (0, 1):
-        torch.testing.assert_close(torch.cat([dense(part[side]) for part in parts]), dense(whole[0][side]), **close)
+def test_chunks_bound_the_memory_and_change_nothing(monkeypatch):
+    sae, residual_TD = topk_sae(64), torch.randn(50, 64)
+    (_, whole), = encode_chunks(sae, residual_TD, residual_TD + 1)
+    monkeypatch.setattr(latents, "CHUNK_VALUES", 7 * 96)  # seven tokens at a time
+    parts = list(encode_chunks(sae, residual_TD, residual_TD + 1))
+    assert len(parts) == 8 and all(len(part_TL) <= 7 for _, part in parts for part_TL in part)
     with torch.no_grad():
-        torch.testing.assert_close(dense(whole[0][1]), sae.encode(residual_TD + 1).double(), **close)
-
-
-def test_the_sae_goes_on_with_smaller_chunks_when_memory_runs_out(monkeypatch):
-    sae, work = topk_sae(64), Work()
-    encode = sae.encode
-
-    def small_only(x_TD):
-        if len(x_TD) > 12:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return encode(x_TD)
-
-    monkeypatch.setattr(sae, "encode", small_only)
-    parts = list(Encoder(sae, work).chunks(torch.randn(40, 64)))
-    assert sum(part.shape[0] for part, in parts) == 40
-    assert any("Memory ran out" in note for note in work.notes)
+        for side, x_TD in enumerate((residual_TD, residual_TD + 1)):
+            torch.testing.assert_close(torch.cat([part[side] for _, part in parts]), whole[side], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(whole[side], sae.encode(x_TD), rtol=1e-5, atol=1e-5)
 
 
 def test_equal_seeds_give_equal_bits(lm_of):
@@ -263,14 +231,6 @@ def test_tokens_with_an_outlier_norm_are_left_out(lm_of):
     groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])]
     every, fewer = (paired_stats(lm, sae, 0, groups, Masks(outlier_norm=norm)).tokens for norm in (0, 1.0))
     assert 0.05 * every < fewer < 0.8 * every
-
-
-def test_the_sample_that_sets_the_threshold_is_not_run_again(lm_of):
-    lm, sae = lm_of("llama"), topk_sae(64)
-    groups, work = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])], [Work(), Work()]
-    for masks, one in zip((Masks(outlier_norm=0), Masks()), work, strict=True):
-        paired_stats(lm, sae, 0, groups, masks, work=one)
-    assert work[0].tokens == work[1].tokens
 
 
 def test_a_question_may_pair_over_other_spans_behind_other_demonstrations(lm_of):
@@ -378,7 +338,6 @@ def test_folds_add_up_to_the_whole(two_models, prompts):
 def test_raw_dimensions_go_through_the_same_code(two_models, prompts):
     lm, tuned = two_models
     sae = identity_sae(lm)
-    check_fits(sae, lm, 0)
     stats = both(lm, tuned, sae, 0, prompts, Masks(outlier_norm=0))
     groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2])]
     by_context = paired_stats(lm, sae, 0, groups, Masks(outlier_norm=0))

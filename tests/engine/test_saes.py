@@ -12,12 +12,10 @@ from safetensors.torch import load_file
 
 from sts.data.groups import token_chunks
 from sts.engine import saes
-from sts.engine.models import load_model
-from sts.engine.sae_quality import activation_mean, reconstruction_quality, spliced_loss
+from sts.engine.sae_quality import reconstruction_quality, spliced_loss
 from sts.engine.sae_training import (
     SaeTraining,
     collect_activations,
-    collect_layers,
     count_activations,
     save_sae,
     shard_paths,
@@ -28,10 +26,14 @@ from sts.errors import ROOT, StsError
 PIECES = [[(7 * i + 3 * j) % 300 for j in range(20 + i % 17)] for i in range(60)]
 
 
+def collected(lm, layer, pieces, folder, **how):
+    collect_activations(lm, {layer: folder}, pieces, pieces_per_shard=25, **how)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def activations(lm_of, tmp_path_factory):
-    return collect_activations(lm_of("llama"), 0, PIECES, tmp_path_factory.mktemp("activations"),
-                               tokens_per_batch=200, pieces_per_shard=25)
+    return collected(lm_of("llama"), 0, PIECES, tmp_path_factory.mktemp("activations"), tokens_per_batch=200)
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +67,16 @@ def test_a_killed_collection_goes_on_with_the_missing_shard(lm_of, activations):
     before = {path: path.stat().st_mtime_ns for path in paths}
     content = paths[1].read_bytes()
     paths[1].unlink()
-    collect_activations(lm_of("llama"), 0, PIECES, activations, tokens_per_batch=200, pieces_per_shard=25)
+    collected(lm_of("llama"), 0, PIECES, activations, tokens_per_batch=200)
     assert paths[1].read_bytes() == content
     assert all(path.stat().st_mtime_ns == before[path] for path in paths if path != paths[1])
 
 
 def test_layers_collected_together_are_those_collected_alone(lm_of, activations, tmp_path):
     lm = lm_of("llama")
-    collect_layers(lm, {layer: tmp_path / str(layer) for layer in (1, 0)}, PIECES, tokens_per_batch=200,
-                   pieces_per_shard=25)
-    alone = {0: activations, 1: collect_activations(lm, 1, PIECES, tmp_path / "alone", tokens_per_batch=200,
-                                                    pieces_per_shard=25)}
+    collect_activations(lm, {layer: tmp_path / str(layer) for layer in (1, 0)}, PIECES, tokens_per_batch=200,
+                        pieces_per_shard=25)
+    alone = {0: activations, 1: collected(lm, 1, PIECES, tmp_path / "alone", tokens_per_batch=200)}
     for layer, folder in alone.items():
         pairs = zip(shard_paths(folder), shard_paths(tmp_path / str(layer)), strict=True)
         for one, together in ((load_file(path) for path in pair) for pair in pairs):
@@ -101,7 +102,7 @@ def test_saved_sae_loads_in_sae_lens_and_reconstructs_as_it_did_in_training(trai
 
 def test_bfloat16_halves_the_file_and_changes_little(trained, activations, tmp_path):
     folder, _, sae = trained
-    save_sae(sae, tmp_path, dtype=torch.bfloat16)
+    save_sae(sae, tmp_path, dtype="bfloat16")
     small, large = (path / "sae_weights.safetensors" for path in (tmp_path, folder))
     assert small.stat().st_size < 0.55 * large.stat().st_size
     one = saes.load_sae(str(tmp_path))
@@ -220,7 +221,7 @@ def test_nan_activations_stop_the_collection(tiny_models, tmp_path):
     lm = load_model(str(tiny_models["llama"]), dtype="float32")
     lm.model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(StsError, match="NaN"):
-        collect_activations(lm, 0, PIECES, tmp_path)
+        collected(lm, 0, PIECES, tmp_path)
     assert not shard_paths(tmp_path)
 
 
@@ -370,23 +371,6 @@ def test_sinks_do_not_depend_on_batches(lm_of, tmp_path):
     norms = lm.model.model.embed_tokens.weight.detach().norm(dim=-1)
     order = norms.argsort().tolist()
     pieces = [order[:12] for _ in range(30)] + [[*order[:3], *order[-12:]] for _ in range(30)]
-    counts = {count_activations(collect_activations(lm, 0, pieces, tmp_path / str(size), tokens_per_batch=size,
-                                                    pieces_per_shard=25)) for size in (30, 200, 8192)}
+    counts = {count_activations(collected(lm, 0, pieces, tmp_path / str(size), tokens_per_batch=size))
+              for size in (30, 200, 8192)}
     assert len(counts) == 1
-
-
-def test_a_second_sae_on_the_same_texts_runs_the_upper_layers_alone(lm_of, activations, monkeypatch):
-    lm, mean_D = lm_of("llama"), activation_mean(activations)
-    first = spliced_loss(lm, topk_sae(64), 0, PIECES, mean_D=mean_D, tokens=400)
-    calls = []
-    forward = type(lm.model.model.layers[1].mlp).forward
-    monkeypatch.setattr(type(lm.model.model.layers[1].mlp), "forward",
-                        lambda self, x: calls.append(self) or forward(self, x))
-    other = topk_sae(64, seed=5)
-    second = spliced_loss(lm, other, 0, PIECES, mean_D=mean_D, tokens=400)
-    assert calls and set(map(id, calls)) == {id(lm.model.model.layers[1].mlp)}
-    assert (second["clean"], second["mean_ablated"]) == (first["clean"], first["mean_ablated"])
-    assert second["spliced"] != first["spliced"]
-    # What another model has kept is not taken, and alone it gives the same.
-    alone = spliced_loss(load_model(lm.name), other, 0, PIECES, mean_D=mean_D, tokens=400)
-    assert alone == pytest.approx(second, rel=1e-5)

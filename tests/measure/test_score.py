@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from sts.engine.extract import PairedStats
+from sts.engine.latents import PairedStats
 from sts.errors import StsError
 from sts.measure import baselines, score
 from sts.measure.score import concentration, overlap, score_domain, score_domains, shifted_dimensions
@@ -16,7 +16,7 @@ DOMAINS = {name: generator.gamma(shape, size=(2, 20, 12)) for name, shape in (("
 
 
 def stats(base, icl):
-    paired = PairedStats.empty(12)
+    paired = PairedStats(12)
     # In two chunks, as extraction would.
     paired.add(torch.tensor(base[:7]), torch.tensor(icl[:7]))
     paired.add(torch.tensor(base[7:]), torch.tensor(icl[7:]))
