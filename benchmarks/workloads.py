@@ -53,8 +53,7 @@ def behind_long_demonstrations(setup: Setup, questions: int, demonstration_token
             if len(setup.lm.tokenizer(text, add_special_tokens=False)["input_ids"]) >= demonstration_tokens:
                 break
         demonstrations.append(joined)
-    return make_group(setup.lm.tokenizer, examples[:questions], tuple(demonstrations),
-                      context_length=setup.lm.context_length)
+    return make_group(setup.lm.tokenizer, examples[:questions], demonstrations)
 
 
 def _run(row: Row, call: Callable[[], object], device: str) -> float:

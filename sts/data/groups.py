@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sts.data.load import load_examples, load_texts
-from sts.data.prompts import (
-    PromptGroup,
-    demonstration_draws,
-    document_ids,
-    make_group,
-    own_questions,
-    start_ids,
-    without_options,
-)
+from sts.data.prompts import PromptGroup, document_ids, make_group, start_ids, without_options
 from sts.data.sources import CORPORA, Example
 from sts.errors import StsError
 
@@ -27,55 +19,69 @@ if TYPE_CHECKING:
 DOMAIN_OF = {"code": "computer science", "medicine": "health", "mental health": "psychology"}
 
 
-def trained_domains(examples: Sequence[Example]) -> set[str]:
+def trained_domains(examples: Iterable[Example]) -> set[str]:
     """The evaluation domains that training examples are of, by MMLU-Pro's names."""
     return {DOMAIN_OF.get(example.domain, example.domain) for example in examples}
 
 
+# --- questions behind demonstrations ------------------------------------------------------------------------------
+
+def demonstration_draws(examples: list[Example], count: int, draws: int, *, seed: int, what: str,
+                        set_aside: bool = False) -> list[tuple[list[Example], list[Example]]]:
+    """`draws` pairs of `count` demonstrations and all other examples, by a moving window over a seeded shuffle;
+    `set_aside`: none needs to be left over. `StsError`, which says `what` these are, for too few examples."""
+    if len(examples) < count + (not set_aside):
+        raise StsError(f"{what} has {len(examples)} examples; {count} demonstrations leave no question to score. "
+                       f"Use at most {max(0, len(examples) - 1)} demonstrations, or more examples.")
+    shuffled = random.Random(seed).sample(examples, len(examples))
+    pairs = []
+    for draw in range(draws):
+        chosen = [(draw * count + offset) % len(shuffled) for offset in range(count)]
+        pairs.append(([shuffled[index] for index in chosen],
+                      [example for index, example in enumerate(shuffled) if index not in chosen]))
+    return pairs
+
+
+def own_questions(draws: Sequence[tuple[list[Example], list[Example]]]) -> list[list[Example]]:
+    """For each of `demonstration_draws`' draws, questions that no other draw reads: one in `len(draws)` of its own,
+    less what an earlier draw has taken, as two draws' lists may hold one question at different places."""
+    taken: set[str] = set()
+    parts = []
+    for index, (_, questions) in enumerate(draws):
+        parts.append([example for example in questions[index::len(draws)] if example.example_id not in taken])
+        taken.update(example.example_id for example in parts[-1])
+    return parts
+
+
 def training_groups(tokenizer: PreTrainedTokenizerBase, examples: list[Example], count: int, draws: int, *, tokens: int,
-                    context_length: int, seed: int, name: str) -> list[PromptGroup]:
-    """Questions of the training set behind each draw of demonstrations; no question is read behind two draws.
-
-    Args:
-        count, draws: demonstrations of a draw, and draws.
-        tokens: question tokens, at most, of all draws together.
-        name: of the training set, for errors.
-
-    Raises:
-        StsError: too few examples for the demonstrations, or for a question behind each draw.
-    """
+                    seed: int, name: str) -> list[PromptGroup]:
+    """Questions of the training set `name` behind each draw of `count` demonstrations, of at most `tokens` question
+    tokens in all; no question is read behind two draws. `StsError` where there are too few for that."""
     drawn = demonstration_draws(examples, count, draws, seed=seed, what=f"The training set {name!r}")
     parts = own_questions(drawn)
     if not all(parts):
         raise StsError(f"The training set {name!r} has {len(examples)} examples, too few for a question behind each of "
                        f"{draws} draws of {count} demonstrations. Lower demonstration_draws or shift_demonstrations, "
                        "or raise sft_examples.")
-    own = max(1, tokens // draws)
-    return [make_group(tokenizer, questions, demonstrations, context_length=context_length, tokens=own)
+    return [make_group(tokenizer, questions, demonstrations, tokens=max(1, tokens // draws))
             for (demonstrations, _), questions in zip(drawn, parts, strict=True)]
 
 
 def groups_of_domains(tokenizer: PreTrainedTokenizerBase, questions: Mapping[str, list[Example]],
-                      pool: Mapping[str, list[Example]], count: int, draws: int, *, tokens: int, context_length: int,
+                      pool: Mapping[str, list[Example]], count: int, draws: int, *, tokens: int,
                       seed: int) -> dict[str, list[PromptGroup]]:
     """Each domain's questions behind each draw of demonstrations from the same domain, set aside in `pool` or its own.
     """
-    groups = {}
-    for domain, examples in questions.items():
-        drawn = demonstration_draws(pool.get(domain, examples), count, draws, seed=seed, what=f"Domain {domain!r}",
-                                    set_aside=domain in pool)
-        groups[domain] = [make_group(tokenizer, examples if domain in pool else others, demonstrations,
-                                     context_length=context_length, tokens=max(1, tokens // draws))
-                          for demonstrations, others in drawn]
-    return groups
+    return {domain: [make_group(tokenizer, own if domain in pool else others, demonstrations,
+                                tokens=max(1, tokens // draws))
+                     for demonstrations, others in demonstration_draws(
+                         pool.get(domain, own), count, draws, seed=seed, what=f"Domain {domain!r}",
+                         set_aside=domain in pool)]
+            for domain, own in questions.items()}
 
 
 def draws_of(examples: list[Example], count: int, draws: int, seed: int) -> tuple[list[list[Example]], list[Example]]:
-    """`draws` disjoint sets of `count` demonstrations, and the questions, which stand in none of them.
-
-    Raises:
-        StsError: no question is left.
-    """
+    """`draws` disjoint sets of `count` demonstrations, and the questions, which stand in none of them."""
     if len(examples) <= count * draws:
         raise StsError(f"{draws} sets of {count} demonstrations were asked of {len(examples)} training examples, which "
                        "leaves no question. Use fewer overlap_draws or overlap_demonstrations, or more sft_examples.")
@@ -85,11 +91,8 @@ def draws_of(examples: list[Example], count: int, draws: int, seed: int) -> tupl
 
 def other_domain_sets(train: Sequence[Example], pool: Mapping[str, list[Example]], count: int, draws: int,
                       seed: int) -> list[list[Example]]:
-    """Sets of demonstrations, each from one domain that is not the training set's own, put as its examples are.
-
-    Raises:
-        StsError: no other domain has enough examples.
-    """
+    """Sets of demonstrations, each from one domain that is not the training set's own, put as its examples are;
+    `StsError` where no other domain has enough examples."""
     own = trained_domains(train)
     large = [domain for domain in sorted(set(pool) - own) if len(pool[domain]) >= count]
     if not large:
@@ -108,10 +111,8 @@ def benchmark_questions(names: Sequence[str], held_out: list[Example], questions
                         seed: int) -> dict[str, tuple[str, list[Example], list[Example]]]:
     """What is answered in words: name -> (benchmark, questions, worked examples).
 
-    Args:
-        names: mmlu_pro (the domains' questions behind `count` worked examples of their own), sft_held_out (the held-out
-            problems, as gsm8k asks), gsm8k or math.
-        limit: questions a domain at most; 0 for all.
+    `names`: mmlu_pro (the domains' questions, `limit` of each unless 0, behind `count` worked examples of their own),
+    sft_held_out (the held-out problems, as gsm8k asks), gsm8k or math (`limit` of their test split).
     """
     found: dict[str, tuple[str, list[Example], list[Example]]] = {}
     for name in names:
@@ -128,7 +129,9 @@ def benchmark_questions(names: Sequence[str], held_out: list[Example], questions
     return found
 
 
-def token_chunks(documents, context: int, limit: int) -> list[list[int]]:
+# --- text for SAEs ------------------------------------------------------------------------------------------------
+
+def token_chunks(documents: Iterable[list[int]], context: int, limit: int) -> list[list[int]]:
     """Cut tokenised documents into pieces of at most `context` tokens until `limit` tokens are gathered."""
     pieces, total = [], 0
     for document in documents:
@@ -142,7 +145,7 @@ def token_chunks(documents, context: int, limit: int) -> list[list[int]]:
     return pieces
 
 
-def token_pieces(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Example | str], context: int,
+def token_pieces(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Example | str], context: int,
                  tokens: int) -> list[list[int]]:
     """Token ids of about as many tokens as asked for, in pieces of at most `context` tokens, BOS in front of each."""
     start = start_ids(tokenizer)  # a position that is not trained on
@@ -152,12 +155,8 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Example
 
 @dataclass(frozen=True)
 class SaeTexts:
-    """What SAEs train on: corpora, question sets ("mmlu:val" names a split) and text files, each with its tokens.
-
-    Attributes:
-        sources: name -> tokens.
-        context: tokens of a piece.
-    """
+    """What SAEs train on, in pieces of `context` tokens. `sources`: corpora, question sets ("mmlu:val" names a split)
+    and text files, each with its tokens."""
 
     sources: Mapping[str, int]
     tokenizer: PreTrainedTokenizerBase
@@ -170,17 +169,14 @@ class SaeTexts:
             # Books are cut, so that the tokens asked for come from many of them.
             return [text[start:start + 20_000].strip() for text in load_texts(base)
                     for start in range(0, len(text), 20_000)]
-        return list(load_examples(base, split=split,
-                                  limit=max(1, self.sources[name] // 50) if base == "gsm_symbolic" else 0))
+        limit = max(1, self.sources[name] // 50) if base == "gsm_symbolic" else 0
+        return [*load_examples(base, split=split, limit=limit)]
 
     def pieces(self, tokens: int = 0, *, seed: int) -> tuple[list[list[int]], list[list[int]]]:
         """Pieces to train on and held-out ones, from other documents (2% of them), in a seeded order.
 
-        Args:
-            tokens: to train on, the sources in proportion; 0 for as many as each source names.
-
-        Raises:
-            StsError: no text is named, or nothing is left to train on.
+        `tokens`: to train on, the sources in proportion; 0 for as many as each source names. `StsError` where no text
+        is named, or nothing is left to train on.
         """
         if not self.sources:
             raise StsError("SAEs train on the text named by sae_text, which is empty. For example: "

@@ -8,11 +8,11 @@ templates are told a fixed date, and a format's token inside a question is plain
 from __future__ import annotations
 
 import datetime
-import random
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sts.data.check import LETTERS
 from sts.data.sources import Example
@@ -29,26 +29,22 @@ _TODAY = "{% macro strftime_now(format) %}{{ format" + "".join(
     f"|replace('%{code}', '{DATE.strftime('%' + code)}')" for code in "aAdbBmyYHIMSpj") + " }}{% endmacro %}"
 #: The end of a private use area, whose characters stand for the format's tokens where these are plain text.
 PLAIN, _PLAIN = 0x10E000, re.compile("([\U0010e000-\U0010fffd])")
+#: How an answer to a question with options opens where it has no worked solution.
+OPENING = "The answer is ("
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """Token ids of a whole prompt; `question` is the half-open range of positions that hold the question itself."""
 
     ids: tuple[int, ...]
     question: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class PromptGroup:
+class PromptGroup(NamedTuple):
     """The same questions without (`base`) and behind (`icl`) one set of demonstrations, item by item."""
 
     base: tuple[Prompt, ...]
     icl: tuple[Prompt, ...]
-
-
-#: How an answer to a question with options opens where it has no worked solution.
-OPENING = "The answer is ("
 
 
 # --- texts --------------------------------------------------------------------------------------------------------
@@ -81,15 +77,12 @@ def without_options(example: Example) -> Example:
     return replace(example, options=(), answer_index=-1, solution=solution)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: tuple[Example, ...] = (),
+def render(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: Sequence[Example] = (),
            answer: str | None = None) -> str:
-    """The prompt's text, for `encode`: demonstrations as earlier turns, the question last, ready for the answer.
-
-    With `answer`, the whole conversation including that answer instead.
-    """
-    turns = [(_plain(tokenizer, question_text(example)), _plain(tokenizer, solution_text(example)))
-             for example in demonstrations]
-    turns.append((_plain(tokenizer, question), "" if answer is None else _plain(tokenizer, answer)))
+    """The prompt's text, for `encode`: demonstrations as earlier turns, the question last, ready for the answer; with
+    `answer` the whole conversation, that answer included."""
+    pairs = [(question_text(example), solution_text(example)) for example in demonstrations]
+    turns = [[_plain(tokenizer, text) for text in pair] for pair in (*pairs, (question, answer or ""))]
     if tokenizer.chat_template:
         messages = [{"role": role, "content": text} for turn in turns
                     for role, text in zip(("user", "assistant"), turn, strict=True)]
@@ -167,50 +160,39 @@ def document_ids(tokenizer: PreTrainedTokenizerBase, document: Example | str) ->
     return list(ids[len(start_ids(tokenizer)):])
 
 
-def make_prompt(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: tuple[Example, ...] = (), *,
-                context_length: int = 0) -> Prompt:
-    """Tokenise a question behind demonstrations and find the question's own tokens; `StsError` where the prompt does
-    not fit the model's context, in tokens (0 for no check)."""
-    text = render(tokenizer, question, demonstrations)
+def make_prompt(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: Sequence[Example] = ()) -> Prompt:
+    """Tokenise a question behind demonstrations and find the question's own tokens."""
+    text, own_text = render(tokenizer, question, demonstrations), _plain(tokenizer, question)
     # Where the question starts: a marker in its place, as the question's words may occur in the template too.
     start = render(tokenizer, MARKER, demonstrations).rfind(MARKER)
-    end = start + len(_plain(tokenizer, question))
-    if text[start:end] != _plain(tokenizer, question):  # a template that trims or rewrites the content
+    end = start + len(own_text)
+    if text[start:end] != own_text:  # a template that trims or rewrites the content
         raise StsError(f"The chat template changes the question, so its tokens cannot be found: {question[:60]!r}")
     ids, offsets = encode(tokenizer, text)
     own = [index for index, (left, right) in enumerate(offsets) if left < right and left >= start and right <= end]
     if not own:
         raise StsError(f"The question has no tokens of its own: {question[:60]!r}")
-    if context_length and len(ids) > context_length:
-        raise StsError(f"A prompt of {len(ids)} tokens does not fit the model's context of {context_length} "
-                       f"({len(demonstrations)} demonstrations). Use fewer demonstrations or shorter questions.")
     return Prompt(ids, (own[0], own[-1] + 1))
 
 
-def solution_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, *, context_length: int = 0) -> Prompt:
-    """A question with its worked solution; the `question` range holds the solution's tokens. Raises `StsError` where it
-    does not fit the context (0 for no check), there is no solution, or the template changes it."""
-    solution, start = solution_text(example), len(context_text(tokenizer, question_text(example)))
-    text, own_text = render(tokenizer, question_text(example), answer=solution), _plain(tokenizer, solution)
-    end = start + len(blank(tokenizer) + own_text)
-    if not solution or text[start:end] != blank(tokenizer) + own_text:
+def solution_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> Prompt:
+    """A question with its worked solution; the `question` range holds the solution's tokens. Raises `StsError` where
+    there is no solution, or the template changes it."""
+    solution, before = solution_text(example), context_text(tokenizer, question_text(example))
+    own_text = blank(tokenizer) + _plain(tokenizer, solution)
+    text = render(tokenizer, question_text(example), answer=solution)
+    if not solution or not text.startswith(own_text, len(before)):
         raise StsError(f"The solution of {example.example_id} has no tokens of its own in the chat: {solution[:60]!r}")
     ids, offsets = encode(tokenizer, text)
-    own = [index for index, (left, right) in enumerate(offsets) if left < right and right > start and left < end]
-    if context_length and len(ids) > context_length:
-        raise StsError(f"Item {example.example_id} has {len(ids)} tokens with its solution; the model's context is "
-                       f"{context_length}.")
+    own = [index for index, (left, right) in enumerate(offsets)
+           if left < right and right > len(before) and left < len(before + own_text)]
     return Prompt(ids, (own[0], own[-1] + 1))
 
 
 def paired_positions(base: Prompt, icl: Prompt, *, question_tokens_only: bool = True,
                      drop_first_positions: int = 0) -> tuple[list[int], list[int]]:
-    """(positions in base, positions in icl) of the tokens that both prompts share at their end, in step.
-
-    Both end with the same question, so their token ids agree from some point to the end. That common end is the
-    pairing; it holds the question and, unless `question_tokens_only`, the template around it. Raises `StsError` for two
-    questions.
-    """
+    """(positions in base, positions in icl) of the tokens that both prompts share at their end, in step: those of the
+    question and, unless `question_tokens_only`, the template around it. Raises `StsError` for two questions."""
     common = 0
     while common < min(len(base.ids), len(icl.ids)) and base.ids[-1 - common] == icl.ids[-1 - common]:
         common += 1
@@ -224,48 +206,13 @@ def paired_positions(base: Prompt, icl: Prompt, *, question_tokens_only: bool = 
     return kept, [position + shift for position in kept]
 
 
-def demonstration_draws(examples: list[Example], count: int, draws: int, *, seed: int, what: str,
-                        set_aside: bool = False) -> list[tuple[tuple[Example, ...], list[Example]]]:
-    """`draws` pairs of `count` demonstrations and all other examples, by a moving window over a seeded shuffle.
-
-    Args:
-        what: whose examples these are, for the error where there are fewer than `count` + 1.
-        set_aside: the examples serve as demonstrations only, so that none needs to be left over.
-    """
-    if len(examples) < count + (not set_aside):
-        raise StsError(f"{what} has {len(examples)} examples; {count} demonstrations leave no question to score. "
-                       f"Use at most {max(0, len(examples) - 1)} demonstrations, or more examples.")
-    shuffled = random.Random(seed).sample(examples, len(examples))
-    pairs = []
-    for draw in range(draws):
-        chosen = [(draw * count + offset) % len(shuffled) for offset in range(count)]
-        pairs.append((tuple(shuffled[index] for index in chosen),
-                      [example for index, example in enumerate(shuffled) if index not in chosen]))
-    return pairs
-
-
-def own_questions(draws: list[tuple[tuple[Example, ...], list[Example]]]) -> list[list[Example]]:
-    """For each of `demonstration_draws`' draws, questions that no other draw reads: one in `len(draws)` of its own.
-
-    A draw's questions leave out its demonstrations, so the same place in two draws' lists may hold different questions;
-    what an earlier draw has taken is left out. With one or two draws nothing has to be.
-    """
-    taken: set[str] = set()
-    parts = []
-    for index, (_, questions) in enumerate(draws):
-        parts.append([example for example in questions[index::len(draws)] if example.example_id not in taken])
-        taken.update(example.example_id for example in parts[-1])
-    return parts
-
-
-def make_group(tokenizer: PreTrainedTokenizerBase, questions: list[Example], demonstrations: tuple[Example, ...], *,
-               context_length: int = 0, tokens: int = 0) -> PromptGroup:
+def make_group(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Example], demonstrations: Sequence[Example], *,
+               tokens: int = 0) -> PromptGroup:
     """Prompts for questions without and with demonstrations, until the questions hold `tokens` tokens (0: all)."""
     base, icl, total = [], [], 0
-    for example in questions:
-        question = question_text(example)
-        base.append(make_prompt(tokenizer, question, context_length=context_length))
-        icl.append(make_prompt(tokenizer, question, demonstrations, context_length=context_length))
+    for question in map(question_text, questions):
+        base.append(make_prompt(tokenizer, question))
+        icl.append(make_prompt(tokenizer, question, demonstrations))
         total += base[-1].question[1] - base[-1].question[0]
         if tokens and total >= tokens:
             break

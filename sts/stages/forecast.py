@@ -1,51 +1,72 @@
-"""The forecast: which latents worked examples shift, and how much each domain uses them. Nothing here is tuned."""
+"""The forecast: which latents worked examples shift, and how much each domain uses them; and beside it what its own
+pass through the model has in raw dimensions, and what fine-tuning really changes in each domain."""
 
 from __future__ import annotations
 
 import pandas
 
-from sts.engine.extract import paired_stats, row_paired_stats
+from sts.engine.extract import model_paired_folds, paired_stats, row_paired_stats
+from sts.engine.saes import SideBySide, identity_sae
 from sts.errors import StsError
 from sts.measure.baselines import split_domains
 from sts.measure.cost import prompt_tokens
 from sts.measure.score import REVISION, VARIANTS, overlap, score_domains, shifted_dimensions
-from sts.run.stage import stage
+from sts.run.stage import stage, steps
 
 
 @stage("tensors", version=3)
-def shift(lm, reader, layer, shift_groups, masks, tokens_per_batch, report, work):
+def shift(lm, reader, layer, shift_groups, masks, report, passes):
     """Paired statistics of the training domain's questions without and behind demonstrations."""
-    return paired_stats(lm, reader, layer, shift_groups, masks, tokens_per_batch=tokens_per_batch, report=report,
-                        work=work).to_tensors()
+    return paired_stats(lm, reader, layer, shift_groups, masks, report=report, **passes).to_tensors()
 
 
 @stage("tensors", version=2)
-def shift_rows(lm, reader, layer, shift_groups, official_rows, tokens_per_batch, work):
+def shift_rows(lm, reader, layer, shift_groups, official_rows, passes):
     """The same, paired by row index as in the official code."""
-    return row_paired_stats(lm, reader, layer, shift_groups, official_rows, tokens_per_batch=tokens_per_batch,
-                            work=work).to_tensors()
+    return row_paired_stats(lm, reader, layer, shift_groups, official_rows, **passes).to_tensors()
 
 
 def _by_domain(domain_groups, read, report):
-    flat = {}
-    for done, (domain, groups) in enumerate(domain_groups.items()):
-        stats = read(groups, lambda f, done=done: report((done + f) / len(domain_groups)))
-        flat |= {f"{domain}/{name}": tensor for name, tensor in stats.to_tensors().items()}
-    return flat
+    """What `read` gives of each domain's groups, as domain/field."""
+    return {f"{domain}/{name}": tensor for (domain, groups), told in steps(domain_groups.items(), report)
+            for name, tensor in read(groups, told).items()}
 
 
 @stage("tensors", version=2)
-def domain_stats(lm, reader, layer, domain_groups, masks, tokens_per_batch, report, work):
+def domain_stats(lm, reader, layer, domain_groups, masks, report, passes):
     """Paired statistics of every domain's questions; tensors are named domain/field."""
     return _by_domain(domain_groups, lambda groups, told: paired_stats(
-        lm, reader, layer, groups, masks, tokens_per_batch=tokens_per_batch, report=told, work=work), report)
+        lm, reader, layer, groups, masks, report=told, **passes).to_tensors(), report)
 
 
 @stage("tensors")
-def domain_rows(lm, reader, layer, domain_groups, official_rows, tokens_per_batch, report, work):
+def domain_rows(lm, reader, layer, domain_groups, official_rows, report, passes):
     """The same, paired by row index as in the official code."""
     return _by_domain(domain_groups, lambda groups, told: row_paired_stats(
-        lm, reader, layer, groups, official_rows, tokens_per_batch=tokens_per_batch, work=work), report)
+        lm, reader, layer, groups, official_rows, **passes).to_tensors(), report)
+
+
+@stage("tensors")
+def domain_raw_stats(lm, layer, domain_groups, masks, report, passes):
+    """Stage `domain_stats` on the residual stream's own dimensions, behind the first draw of demonstrations alone."""
+    def read(groups, told):
+        own = paired_stats(lm, identity_sae(lm), layer, groups[:1], masks, report=told, **passes).to_tensors()
+        return {name: own[name] for name in ("tokens", "base_sum_L", "base_square_sum_L", "squared_difference_L")}
+    return _by_domain(domain_groups, read, report)
+
+
+@stage("tensors")
+def domain_model_change(lm, tuned, reader, layer, domain_groups, masks, report, passes):
+    """The same questions, without demonstrations, in the untuned and the tuned model; also all latents' change."""
+    codes = SideBySide({"sae": reader, "raw": identity_sae(lm)})
+
+    def read(groups, told):
+        stats, = model_paired_folds(lm, tuned, codes, layer, groups[0].base, masks, report=told, **passes)
+        own = codes.split(stats.to_tensors())
+        return {"tokens": own["raw/tokens"], "base_sum_L": own["raw/base_sum_L"],
+                "tuned_sum_L": own["raw/icl_sum_L"], "squared_difference_L": own["raw/squared_difference_L"],
+                "latents_squared": own["sae/squared_difference_L"].sum()[None]}
+    return _by_domain(domain_groups, read, report)
 
 
 @stage("parquet", version=1 + REVISION)
@@ -72,19 +93,16 @@ def forecast_tokens(tokenizer, shift_groups, domain_groups):
 
 @stage("json")
 def forecast_sums(shift, domain_stats):
-    """Of `shift` and `domain_stats` the numbers of counted tokens and latents, and the bytes of the sums kept.
-
-    Raises:
-        StsError: only a part of these sums is recorded.
-    """
+    """Of `shift` and `domain_stats` the numbers of counted tokens and latents, and the bytes of the sums kept;
+    `StsError` where only a part of these is recorded."""
     found = {}
-    for name, tensors in (("shift", shift), ("domain_stats", domain_stats)):
-        if missing := set(shift) - {field.rpartition("/")[2] for field in tensors}:
+    for name, domains in (("shift", {"": shift}), ("domain_stats", split_domains(domain_stats))):
+        if missing := set(shift) - set.intersection(*map(set, domains.values())):
             raise StsError(f"Stage {name!r} was recorded without {', '.join(sorted(missing))}, so the bytes of its "
                            f"sums are not known. To compute it here: sts stage {name} --again, with the same run and "
                            "parameters.")
-        found[name] = {
-            "tokens": sum(tensor.item() for field, tensor in tensors.items() if field.rpartition("/")[2] == "tokens"),
-            "latents": next(len(tensor) for field, tensor in tensors.items() if field.endswith("squared_difference_L")),
-            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())}
+        found[name] = {"tokens": sum(own["tokens"].item() for own in domains.values()),
+                       "latents": len(shift["squared_difference_L"]),
+                       "bytes": sum(tensor.numel() * tensor.element_size()
+                                    for own in domains.values() for tensor in own.values())}
     return found

@@ -8,7 +8,8 @@ same text; the last two are empty where the run lists no values.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,21 +19,21 @@ from safetensors.torch import load_file, save_file
 
 from sts.engine.extract import paired_stats
 from sts.engine.sae_quality import reconstruction_quality
-from sts.engine.sae_training import SaeTraining, collect_activations, save_sae, shard_paths, train_sae
-from sts.engine.saes import SideBySide, check_fits, load_sae
+from sts.engine.sae_training import SaeTraining, collect_activations, save_sae, train_sae
+from sts.engine.saes import SideBySide, load_sae
 from sts.errors import StsError
-from sts.measure.baselines import split_domains
+from sts.measure.baselines import chosen_by, split_domains
 from sts.measure.compare import AXES, SCORES, sweeps_compared
 from sts.measure.items import item_differences
 from sts.measure.overlap import same_fraction
-from sts.measure.score import REVISION, Stats, check_top_n, score_domain, shifted_dimensions, sums_of
-from sts.run.stage import stage
+from sts.measure.score import REVISION, Stats, check_top_n, score_domain, sums_of
+from sts.run.stage import stage, steps
 
 #: Seed of the sweep's text and SAEs, the same in every seed of a run.
 SAE_SEED = 0
 #: Files in the folder of each SAE of the sweep.
 QUALITY, NORMS = "quality.json", "decoder_norms.safetensors"
-COLUMNS = ("axis", "value", "own", "domain", *SCORES)
+COLUMNS = ["axis", "value", "own", "domain", *SCORES]
 #: Names in `sweep_masks` -> what a table calls it, and which settings of the masks are switched off.
 MASKS_OFF = {"whole_prompt": ("template too", {"question_tokens_only": False}),
              "first_positions": ("template and first positions too",
@@ -41,64 +42,55 @@ MASKS_OFF = {"whole_prompt": ("template too", {"question_tokens_only": False}),
              "none": ("all tokens", {"question_tokens_only": False, "drop_first_positions": 0, "outlier_norm": 0.0})}
 
 
-def ranking(shift: Stats) -> torch.Tensor:
-    """All latents, most shifted first."""
-    return shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], len(shift["squared_difference_L"]))
-
-
-def score_rows(axis: str, value: str, own: bool, chosen: torch.Tensor, domains: Mapping[str, Stats]) -> list[dict]:
-    """The paper's scores of every domain with chosen latents, under the axis and value they belong to."""
-    return [{"axis": axis, "value": value, "own": own, "domain": domain,
-             **{name: row[name] for name in SCORES}} for domain, stats in domains.items()
-            for row in (score_domain("paper", stats, chosen),)]
-
-
-def _frame(rows: list[dict], *more: str) -> pandas.DataFrame:
-    return pandas.DataFrame(rows, columns=[*COLUMNS, *more])
+def _scores(chosen: torch.Tensor, domains: Mapping[str, Stats], **about) -> list[dict]:
+    """The paper's scores of every domain with chosen latents, and what they are about."""
+    return [{**about, "domain": domain, **score_domain("paper", stats, chosen)} for domain, stats in domains.items()]
 
 
 @stage("parquet", version=1 + REVISION)
 def sweep_latents(shift, domain_stats, scores, top_n, sweep_bands, sweep_top_n):
     """Scores by rank band of the latents, by their number N, and by the formulas: axis, value, own, domain, scores."""
-    order, domains = ranking(shift), split_domains(domain_stats)
-    if top_n > len(order):
-        raise StsError(f"A band of {top_n} ranks was asked for; the SAE has {len(order)} latents. Set top_n lower.")
-    rows = [row for first in range(0, min(sweep_bands, len(order) // top_n) * top_n, top_n)
-            for row in score_rows("bands", f"{first + 1:,}-{first + top_n:,}", first == 0, order[first:first + top_n],
-                                  domains)]
-    rows += [row for number in sorted({top_n, *sweep_top_n}) if number <= len(order)
-             for row in score_rows("top_n", f"{number:,}", number == top_n, order[:number], domains)]
+    width, domains = len(shift["squared_difference_L"]), split_domains(domain_stats)
+    if top_n > width:
+        raise StsError(f"A band of {top_n} ranks was asked for; the SAE has {width} latents. Set top_n lower.")
+    order, rows = chosen_by(shift, width), []
+    for first in range(0, min(sweep_bands, width // top_n) * top_n, top_n):
+        rows += _scores(order[first:first + top_n], domains, axis="bands", value=f"{first + 1:,}-{first + top_n:,}",
+                        own=first == 0)
+    for number in sorted({top_n, *sweep_top_n}):
+        if number <= width:
+            rows += _scores(order[:number], domains, axis="top_n", value=f"{number:,}", own=number == top_n)
     rows += [{"axis": "variant", "value": row["variant"].replace("_", " "), "own": row["variant"] == "paper", **row}
              for row in scores.to_dict("records")]
-    return _frame(rows)
+    return pandas.DataFrame(rows, columns=COLUMNS)
 
 
-def forecast_values(own: Mapping[str, int], listed: Mapping[str, list[int]],
+def forecast_values(own: Mapping[str, int], listed: Iterable[list[int]],
                     masks: list[str]) -> list[tuple[str, str, dict]]:
     """The values that a run sweeps: setting, name of the value, what to change for it (nothing for the run's own)."""
     found = [(name, f"{value:,}", {} if value == own[name] else {name: value})
-             for name, values in listed.items() if values for value in sorted({own[name], *values})]
+             for name, values in zip(own, listed, strict=True) if values for value in sorted({own[name], *values})]
     masked = [("as in this run", {}), *(MASKS_OFF[name] for name in masks)] if masks else []
     return found + [("masks", *each) for each in masked]
 
 
-@stage("parquet", version=1 + REVISION, also=("lm", "reader", "layer", "shift_groups", "domain_groups", "masks"))
-def sweep_settings(variant, shift, domain_stats, top_n, demonstrations, shift_demonstrations, score_tokens,
-                   shift_tokens, sweep_demonstrations, sweep_shift_demonstrations, sweep_tokens, sweep_shift_tokens,
-                   sweep_masks, report):
+@stage("parquet", version=1 + REVISION, also=("shift", "domain_stats", "lm", "reader", "layer",
+                                              "shift_groups", "domain_groups", "masks"))
+def sweep_settings(variant, top_n, demonstrations, shift_demonstrations, score_tokens, shift_tokens,
+                   sweep_demonstrations, sweep_shift_demonstrations, sweep_tokens, sweep_shift_tokens, sweep_masks,
+                   report):
     """Scores with other demonstrations, numbers of tokens and masks; each value's sums are stages of their own."""
     own = {"demonstrations": demonstrations, "shift_demonstrations": shift_demonstrations,
            "score_tokens": score_tokens, "shift_tokens": shift_tokens}
-    listed = dict(zip(own, (sweep_demonstrations, sweep_shift_demonstrations, sweep_tokens, sweep_shift_tokens),
-                      strict=True))
-    rows, values = [], forecast_values(own, listed, sweep_masks)
-    for done, (axis, value, changes) in enumerate(values, 1):
-        sums = variant(**changes) if changes else {"shift": shift, "domain_stats": domain_stats}
-        rows += score_rows(axis, value, not changes, ranking(sums.get("shift"))[:top_n],
-                           split_domains(sums.get("domain_stats")))
-        report(done / len(values))
-    return _frame(rows)
+    listed, rows = (sweep_demonstrations, sweep_shift_demonstrations, sweep_tokens, sweep_shift_tokens), []
+    for (axis, value, changes), _ in steps(forecast_values(own, listed, sweep_masks), report):
+        run = variant(**changes)
+        rows += _scores(chosen_by(run.get("shift"), top_n), split_domains(run.get("domain_stats")), axis=axis,
+                        value=value, own=not changes)
+    return pandas.DataFrame(rows, columns=COLUMNS)
 
+
+# --- other SAEs ---------------------------------------------------------------------------------------------------
 
 class SaeSpec(NamedTuple):
     """An SAE of the sweep: its site and size."""
@@ -122,33 +114,32 @@ def sae_values(own: SaeSpec, widths: list[int], layers: list[int], ks: list[int]
     return {axis: specs for axis, specs in axes.items() if len(specs) > 1}
 
 
-def _distinct(axes: dict[str, list[SaeSpec]]) -> list[SaeSpec]:
-    return list(dict.fromkeys(spec for own in axes.values() for spec in own))
+def _by_layer(axes: dict[str, list[SaeSpec]]) -> dict[int, list[SaeSpec]]:
+    found: dict[int, list[SaeSpec]] = {}
+    for spec in dict.fromkeys(spec for own in axes.values() for spec in own):
+        found.setdefault(spec.layer, []).append(spec)
+    return found
 
 
 @stage("folder")
 def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_text_tokens, sae_latents, sae_k,
                        sweep_widths, sweep_layers, sweep_k, report, work, scratch, device):
     """SAEs of several widths, layers and sparsities, trained on the same activations: one folder each, with quality."""
-    specs = _distinct(sae_values(SaeSpec(layer, sae_latents, sae_k), sweep_widths, sweep_layers, sweep_k))
+    layers = _by_layer(sae_values(SaeSpec(layer, sae_latents, sae_k), sweep_widths, sweep_layers, sweep_k))
+    specs, activations = [spec for own in layers.values() for spec in own], scratch / "activations"
     (scratch / "plan.json").write_text(json.dumps([spec.name for spec in specs]) + "\n", encoding="utf-8")
-    activations = scratch / "activations"
-    if any(not (scratch / spec.name / QUALITY).is_file() for spec in specs):
-        layers = sorted({spec.layer for spec in specs})
+    missing = [spec for spec in specs if not (scratch / spec.name / QUALITY).is_file()]
+    if missing:
         train, held_out = sae_texts.pieces(sweep_text_tokens, seed=SAE_SEED)
         for part, pieces, share in (("held_out", held_out, 0.0), ("train", train, 0.2)):
-            collect_activations(lm, {one: activations / part / str(one) for one in layers}, pieces, work=work,
+            collect_activations(lm, {one: activations / part / str(one) for one in sorted(layers)}, pieces, work=work,
                                 pieces_per_shard=max(32, 512 // len(layers)),
                                 report=lambda f, share=share: report(share * f))
-    for place, spec in enumerate(specs):
-        folder = scratch / spec.name
-        if (folder / QUALITY).is_file():
-            continue
-        trained, _ = train_sae(
-            activations / "train" / str(spec.layer),
-            SaeTraining(spec.latents, spec.k, sweep_sae_samples, lr=sae_lr, seed=SAE_SEED), model_name=lm.name,
-            layer=spec.layer, device=device,
-            report=lambda fraction, place=place: report(0.2 + 0.8 * (place + fraction) / len(specs)))
+    for spec, told in steps(missing, lambda f: report(0.2 + 0.8 * f)):
+        folder, settings = scratch / spec.name, SaeTraining(spec.latents, spec.k, sweep_sae_samples, lr=sae_lr,
+                                                            seed=SAE_SEED)
+        trained, _ = train_sae(activations / "train" / str(spec.layer), settings, model_name=lm.name, layer=spec.layer,
+                               device=device, report=told)
         norms_L = trained.W_dec.detach().norm(dim=-1).float().cpu()  # saving folds them
         folder.mkdir(exist_ok=True)
         save_sae(trained, folder, dtype="bfloat16")
@@ -156,55 +147,35 @@ def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_te
         quality = reconstruction_quality(load_sae(str(folder), device=device),
                                          activations / "held_out" / str(spec.layer))
         (folder / QUALITY).write_text(json.dumps(quality) + "\n", encoding="utf-8")  # last, as the mark of its end
-    for path in activations.glob("*/*"):  # gigabytes that nothing needs any more
-        for shard in shard_paths(path):
-            shard.unlink()
-    for path in sorted((*activations.glob("*/*"), *activations.glob("*"), *scratch.glob("activations")), reverse=True):
-        path.rmdir()
+    shutil.rmtree(activations, ignore_errors=True)  # gigabytes that nothing needs any more
     return scratch
 
 
 @stage("parquet", version=1 + REVISION, also=("fold_norms",))
 def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_groups, masks, top_n, sae_latents, sae_k,
-               sweep_widths, sweep_layers, sweep_k, tokens_per_batch, report, work, scratch, device):
+               sweep_widths, sweep_layers, sweep_k, report, passes, device):
     """Scores with each SAE of the sweep; also layer, latents, k, l0, explained and silent (shares, held-out text)."""
     own = SaeSpec(layer, sae_latents, sae_k)
     axes = sae_values(own, sweep_widths, sweep_layers, sweep_k)
-    found, layers = {}, list(dict.fromkeys(spec.layer for spec in _distinct(axes)))
-    groups = {"": shift_groups, **domain_groups} if axes else {}
-    for place, one in enumerate(layers):
-        path, specs = scratch / f"layer-{one}.json", [spec for spec in _distinct(axes) if spec.layer == one]
-        if not path.is_file():
-            saes = {spec.name: load_sae(str(sweep_sae_training / spec.name), device=device, dtype=sae_dtype)
-                    for spec in specs}
-            for spec in specs:
-                check_top_n(top_n, spec.latents)
-                check_fits(saes[spec.name], lm, one)
-            together, sums, steps = SideBySide(saes), {}, len(groups) * len(layers)
-            for done, (name, group) in enumerate(groups.items(), place * len(groups)):
-                stats = paired_stats(lm, together, one, group, masks, tokens_per_batch=tokens_per_batch, work=work,
-                                     report=lambda f, done=done, steps=steps: report((done + f) / steps)).to_tensors()
-                sums[name] = split_domains(together.split({field: stats[field]
-                                                           for field in ("tokens", *sums_of("paper"))}))
-            rows = [_scored(spec, sweep_sae_training / spec.name, {name: own[spec.name] for name, own in sums.items()},
-                            top_n, sae_latents) for spec in specs]
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(rows), encoding="utf-8")
-            partial.rename(path)
-        found |= zip(specs, json.loads(path.read_text(encoding="utf-8")), strict=True)
+    found: dict[SaeSpec, dict[str, list[dict]]] = {}
+    for (one, specs), told in steps(_by_layer(axes).items(), report):
+        for spec in specs:
+            check_top_n(top_n, spec.latents)
+        together, sums = SideBySide({spec.name: load_sae(str(sweep_sae_training / spec.name), device=device,
+                                                         dtype=sae_dtype) for spec in specs}), {}
+        for (name, groups), part in steps({"": shift_groups, **domain_groups}.items(), told):
+            stats = paired_stats(lm, together, one, groups, masks, report=part, **passes).to_tensors()
+            sums[name] = split_domains(together.split({field: stats[field] for field in ("tokens", *sums_of("paper"))}))
+        for spec in specs:
+            found[spec] = _scored(spec, sweep_sae_training / spec.name, {
+                name: stats[spec.name] for name, stats in sums.items()}, top_n, sae_latents)
     rows = [{"axis": axis, "value": f"{getattr(spec, 'latents' if axis == 'width' else axis):,}", "own": spec == own,
              **row} for axis, specs in axes.items() for spec in specs for row in found[spec]["number"]]
     rows += [{"axis": "width_share", "value": f"{spec.latents:,}", "own": spec == own, **row}
              for spec in axes.get("width", ()) for row in found[spec]["share"]]
-    rows += [{"axis": "norms", "value": value, "own": kind == "number", **row}
-             for kind, value in (("number", "folded"), ("unfolded", "as trained")) if axes for row in found[own][kind]]
-    return _frame(rows, "layer", "latents", "k", "l0", "explained", "silent")
-
-
-def unfolded(stats: Stats, norms_L: torch.Tensor) -> Stats:
-    """The sums without decoder norms folded in; `norms_L` up to one common factor, which no correlation notices."""
-    return {**stats, "base_sum_L": stats["base_sum_L"] / norms_L,
-            "squared_difference_L": stats["squared_difference_L"] / norms_L**2}
+    rows += [{"axis": "norms", "value": value, "own": kind == "number", **row} for kind, value in (
+        ("number", "folded"), ("unfolded", "as trained")) if axes for row in found[own][kind]]
+    return pandas.DataFrame(rows, columns=[*COLUMNS, "layer", "latents", "k", "l0", "explained", "silent"])
 
 
 def _scored(spec: SaeSpec, folder: Path, sums: dict[str, Stats], top_n: int, sae_latents: int) -> dict[str, list[dict]]:
@@ -213,35 +184,36 @@ def _scored(spec: SaeSpec, folder: Path, sums: dict[str, Stats], top_n: int, sae
     quality = json.loads((folder / QUALITY).read_text(encoding="utf-8"))
     about = {**spec._asdict(), "l0": quality["l0"], "explained": quality["fraction_of_variance_explained"],
              "silent": quality["dead"] / spec.latents}
-    before = {name: unfolded(stats, norms_L) for name, stats in sums.items()}
-    share = same_fraction(top_n, sae_latents, spec.latents)
-    return {kind: [{**about, "domain": name, **{score: row[score] for score in SCORES}}
-                   for name, stats in of.items() if name
-                   for row in (score_domain("paper", stats, ranking(of[""])[:count]),)]
+    before, share = ({name: unfolded(stats, norms_L) for name, stats in sums.items()},
+                     same_fraction(top_n, sae_latents, spec.latents))
+    return {kind: _scores(chosen_by(of[""], count), {name: stats for name, stats in of.items() if name}, **about)
             for kind, of, count in (("number", sums, top_n), ("share", sums, share), ("unfolded", before, top_n))}
+
+
+def unfolded(stats: Stats, norms_L: torch.Tensor) -> Stats:
+    """The sums without decoder norms folded in; `norms_L` up to one common factor, which no correlation notices."""
+    return {**stats, "base_sum_L": stats["base_sum_L"] / norms_L,
+            "squared_difference_L": stats["squared_difference_L"] / norms_L**2}
 
 
 @stage("json", version=2, also=("sweep_latents", "sweep_settings", "sweep_saes", "evaluation_before",
                                 "evaluation_after"))
-def sweep_correlations(each_seed, sweep_seeds, seed, bootstrap, permutations, report):
+def sweep_correlations(each_seed, sweep_seeds, seed, bootstrap, permutations):
     """Correlation of each value's scores with the absolute change, mean over seeds; differences; the best by chance.
 
     values: `compare.Correlated`, where less is r of this value minus r of the run's own. claims: last minus first value
-    of the axes whose ends the paper compares. best: `compare.BestOf`, and less_own, its r minus that of the run's own
+    of the axes whose ends the paper compares. best: `compare.best_of`, and less_own, its r minus that of the run's own
     score. saes: r with the run's own SAE and with the sweep's middle one, and their difference.
     """
-    views = [own for own in each_seed if sweep_seeds is None or own.settings.seed in (seed, *sweep_seeds)]
-    places, frames = {axis: place for place, axis in enumerate(AXES)}, []
-    for own in views:
-        parts = [own.get(name)[list(COLUMNS)] for name in ("sweep_latents", "sweep_saes", "sweep_settings")]
-        frames.append(pandas.concat([part for part in parts if len(part)], ignore_index=True).sort_values(
-            "axis", key=lambda axis: axis.map(places), kind="stable", ignore_index=True))
+    runs = [own for own in each_seed if sweep_seeds is None or own.settings.seed in (seed, *sweep_seeds)]
+    frames = [pandas.concat([part for name in ("sweep_latents", "sweep_saes", "sweep_settings")
+                             if len(part := own.get(name)[COLUMNS])]).sort_values(
+        "axis", key=lambda axis: axis.map(AXES.index), kind="stable", ignore_index=True) for own in runs]
     changes = item_differences({own.settings.seed: (own.get("evaluation_before"), own.get("evaluation_after"))
-                                for own in views})
-    found: dict[str, list[dict]] = {}
-    for done, (measure, differences) in enumerate(changes.items(), 1):
+                                for own in runs})
+    found: dict[str, list[dict]] = {"values": [], "claims": [], "best": [], "saes": []}
+    for measure, differences in changes.items():
         for name, rows in sweeps_compared(measure, frames, differences, bootstrap=bootstrap,
                                           permutations=permutations, seed=seed).items():
-            found[name] = found.get(name, []) + rows
-        report(done / len(changes))
+            found[name] += rows
     return found

@@ -9,8 +9,8 @@ from sts.data.load import shared_questions
 from sts.engine.evaluate import evaluate
 from sts.engine.finetune import FineTuning, fine_tune
 from sts.errors import StsError
-from sts.measure.items import domain_shifts
-from sts.run.stage import stage
+from sts.measure.items import item_measures, item_shifts
+from sts.run.stage import stage, steps
 
 
 @stage("folder", version=2, parallel=True)
@@ -39,21 +39,18 @@ def sft_trials(fresh_lm, trial, sft_lr_tried, sft_epochs, sft_batch, sft_micro_b
     if not sft_lr_tried:
         raise StsError("sft_lr_tried is empty: name the learning rates to compare, such as [1.0e-4, 3.0e-4].")
     (train, held_out, seed), rows = trial, []
-    for place, lr in enumerate(sft_lr_tried):
-        finished = scratch / f"{lr:g}" / "row.json"
-        if not finished.is_file():  # else done before the stage was killed
-            log = fine_tune(fresh_lm("" if lora_rank else "float32"), train, held_out,
-                            FineTuning(sft_epochs, lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank,
-                                       lora_alpha, seed), finished.parent, work=work,
-                            report=lambda fraction, place=place: report((place + fraction) / len(sft_lr_tried)))
-            finished.write_text(json.dumps({"lr": lr} | {
-                name: log[name] for name in ("train", "held_out", "steps", "held_out_before", "held_out_after")}))
-        rows.append(json.loads(finished.read_text()))
+    for lr, told in steps(sft_lr_tried, report):
+        # A finished rate's checkpoints stay, so that a killed stage does not train it again.
+        log = fine_tune(fresh_lm("" if lora_rank else "float32"), train, held_out,
+                        FineTuning(sft_epochs, lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank, lora_alpha,
+                                   seed), scratch / f"{lr:g}", report=told, work=work)
+        rows.append({"lr": lr} | {name: log[name] for name in (
+            "train", "held_out", "steps", "held_out_before", "held_out_after")})
     return rows
 
 
 def _asked(questions, limit):
-    return [example for group in questions.values() for example in (group[:limit] if limit else group)]
+    return [example for group in questions.values() for example in group[:limit or None]]
 
 
 @stage("parquet", version=2)
@@ -74,4 +71,5 @@ def evaluation_after(tuned, train, questions, eval_limit, eval_batch, eval_kinds
 @stage("parquet", version=4)
 def domain_shift(evaluation_before, evaluation_after, bootstrap, seed):
     """Change of every measure that was evaluated, by domain, with intervals and McNemar's test."""
-    return domain_shifts(evaluation_before, evaluation_after, resamples=bootstrap, seed=seed)
+    before, after = item_measures(evaluation_before), item_measures(evaluation_after)
+    return item_shifts(before, after, resamples=bootstrap, seed=seed)

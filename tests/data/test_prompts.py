@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
+from sts.data.groups import demonstration_draws, own_questions
 from sts.data.load import Example, load_examples, split_options
 from sts.data.prompts import (
-    demonstration_draws,
     document_ids,
     make_group,
     make_prompt,
-    own_questions,
     paired_positions,
     question_text,
     render,
@@ -190,15 +189,6 @@ def test_a_template_that_rewrites_the_question_is_refused(chatml):
     tokenizer.chat_template = chatml.chat_template.replace("message['content']", "message['content'].upper()")
     with pytest.raises(StsError, match="template changes the question.*How many"):
         make_prompt(tokenizer, "How many?")
-
-
-def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(tokenizer):
-    length = len(make_prompt(tokenizer, QUESTION, DEMONSTRATIONS).ids)
-    assert len(make_prompt(tokenizer, QUESTION, DEMONSTRATIONS, context_length=length).ids) == length
-    with pytest.raises(StsError) as error:
-        make_prompt(tokenizer, QUESTION, DEMONSTRATIONS, context_length=length - 1)
-    assert f"{length} tokens" in str(error.value) and f"context of {length - 1}" in str(error.value)
-    assert "3 demonstrations" in str(error.value)
 
 
 # --- pairs ---

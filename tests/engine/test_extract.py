@@ -369,5 +369,9 @@ def test_a_solution_prompts_tokens_are_the_solution(lm_of, family):
         prompt = solution_prompt(lm.tokenizer, example)
         assert lm.tokenizer.decode(prompt.ids[slice(*prompt.question)]) == example.solution
         assert lm.tokenizer.decode(prompt.ids).count(example.question) == 1
-    with pytest.raises(StsError, match="q0 has .* tokens with its solution; the model's context is 10"):
-        solution_prompt(lm.tokenizer, QUESTIONS[0], context_length=10)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tiny_lm):
+    length = tiny_lm.context_length
+    with pytest.raises(StsError, match=f"prompt of {length + 1} tokens does not fit the model's context of {length}"):
+        Extractor(tiny_lm, 0, 64).tokens([[1] * (length + 1)], [(0, 2)])

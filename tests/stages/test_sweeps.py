@@ -128,7 +128,7 @@ def test_unfolding_gives_the_sums_of_the_latents_before():
 
 def test_a_runs_values_are_sorted_around_its_own():
     own = {"demonstrations": 2, "score_tokens": 100}
-    assert sweeps.forecast_values(own, {"demonstrations": [3, 1], "score_tokens": []}, ["whole_prompt"]) == [
+    assert sweeps.forecast_values(own, ([3, 1], []), ["whole_prompt"]) == [
         ("demonstrations", "1", {"demonstrations": 1}), ("demonstrations", "2", {}),
         ("demonstrations", "3", {"demonstrations": 3}), ("masks", "as in this run", {}),
         ("masks", "template too", {"question_tokens_only": False})]
@@ -261,25 +261,6 @@ def test_saes_that_were_trained_before_a_kill_are_kept(tmp_path, monkeypatch):
         fresh.get("sweep_sae_training")
     fresh.get("sweep_sae_training")
     assert trained == [4, 8, 8]
-
-
-def test_a_layer_that_was_read_before_a_kill_is_not_read_again(run, monkeypatch):
-    folder, frame = run.store.scratch("sweep_saes", run.key("sweep_saes")), run.get("sweep_saes")
-    run.store.path("sweep_saes", run.key("sweep_saes"), "parquet").unlink()
-    again = sts.open_run("smoke", results=run.results)
-    calls, read = [], sweeps.check_fits
-
-    def second_layer_is_killed(sae, lm, layer):
-        calls.append(layer)
-        if calls.count(1) == 1 and layer == 1:
-            raise KeyboardInterrupt
-        return read(sae, lm, layer)
-
-    monkeypatch.setattr(sweeps, "check_fits", second_layer_is_killed)
-    with pytest.raises(KeyboardInterrupt):
-        again.get("sweep_saes")
-    assert (folder / "layer-0.json").is_file()
-    assert again.get("sweep_saes").equals(frame) and calls == [0, 0, 0, 1, 1]
 
 
 # --- comparisons --------------------------------------------------------------------------------------------------

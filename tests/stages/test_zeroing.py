@@ -15,7 +15,7 @@ from sts.run import resources
 
 
 def solution_prompts(lm, held_out):
-    return [solution_prompt(lm.tokenizer, example, context_length=lm.context_length) for example in held_out]
+    return [solution_prompt(lm.tokenizer, example) for example in held_out]
 
 
 KINDS = ("most_shifted", "most_active", "random", "matched")
@@ -63,7 +63,8 @@ def bits_by_hand(run, lm, latents, limit=float("inf")) -> dict[str, float]:
 def sets_of(run):
     values_TL = resources.reader(run).encode(solution_states(run, resources.tuned(run))).double()
     return sets_to_zero(split_domains(run.get("sft_shift"))["sae"]["squared_difference_L"], values_TL.square().mean(0),
-                        run.settings.ablation_latents, run.settings.ablation_draws, run.settings.seed), values_TL
+                        run.settings.ablation_latents, run.settings.ablation_draws, run.settings.seed,
+                        (values_TL > 0).double().mean(0)), values_TL
 
 
 def test_bits_rates_and_energies_are_those_of_the_latents_taken_out(run, tuned):
