@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas
+import papermill
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -243,7 +244,7 @@ def test_an_unknown_or_ill_typed_parameter_lists_the_valid_ones(chapter, paramet
     with pytest.raises(StsError) as error:
         book.check_parameters(chapter, "smoke", parameters)
     assert named in str(error.value)
-    valid = set(book.chapter_parameters(chapter)) - {"run"}
+    valid = set(papermill.inspect_notebook(str(book.chapter_source(chapter)))) - {"run"}
     types = {"eval_kinds": "list"}
     assert valid and all(f"{name} ({types.get(name, 'int')})" in str(error.value) for name in valid)
 
@@ -307,7 +308,7 @@ def test_a_notebook_declares_the_run_and_a_profile_that_exists(path):
 
 @every_notebook
 def test_papermill_sees_every_parameter_with_its_type_and_meaning(path):
-    seen = book.chapter_parameters(path.stem)
+    seen = papermill.inspect_notebook(str(path))
     assert {name: item["inferred_type_name"] for name, item in seen.items()} == \
         {name: annotation for name, (annotation, _) in declared(path).items()}
     assert set(annotation for annotation, _ in declared(path).values()) <= {"str", "int", "float", "bool", "list"}

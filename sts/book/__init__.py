@@ -1,6 +1,6 @@
-"""Results in, pages out: `open_page` opens a chapter's run; `figures` are drawn from rows."""
+"""Results in, pages out: `Page` is a chapter's page on a run; `figures` are drawn from rows."""
 
 from sts.book import figures
-from sts.book.page import Page, open_page
+from sts.book.page import Page
 
-__all__ = ["Page", "figures", "open_page"]
+__all__ = ["Page", "figures"]

@@ -9,13 +9,12 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sts.book.tables import shown
-from sts.errors import ROOT, StsError, one_of
+from sts.errors import ROOT
 
 HELD, IN_PART, NOT_HELD, NOT_TESTABLE, NOT_DONE = WORDS = (
     "held", "in part", "not held", "not testable here", "not done yet")
@@ -25,18 +24,20 @@ ALPHA = 0.05
 MARGIN = 1.25
 
 
-class NotDone(StsError):
-    """A result that a claim rests on is not there."""
-
-
 @dataclass(frozen=True)
-class Estimate:
-    """A number with its 95% interval and p, as far as it has them."""
+class Evidence:
+    """What a run has to say on a claim: a number with its 95% interval and p, as far as it has them, and what a rule
+    compares it with."""
 
     value: float | None
     low: float | None = None
     high: float | None = None
     p: float | None = None
+    n: int | None = None
+    of: str = "domains"  # what n counts
+    against: Mapping[str, Evidence] = field(default_factory=dict)  # further numbers, by name, in the rule's order
+    fair: bool = True  # whether random sets match what they are compared with
+    unable: str = ""  # why the claim cannot be tested in this run
 
     @property
     def above(self) -> bool:
@@ -44,34 +45,17 @@ class Estimate:
         return self.low is not None and self.low > 0 and (self.p is None or self.p < ALPHA)
 
 
-@dataclass(frozen=True)
-class Evidence(Estimate):
-    """What a run has to say on a claim: a number, what it rests on, and what a rule compares it with."""
-
-    n: int | None = None
-    of: str = "domains"  # what n counts
-    seeds: int = 1  # that the number is averaged over
-    against: Mapping[str, Estimate] = field(default_factory=dict)  # further numbers, by name, in the rule's order
-    fair: bool = True  # whether random sets match what they are compared with
-    unable: str = ""  # why the claim cannot be tested in this run
-
-    @property
-    def others(self) -> Sequence[Estimate]:
-        """The numbers of `against`."""
-        return tuple(self.against.values())
-
-
 # --- the rules ----------------------------------------------------------------------------------------------------
 
 def positive(found: Evidence) -> str:
     """Held if the 95% interval of every number lies above zero with p below 0.05; otherwise not held."""
-    return HELD if all(one.above for one in (found, *found.others)) else NOT_HELD
+    return HELD if all(one.above for one in (found, *found.against.values())) else NOT_HELD
 
 
 def difference(found: Evidence) -> str:
     """Held if the 95% interval of every difference lies above zero, with p below 0.05 where there is a p; in part if
     only that of the first does; otherwise not held."""
-    return NOT_HELD if not found.above else HELD if all(one.above for one in found.others) else IN_PART
+    return NOT_HELD if not found.above else HELD if all(one.above for one in found.against.values()) else IN_PART
 
 
 def at_least(found: Evidence, bound: float) -> str:
@@ -84,30 +68,29 @@ def apart(found: Evidence) -> str:
     """Held if the 95% interval lies above all that it is compared with, in part if above the first alone; otherwise not
     held. Codes are compared as they are: where activity is concentrated, a change tends to be."""
     low = -math.inf if found.low is None else found.low
-    above = [low > (one.high or one.value or 0) for one in found.others]
-    return HELD if above and all(above) else IN_PART if any(above[:1]) else NOT_HELD
+    first, *others = (low > (one.high or one.value or 0) for one in found.against.values())
+    return NOT_HELD if not first else HELD if all(others) else IN_PART
 
 
 def all_above(found: Evidence) -> str:
     """Held if demonstrations name more than each list that needs none, every difference with its whole 95% interval
     above zero; in part if not, but more than random lists share among the latents that change at all, with p below
     0.05; otherwise not held."""
-    if found.against and all(one.above for one in found.others):
-        return HELD
-    return IN_PART if found.p is not None and found.p < ALPHA else NOT_HELD
+    partly = IN_PART if found.p is not None and found.p < ALPHA else NOT_HELD
+    return HELD if all(one.above for one in found.against.values()) else partly
 
 
 def rarer_than(found: Evidence) -> str:
     """Held if the number is above zero and at most 5% of random sets of each kind reach it, where these match the
     chosen latents' firing rate and energy to a tenth and are not nearly one and the same set; otherwise not held."""
-    rare = all(one.p is not None and one.p <= ALPHA for one in found.others)
-    return HELD if rare and found.fair and (found.value or 0) > 0 else NOT_HELD
+    rare = all(one.fair and one.p is not None and one.p <= ALPHA for one in found.against.values())
+    return HELD if rare and (found.value or 0) > 0 else NOT_HELD
 
 
 def no_more_than_chance(found: Evidence) -> str:
     """Held if more than 5% of shuffled targets reach each number; otherwise not held. Few domains cannot tell a small
     correlation from none, so that held is weak evidence."""
-    return HELD if all(one.p is not None and one.p > ALPHA for one in (found, *found.others)) else NOT_HELD
+    return HELD if all(one.p is not None and one.p > ALPHA for one in (found, *found.against.values())) else NOT_HELD
 
 
 def specific(found: Evidence) -> str:
@@ -116,20 +99,20 @@ def specific(found: Evidence) -> str:
     sets; in part if all but the last holds; otherwise not held."""
     if not found.above:
         return NOT_HELD
-    return HELD if all(one.p is not None and one.p < ALPHA for one in found.others) else IN_PART
+    return HELD if all(one.p is not None and one.p < ALPHA for one in found.against.values()) else IN_PART
 
 
 def own_list(found: Evidence) -> str:
     """Held if lists share more with their own training set's change than with the others', and by more than lists by
     firing rate do, each with p below 0.05 over orders of the sets; otherwise not held."""
-    leads = (found, *found.others)
+    leads = (found, *found.against.values())
     return HELD if all((one.value or 0) > 0 and one.p is not None and one.p < ALPHA for one in leads) else NOT_HELD
 
 
 def cheaper(found: Evidence) -> str:
     """Held if finding out costs more than 1.25 times as much as the forecast, in seconds and in passes; in part if in
     one of the two; otherwise not held. Training the SAE is not counted."""
-    above = [(one.value or 0) > MARGIN for one in (found, *found.others)]
+    above = [(one.value or 0) > MARGIN for one in (found, *found.against.values())]
     return HELD if all(above) else IN_PART if any(above) else NOT_HELD
 
 
@@ -169,31 +152,18 @@ class Claim:
         bound = "" if self.bound is None else f"The bound is {self.bound:{self.form}}."
         return " ".join(f"{RULES[self.rule].__doc__} {bound} {self.note}".split())
 
-    def number(self, one: Estimate) -> str:
+    def number(self, one: Evidence) -> str:
         """A number with its interval, as text."""
         value, *ends = (shown(f"{{end:{self.form}}}", end=end) for end in (one.value, one.low, one.high))
         return f"{value} ({ends[0]} to {ends[1]})" if all(ends) else value
 
 
 @functools.cache
-def read_claims(path: Path = ROOT / "book" / "claims.yaml") -> tuple[dict[str, dict[str, str]], dict[str, Claim]]:
-    """The paper's results by name (name, says, paper, chapter), and all claims by id.
-
-    Raises:
-        StsError: an unknown rule or result, or an id twice.
-    """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    results = {row["name"]: {"chapter": "", **row} for row in content["results"]}
-    listed = [Claim(**{"arguments" if name == "with" else name: value for name, value in row.items()})
-              for row in content["claims"]]
-    for claim in listed:
-        if claim.rule not in RULES:
-            raise one_of("Rule", claim.rule, RULES)
-        if claim.result and claim.result not in results:
-            raise one_of("Result", claim.result, results)
-    if len({claim.id for claim in listed}) < len(listed):
-        raise StsError(f"{path.name} has two claims of one id.")
-    return results, {claim.id: claim for claim in listed}
+def read_claims() -> tuple[dict[str, dict[str, str]], dict[str, Claim]]:
+    """The paper's results by name (name, says, paper, chapter), and all claims by id."""
+    content = yaml.safe_load((ROOT / "book" / "claims.yaml").read_text(encoding="utf-8"))
+    claims = [Claim(arguments=row.pop("with", {}), **row) for row in content["claims"]]
+    return {row["name"]: row for row in content["results"]}, {claim.id: claim for claim in claims}
 
 
 def together(words: Sequence[str]) -> str:

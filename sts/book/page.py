@@ -1,18 +1,20 @@
-"""A chapter's page: its run, claim cards, tables, figures under tabs, other runs, provenance; HTML, escaped."""
+"""A chapter's page: its run, claim cards, tables, tabs of figures, latents, other runs, provenance; HTML, escaped."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from IPython.display import HTML, display
+from IPython.display import HTML
 from matplotlib.figure import Figure
 
-from sts.book import claims, evidence, latent_cards, tables
+from sts.book import claims, evidence, tables
 from sts.errors import ROOT, StsError, one_of
 
 if TYPE_CHECKING:
@@ -23,35 +25,27 @@ MEASURES = ("bits", "p_right", "accuracy", "accuracy_generated")
 #: What is shown of a stage's provenance.
 SHOWN = ("key", "settings", "inputs", "seed", "finished", "seconds", "work", "process_peak_memory_mb", "device",
          "withheld", "python", "versions", "commit")
-
-
-def open_page(chapter: str, run: str = "laptop", *, banner: bool = True, **parameters: Any) -> Page:
-    """Open a chapter's page on a run, a profile's name or a YAML file, and show which run it is.
-
-    Args:
-        parameters: settings to change; None leaves the profile's own.
-    """
-    import sts
-
-    page = Page(chapter, sts.open_run(run, **parameters))
-    if banner:
-        display(page.banner())
-    return page
+#: Tokens of chat templates, and the roles that follow one of them.
+TEMPLATE = re.compile(r"<\|[\w-]+\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad)>")
+ROLES = ("system", "user", "assistant", "model")
 
 
 class Page:
-    """What the cells of a chapter ask for; every method's result is the last expression of its cell."""
+    """What the cells of a chapter ask for; every method's result is the last expression of its cell.
 
-    def __init__(self, chapter: str, run: OpenRun):
-        self.chapter, self.run, self.settings = chapter, run, run.settings
-        self._tabs = 0
+    Args:
+        run: a profile's name, a YAML file, or an open run.
+        parameters: settings to change; None leaves the profile's own.
+    """
+
+    def __init__(self, chapter: str, run: str | OpenRun = "laptop", **parameters: Any):
+        import sts
+
+        self.run = sts.open_run(run, **parameters) if isinstance(run, str) else run
+        self.chapter, self.settings, self._tabs = chapter, self.run.settings, 0
 
     def __getitem__(self, stage: str) -> Any:
         return self.run.get(stage)
-
-    def stored(self, stage: str) -> Any:
-        """The stage's result, or None where it would have to be computed."""
-        return self.run.get(stage) if evidence.is_stored(self.run, stage) else None
 
     @property
     def measures(self) -> list[str]:
@@ -76,7 +70,7 @@ class Page:
         """See `tables.table`."""
         return HTML(tables.table(rows, columns, fold))
 
-    def tabs(self, figures: Mapping[str, Figure], alt: str, caption: str = "") -> HTML:
+    def tabs(self, figures: Mapping[str, Figure], alt: str, caption: str) -> HTML:
         """Figures under tabs, for further measures of the same; the first is shown."""
         self._tabs += 1
         group, parts = f"{self.chapter}-tabs-{self._tabs}", []
@@ -87,8 +81,7 @@ class Page:
             parts.append(f'<input type="radio" name="{group}" id="{group}-{place}"{" checked" * (place == 0)}>'
                          f'<label for="{group}-{place}">{escape(label)}</label>'
                          f'<figure><img alt="{told}" src="data:image/png;base64,{data}"></figure>')
-        below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-        return HTML(f'<div class="sts-tabs">{"".join(parts)}{below}</div>')
+        return HTML(f'<div class="sts-tabs">{"".join(parts)}<figcaption>{escape(caption)}</figcaption></div>')
 
     # --- claims
 
@@ -101,46 +94,53 @@ class Page:
 
     def _card(self, claim: claims.Claim) -> str:
         found, word, reason = evidence.weigh(self.run, claim)
-        rows = [("the paper", escape(claim.paper))] if claim.paper else []
+        lines = f"<tr><th>the paper</th><td>{escape(claim.paper)}</td></tr>" if claim.paper else ""
         details = "".join(f"<p>{escape(text)}</p>" for text in (claim.rule_text, reason) if text)
         if found:
-            rows.append(("this run", _number(claim, found)))
+            lines += f"<tr><th>this run</th><td>{self._number(claim, found)}</td></tr>"
             details += tables.table([{"what": name, "number": claim.number(one), "p": one.p}
                                      for name, one in {"judged": found, **found.against}.items()],
                                     {"": "what", "with 95% interval": "number", "p": "{p:.2g}"})
-        lines = "".join(f"<tr>{tables.cells([name], 'th')}<td>{text}</td></tr>" for name, text in rows)
         return (f'<section class="sts-card">{_pill(word)}<p class="sts-says">{escape(claim.says)}</p>'
                 f"<table>{lines}</table>{tables.folded('The rule and the numbers behind it', details)}</section>")
+
+    def _number(self, claim: claims.Claim, found: claims.Evidence) -> str:
+        n = f"n = {found.n:,} {found.of}, " if found.n else ""
+        seeds = 1 + (len(self.run.other_seeds) if claim.learned == "every" else 0)
+        return f"{escape(claim.number(found))} <small>{escape(n)}{seeds} seed{'s' * (seeds > 1)}</small>"
 
     def scorecard(self) -> HTML:
         """A row for each of the paper's results, from the records of claims and what is stored; counted at the top."""
         results, known = claims.read_claims()
-        run, rows, words = evidence.Stored(self.run), [], []
+        run, rows, words = evidence.Stored(self.run), "", []
         for name, result in results.items():
             own = [(claim, *evidence.weigh(run, claim)[:2]) for claim in known.values() if claim.result == name]
             words.append(claims.together([word for *_, word in own]))
-            ours = "".join(f"<div>{escape(claim.label)}: {_number(claim, found)} {_pill(word, 'sts-small')}</div>"
+            ours = "".join(f"<div>{escape(claim.label)}: {self._number(claim, found)} {_pill(word, 'sts-small')}</div>"
                            for claim, found, word in own if found)
-            link = f'<a href="{result["chapter"]}.html">{escape(name)}</a>' if result["chapter"] else escape(name)
-            rows.append(f"<tr><td>{link}</td><td>{_pill(words[-1])}</td>"
-                        f"{tables.cells((result['says'], result['paper']))}"
-                        f"<td>{ours}</td>{tables.cells([self.settings.name])}</tr>")
+            link = f'<a href="{result["chapter"]}.html">{escape(name)}</a>' if "chapter" in result else escape(name)
+            rows += (f"<tr><td>{link}</td><td>{_pill(words[-1])}</td>{tables.cells((result['says'], result['paper']))}"
+                     f"<td>{ours}</td>{tables.cells([self.settings.name])}</tr>")
         counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
         head = ("of the paper", "verdict", "claim", "the paper", "here, with 95% interval", "run")
         return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scroll">'
                     f'<table class="dataframe sts-scorecard"><thead><tr>{tables.cells(head, "th")}</tr></thead>'
-                    f"<tbody>{''.join(rows)}</tbody></table></div>")
+                    f"<tbody>{rows}</tbody></table></div>")
 
     # --- latents, other runs, texts, provenance
 
     def latents(self, count: int = 10) -> HTML:
-        """Cards of the latents of stage `latent_examples`, with what further stages on them are stored."""
-        found, note = self["latent_examples"][:count], str(self.texts_note("latent_examples").data)
-        more: dict[int, dict] = {}
+        """Cards of the latents of stage `latent_examples`: texts they fire on, tokens they promote and demote, how
+        strongly they fire. Where texts are withheld, of further stages only what is stored."""
+        note = str(self.texts_note("latent_examples").data)
+        found = {card["latent"]: card for card in self["latent_examples"][:count]}
         for stage in ("latent_logits", "latent_strengths"):
-            for row in (self.stored(stage) if note else self[stage]) or ():
-                more.setdefault(row["latent"], {}).update(row)
-        return HTML(note + latent_cards.cards(found, more, sae=self.settings.sae, texts=not note))
+            for row in self[stage] if not note or evidence.is_stored(self.run, stage) else ():
+                if row["latent"] in found:
+                    found[row["latent"]] = {**row, **found[row["latent"]]}
+        address = _neuronpedia(self.settings.sae)
+        cards = "".join(_latent_card(card, address, texts=not note) for card in found.values())
+        return HTML(f'{note}<div class="sts-cards">{cards}</div>')
 
     def others(self, *stages: str) -> dict[str, OpenRun]:
         """The book's other recorded runs that have these stages; nothing of them is computed."""
@@ -148,12 +148,10 @@ class Page:
 
         found = {}
         for name in sorted(folder.name for folder in (ROOT / "data" / "recorded").iterdir()):
-            try:
+            with contextlib.suppress(StsError):  # a profile out of date must not stop the pages of all others
                 other = sts.open_run(name).only_recorded()
-            except StsError:  # a profile out of date must not stop the pages of all others
-                continue
-            if name != self.settings.name and all(evidence.is_stored(other, stage) for stage in stages):
-                found[name] = other
+                if name != self.settings.name and all(other.stored(stage) for stage in stages):
+                    found[name] = other
         return found
 
     def texts_note(self, stage: str) -> HTML:
@@ -171,20 +169,69 @@ class Page:
         blocks = []
         for stage in self.run.used:
             if record := self.run.provenance(stage):
-                shown = {name: record[name] for name in SHOWN if record.get(name) not in (None, "", {})}
                 blocks.append(tables.table(
                     [{"": name, "recorded": value if isinstance(value, str) else json.dumps(value)}
-                     for name, value in shown.items()], fold=stage))
+                     for name in SHOWN if (value := record.get(name)) not in (None, "", {})], fold=stage))
         return HTML(tables.folded(f"Where the numbers come from: run {self.settings.name}, {len(blocks)} stages",
                                   "".join(blocks), "sts-provenance"))
-
-
-def _number(claim: claims.Claim, found: claims.Evidence) -> str:
-    """HTML: the number with its interval, n and seeds."""
-    n = f"n = {found.n:,} {found.of}, " if found.n else ""
-    return f"{escape(claim.number(found))} <small>{escape(n)}{found.seeds} seed{'s' * (found.seeds > 1)}</small>"
 
 
 def _pill(word: str, more: str = "") -> str:
     """HTML: a verdict as a coloured word."""
     return f'<span class="sts-verdict sts-{word.replace(" ", "-")} {more}">{word}</span>'
+
+
+# --- cards of latents ---------------------------------------------------------------------------------------------
+
+def _latent_card(card: Mapping, address: str, *, texts: bool) -> str:
+    title = f"Latent {card['latent']}"
+    title = f'<a href="{escape(address)}/{card["latent"]}">{title}</a>' if address else title
+    lines = [f"fires on {card['rate']:.2%} of tokens, at most {card['contexts'][0]['value']:.1f}"]
+    for name in ("promoted", "demoted"):
+        tokens = [escape(token.strip() or repr(token)) for token in card.get(name, ()) if not TEMPLATE.search(token)]
+        lines += [f"{name}: " + " ".join(f"<code>{token}</code>" for token in tokens)] * bool(tokens)
+    parts = [f'<p class="sts-rate">{line}</p>' for line in lines] + [_histogram(card.get("histogram", ()))]
+    for name, contexts in (("strongest", card["contexts"]), ("of middling strength", card.get("middling", ()))):
+        shown = [_shaded(context) for context in contexts if texts and context["peak"] in _text_span(context)]
+        parts += [f'<p class="sts-rate">{name}</p>' * bool(shown)]
+        parts += [f"<blockquote>{text}</blockquote>" for text in shown]
+    return f'<div class="sts-latent-card"><h4>{title}</h4>{"".join(parts)}</div>'
+
+
+def _neuronpedia(sae: str) -> str:
+    """The address under which Neuronpedia shows an SAE's latents; "" where sae-lens' registry names none."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    release, _, name = sae.partition("/")
+    known = get_pretrained_saes_directory().get(release)
+    place = known.neuronpedia_id.get(name) if known else None
+    return f"https://www.neuronpedia.org/{place}" if place else ""
+
+
+def _text_span(context: Mapping) -> range:
+    """Places of the tokens around the peak up to the next template token on either side, without a role's name."""
+    tokens, peak = context["tokens"], context["peak"]
+    marks = [place for place, token in enumerate(tokens) if TEMPLATE.search(token)]
+    first = max((place + 1 for place in marks if place <= peak), default=0)
+    last = min((place for place in marks if place >= peak), default=len(tokens))
+    while first < last and (not tokens[first].strip() or (first - 1 in marks and tokens[first].strip() in ROLES)):
+        first += 1
+    return range(first, last)
+
+
+def _shaded(context: Mapping) -> str:
+    largest, spans = max(context["values"]) or 1.0, []
+    for place in _text_span(context):
+        text, value = escape(context["tokens"][place]).replace("\n", "&#8629;"), context["values"][place]
+        colour = f"rgba(230, 159, 0, {0.15 + 0.6 * value / largest:.2f})"
+        spans.append(f'<span class="sts-tok" style="background-color: {colour}" title="{value:.2f}">{text}</span>'
+                     if value > 0 else text)
+    return "".join(spans)
+
+
+def _histogram(counts: Sequence[int]) -> str:
+    """Bars whose height is the number of digits."""
+    bars = "".join(f'<span style="height: {100 * len(str(count)) / len(str(max(counts))) if count else 0:.0f}%"></span>'
+                   for count in counts)
+    label = f"Tokens by strength, from weak to strong: {', '.join(map(str, counts))}"
+    return f'<div class="sts-histogram" role="img" aria-label="{label}">{bars}</div>' if counts else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import string
 from collections.abc import Callable, Mapping
 from html import escape
@@ -16,19 +15,11 @@ Column = str | Callable[[dict], Any]
 class _Formats(string.Formatter):
     """`str.format` that stops at what is absent, None or NaN, and never says "-0.00"."""
 
-    def get_field(self, name, args, kwargs):
-        value, first = super().get_field(name, args, kwargs)
-        if _unknown(value):
-            raise KeyError(name)
-        return value, first
-
     def format_field(self, value, spec):
+        if value is None or value != value:
+            raise TypeError
         text = super().format_field(value, spec)
         return text if set("123456789") & set(text) or not isinstance(value, float) else text.lstrip("+-")
-
-
-def _unknown(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)
 
 
 def shown(text: str, **values: Any) -> str:
@@ -40,21 +31,21 @@ def shown(text: str, **values: Any) -> str:
 
 
 def rows_of(rows: Any) -> list[dict]:
-    """A frame, a list of dicts or dataclasses, or a single one of these, as dicts."""
+    """A frame, a list of dicts or dataclasses, or a single dict, as dicts."""
     if isinstance(rows, pandas.DataFrame):
         return rows.to_dict("records")
-    listed: Any = [rows] if isinstance(rows, Mapping) or hasattr(rows, "__dataclass_fields__") else rows
-    return [dict(row) if isinstance(row, Mapping) else dataclasses.asdict(row) for row in listed]
+    return [dict(row) if isinstance(row, Mapping) else vars(row)
+            for row in ([rows] if isinstance(rows, Mapping) else rows)]
 
 
 def value_of(row: Any, path: str | None) -> Any:
     """The value of a field, None where it is not known; dots reach into dicts ("pearson_interval.low")."""
-    for part in [] if not path else [path] if path in row else path.split("."):
+    for part in [path] if not path or path in row else path.split("."):
         row = row.get(part) if isinstance(row, Mapping) else None
-    return None if not path or _unknown(row) else row
+    return row if row == row else None  # NaN
 
 
-def cell(row: dict, column: Column) -> str:
+def _cell(row: dict, column: Column) -> str:
     """What a column shows of a row: a field, a format (anything with a brace) or what a function returns."""
     if isinstance(column, str) and "{" in column:
         return shown(column, **row)
@@ -67,10 +58,11 @@ def cell(row: dict, column: Column) -> str:
 
 
 def table(rows: Any, columns: Mapping[str, Column] | None = None, fold: str | None = None) -> str:
-    """An HTML table that scrolls inside its own box; see `rows_of` and, for columns by heading, `cell`."""
+    """An HTML table that scrolls inside its own box; see `rows_of`. Columns by heading: a field, a format (anything
+    with a brace) or a function of the row."""
     listed = rows_of(rows)
     columns = columns or {name: name for name in (listed[0] if listed else ())}
-    body = "".join(f"<tr>{cells(cell(row, column) for column in columns.values())}</tr>" for row in listed)
+    body = "".join(f"<tr>{cells(_cell(row, column) for column in columns.values())}</tr>" for row in listed)
     found = (f'<div class="sts-scroll"><table class="dataframe"><thead><tr>{cells(columns, "th")}</tr></thead>'
              f"<tbody>{body}</tbody></table></div>")
     return folded(fold, found) if fold else found

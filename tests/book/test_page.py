@@ -10,9 +10,10 @@ import pandas
 import pytest
 from bs4 import BeautifulSoup
 
-from sts.book import claims, evidence, latent_cards, tables
+from sts.book import claims, evidence, tables
 from sts.book.page import Page
 from sts.errors import ROOT, StsError
+from sts.run.recorded import BLANK
 
 
 def soup(shown):
@@ -74,53 +75,6 @@ def test_a_table_takes_frames_and_dataclasses_and_folds():
     found = soup(tables.table([Row("a", 0.12345), Row("b", None)], fold="All <rows>"))
     assert texts(found.select("td")) == ["a", "0.123", "b", ""] and found.summary.get_text() == "All <rows>"
     assert "open" not in found.details.attrs
-
-
-# --- latent cards -------------------------------------------------------------------------------------------------
-
-
-def context(*tokens, peak, value=3.0):
-    return {
-        "value": value,
-        "peak": peak,
-        "tokens": list(tokens),
-        "values": [value if place == peak else 0.0 for place in range(len(tokens))],
-    }
-
-
-def test_cards_show_text_and_no_template():
-    card = {
-        "latent": 7,
-        "rate": 0.0123,
-        "contexts": [
-            context("<|im_start|>", "user", "\n", "What", " is", " <b>", "?", "<|im_end|>", "\n", peak=4),
-            context("no", "<|im_start|>", "assistant", peak=1),
-        ],
-    }
-    more = {
-        "promoted": [" maths", "<|im_end|>", "\n"],
-        "demoted": ["<i>"],
-        "histogram": [100, 10, 0, 1],
-        "middling": [context("a", " mid", peak=1)],
-    }
-    found = soup(latent_cards.cards([card], {7: more}, sae="data/sae/x", texts=True))
-    said = texts(found.select("blockquote"))
-    assert "What is <b>?" in said and "a mid" in said and not any("<|" in text or "user" in text for text in said)
-    assert texts(found.select("code")) == ["maths", "'\\n'", "<i>"] and not found.select("b, i, a")
-    assert texts(found.select(".sts-tok")) == ["is", "mid"]
-    heights = [
-        float(bar["style"].removeprefix("height: ").removesuffix("%")) for bar in found.select(".sts-histogram span")
-    ]
-    assert heights == [100, 67, 0, 33]  # the number of digits
-    hidden = soup(latent_cards.cards([card], {}, sae="data/sae/x", texts=False))
-    assert "What" not in hidden.get_text() and "fires on 1.23% of tokens, at most 3.0" in hidden.get_text()
-
-
-def test_public_saes_have_a_link_to_neuronpedia():
-    assert latent_cards.neuronpedia("data/sae/ours") == latent_cards.neuronpedia("train") == ""
-    assert latent_cards.neuronpedia("no-such-release/layer") == ""
-    known = latent_cards.neuronpedia("llama-3-8b-it-res-jh/blocks.25.hook_resid_post")
-    assert known.startswith("https://www.neuronpedia.org/llama3-8b-it/25-")
 
 
 # --- verdicts as coloured words -----------------------------------------------------------------------------------
@@ -254,7 +208,71 @@ def test_tabs_hold_a_figure_each_and_show_the_first(tmp_path):
     assert found.input["name"] != again.input["name"]  # two sets of tabs on a page do not switch each other
 
 
-def test_what_is_not_stored_is_none_and_measures_have_an_order(tmp_path):
+def test_measures_have_an_order(tmp_path):
     page = Page("x", Run(tmp_path, domain_shift=pandas.DataFrame({"measure": ["accuracy", "bits", "bits", "p_right"]})))
-    assert page.stored("scores") is None and page.measures == ["bits", "p_right", "accuracy"] and page.primary == "bits"
+    assert page.measures == ["bits", "p_right", "accuracy"] and page.primary == "bits"
     assert not evidence.is_stored(page.run, "scores")
+
+
+# --- latent cards -------------------------------------------------------------------------------------------------
+
+
+def context(*tokens, peak, value=3.0):
+    return {
+        "value": value,
+        "peak": peak,
+        "tokens": list(tokens),
+        "values": [value if place == peak else 0.0 for place in range(len(tokens))],
+    }
+
+
+def test_cards_show_text_and_no_template(tmp_path):
+    card = {
+        "latent": 7,
+        "rate": 0.0123,
+        "contexts": [
+            context("<|im_start|>", "user", "\n", "What", " is", " <b>", "?", "<|im_end|>", "\n", peak=4),
+            context("no", "<|im_start|>", "assistant", peak=1),
+        ],
+    }
+    logits = {
+        "latent": 7,
+        "promoted": [" maths", "<|im_end|>", "\n"],
+        "demoted": ["<i>"],
+    }
+    strengths = {
+        "latent": 7,
+        "histogram": [100, 10, 0, 1],
+        "middling": [context("a", " mid", peak=1)],
+    }
+    run = Run(tmp_path, latent_examples=[card], latent_logits=[logits, {"latent": 8}], latent_strengths=[strengths])
+    found = soup(Page("x", run).latents())
+    said = texts(found.select("blockquote"))
+    assert "What is <b>?" in said and "a mid" in said and not any("<|" in text or "user" in text for text in said)
+    assert texts(found.select("code")) == ["maths", "'\\n'", "<i>"] and not found.select("b, i, a")
+    assert texts(found.select(".sts-tok")) == ["is", "mid"]
+    heights = [
+        float(bar["style"].removeprefix("height: ").removesuffix("%")) for bar in found.select(".sts-histogram span")
+    ]
+    assert heights == [100, 67, 0, 33]  # the number of digits
+    blank = card | {"contexts": [context(BLANK, peak=0)]}  # as recorded: without texts, and not every stage
+    hidden = soup(Page("x", Run(tmp_path, latent_examples=[blank], latent_logits=[logits])).latents())
+    assert not hidden.select("blockquote") and "fires on 1.23% of tokens, at most 3.0" in hidden.get_text()
+    assert "The texts are not here." in hidden.get_text() and texts(hidden.select("code"))[-1] == "<i>"
+
+
+@pytest.mark.parametrize(
+    ("sae", "address"),
+    [
+        ("data/sae/ours", None),
+        ("train", None),
+        ("no-such-release/layer", None),
+        ("llama-3-8b-it-res-jh/blocks.25.hook_resid_post", "https://www.neuronpedia.org/llama3-8b-it/25-"),
+    ],
+)
+def test_public_saes_have_a_link_to_neuronpedia(tmp_path, sae, address):
+    card = {"latent": 7, "rate": 0.0123, "contexts": [context("a", peak=0)]}
+    run = Run(tmp_path, latent_examples=[card], latent_logits=[], latent_strengths=[])
+    run.settings.sae = sae
+    links = soup(Page("x", run).latents()).select("a")
+    assert [link["href"].startswith(address) for link in links] == [True] * bool(address)
