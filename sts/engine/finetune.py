@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,11 @@ class FineTuning:
 
 
 def tokens_to_train_on(tokenizer, examples: list[Example], max_length: int) -> tuple[list[dict], dict[str, list[str]]]:
-    """What is trained on of each example: {"input_ids", "completion_mask"}, 1 from the solution's first token on.
+    """(what is trained on of each example, names of what is not trained on).
 
-    The tokens are those that are read and scored (`prompts.solution_prompt`), to the end of the turn, cut at
-    `max_length`.
-
-    Returns:
-        (rows, names of what is not trained on): "left_out" of the rows, as there is no solution or the question alone
-        fills `max_length`; "cut", as only the beginning of the solution is in its row.
+    Rows are {"input_ids", "completion_mask"}, 1 from the solution's first token on: the tokens that are read and scored
+    (`prompts.solution_prompt`), to the end of the turn, cut at `max_length`. "left_out" of them is an example without a
+    solution or whose question alone fills `max_length`; "cut" is one with only the beginning of its solution.
     """
     rows, not_trained = [], {"left_out": [], "cut": []}
     for example in examples:
@@ -66,13 +63,8 @@ def tokens_to_train_on(tokenizer, examples: list[Example], max_length: int) -> t
 
 
 def divide_batch(batch: int, micro_batch: int, count: int) -> tuple[int, int]:
-    """(examples in memory at once, passes added up to a step) of each of `count` processes; batch is their product.
-
-    The first is at most `micro_batch`, and less where that does not divide a process's share.
-
-    Raises:
-        StsError: a batch that cannot be divided among the processes.
-    """
+    """(examples in memory at once, passes added up to a step) of each of `count` processes; batch is their product. The
+    first is at most `micro_batch`, and less where that does not divide a process's share, which has to be whole."""
     if batch % count:
         raise StsError(f"sft_batch is {batch}, which {count} processes cannot share equally. Use a multiple of "
                        f"{count}, such as {math.ceil(batch / count) * count}, or launch another number of processes.")
@@ -83,26 +75,23 @@ def divide_batch(batch: int, micro_batch: int, count: int) -> tuple[int, int]:
 
 def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], settings: FineTuning, folder: Path, *,
               report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> dict:
-    """Fine-tune a copy of the model on worked solutions and save the adapter (or the whole model) to `folder`.
+    """Fine-tune a model on worked solutions and save the adapter (or the whole model) to `folder`.
 
     Checkpoints lie in `folder/checkpoints` while training runs; a killed run goes on from the last one, and ends as it
-    would have without the interruption.
-
-    Launched as several processes, all call this with the same arguments and get the same result; a step holds the same
-    examples as with one process, but for an epoch's last one, which is filled up with the epoch's first examples where
-    the processes cannot share it equally. The main process alone writes to `folder`, which all must see.
+    would have without the interruption. Launched as several processes, all call this with the same arguments; a step
+    holds the same examples as with one, but for an epoch's last one, which is filled up with the epoch's first examples
+    where the processes cannot share it equally. The main one alone writes to `folder`, which all must see.
 
     Args:
         lm: the base model; its weights are changed in memory, so load it for this purpose alone.
         held_out: examples of the training domain that are not trained on.
-        work: counts what is run. A backward pass is counted as one forward pass for activations and, in full
-            fine-tuning, one more for weights.
+        work: counts what is run: a backward pass as one forward pass for activations and, in full fine-tuning, one more
+            for weights.
 
     Returns:
         {"curve": [{"step", "loss"}], "held_out_before", "held_out_after" (nats per solution token, averaged over
-        problems), "steps", "trained_parameters", "train" and "held_out" (numbers of examples used), "left_out" (names
-        of those not used) and "cut" (of those used in part, see `tokens_to_train_on`)}; the main process' alone, {} of
-        the others.
+        problems), "steps", "trained_parameters", "train" and "held_out" (numbers of examples used), "left_out" and
+        "cut" (see `tokens_to_train_on`)}; the main process' alone, {} of the others.
 
     Raises:
         StsError: no example is left, or a batch that the processes cannot share.
@@ -124,10 +113,8 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
                        "Raise it, or use other examples.")
     micro, accumulated = divide_batch(settings.batch, settings.micro_batch, count())
     on_cpu = lm.device.type == "cpu"
-    # Seed before the adapters get their random start.
-    torch.manual_seed(settings.seed)
-    model: Any = lm.model
-    model.requires_grad_(not settings.lora_rank)
+    torch.manual_seed(settings.seed)  # before the adapters get their random start
+    model = lm.model.requires_grad_(not settings.lora_rank)
     if settings.lora_rank:
         model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha,
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -136,7 +123,7 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
 
     class Progress(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            report(state.global_step / steps)
+            report(state.global_step / state.max_steps)
 
     config = SFTConfig(
         output_dir=str(checkpoints), num_train_epochs=settings.epochs, learning_rate=settings.lr,
@@ -160,14 +147,14 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
             if not _whole(checkpoint):
                 shutil.rmtree(checkpoint)
     meet()  # before anyone looks for checkpoints
-    resumable = list(checkpoints.glob("checkpoint-*"))
+    resumable = any(checkpoints.glob("checkpoint-*"))
     # Inside `train`: evaluated before it, the model would be taken for prepared, and several processes would train a
     # copy each without adding up their gradients.
     trainer.args.eval_on_start = not resumable
-    trainer.train(resume_from_checkpoint=bool(resumable) or None)
+    trainer.train(resume_from_checkpoint=resumable)
     after = trainer.evaluate()["eval_loss"]
     if work is not None:
-        layers = work.of_layers = len(decoder_layers(model))
+        layers = work.of_layers = len(decoder_layers(lm.model))
         trained, scored = (sum(len(row["input_ids"]) for row in rows) for rows, _ in parts)
         work.add(settings.epochs * trained, settings.epochs * trained, layers * (2 if settings.lora_rank else 3))
         work.add(2 * scored, 2 * scored, layers)
@@ -185,8 +172,7 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
 
 
 def _whole(checkpoint: Path) -> bool:
-    """Whether training can go on from a checkpoint: its state, which is written last, holds the loss before training.
-    """
+    """Whether training can go on from a checkpoint: its state, written last, holds the loss before training."""
     try:
         history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     except (OSError, ValueError, KeyError):
@@ -195,15 +181,8 @@ def _whole(checkpoint: Path) -> bool:
 
 
 def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:
-    """The base model with a stored adapter attached (not merged: in bf16 a merge would round small changes away).
-
-    Args:
-        lm: the base model in memory; it is wrapped, so load it for this purpose alone.
-        folder: what `fine_tune` wrote.
-
-    Raises:
-        StsError: a recorded folder, which holds no weights.
-    """
+    """The base model, which is wrapped, with the adapter that `fine_tune` wrote to `folder` (not merged: in bf16 that
+    would round small changes away), or the whole model; `StsError` for a recorded folder, which holds no weights."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -212,11 +191,8 @@ def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:
         raise StsError(f"{folder.name} was recorded without its weights. To compute it here: sts stage sft --again, "
                        "with the same run and parameters.")
     if (adapter / "adapter_config.json").is_file():
-        tuned = PeftModel.from_pretrained(lm.model, str(adapter))
         # The adapted layers sit inside the base model; that is what a harness expects to be handed.
-        model = tuned.get_base_model()
+        model: Any = PeftModel.from_pretrained(lm.model, str(adapter)).get_base_model()
     else:
-        whole: Any = AutoModelForCausalLM.from_pretrained(adapter, dtype=lm.model.dtype)
-        model = whole.to(lm.device)
-    model.eval().requires_grad_(False)
-    return LanguageModel(name=f"{lm.name} (tuned)", model=model, tokenizer=lm.tokenizer, identity=lm.identity)
+        model = AutoModelForCausalLM.from_pretrained(adapter, dtype=lm.model.dtype)
+    return replace(lm, name=f"{lm.name} (tuned)", model=model.to(lm.device).eval().requires_grad_(False))

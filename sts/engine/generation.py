@@ -8,7 +8,6 @@ import importlib.util
 import io
 import logging
 import re
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,6 @@ from sts.data.sources import Example
 from sts.engine.models import LanguageModel
 from sts.errors import StsError
 
-#: Benchmarks by name: of mmlu_pro a letter is read from the answer, of the others a mathematical expression.
-BENCHMARKS = ("mmlu_pro", "gsm8k", "math")
-STEPS = "Let's think step by step."
-#: Seconds that one comparison of two formulas may take.
-COMPARISON_SECONDS = 5
-
 
 def prompt_text(tokenizer, benchmark: str, example: Example, worked: Sequence[Example]) -> str:
     """The plain text of MMLU-Pro's official script, with worked examples, or a mathematics problem in a chat."""
@@ -38,7 +31,7 @@ def prompt_text(tokenizer, benchmark: str, example: Example, worked: Sequence[Ex
               'and then finish your answer with "the answer is (X)" where X is the correct letter choice.\n']
     for one in (*worked, example):
         options = "".join(f"{letter}. {option.strip()}\n" for letter, option in zip(LETTERS, one.options, strict=False))
-        blocks.append(f"Question:\n{one.question.strip()}\nOptions:\n{options}Answer: {STEPS}"
+        blocks.append(f"Question:\n{one.question.strip()}\nOptions:\n{options}Answer: Let's think step by step."
                       + (f" {one.solution}\n\n" if one is not example else ""))
     return "".join(blocks)
 
@@ -56,10 +49,7 @@ def is_same_answer(right: str, text: str) -> bool:
     """Whether a worked solution ends with an answer equal to `right`, by math-verify (1/2 is 0.5 is \\frac12)."""
     from math_verify import parse, verify
 
-    # Its timeouts are signals, which only the main thread may set.
-    seconds: Any = COMPARISON_SECONDS if threading.current_thread() is threading.main_thread() else None
-    one, other = (parse(answer, parsing_timeout=seconds) for answer in (f"\\boxed{{{right}}}", text))
-    return bool(verify(one, other, timeout_seconds=seconds))
+    return bool(verify(parse(f"\\boxed{{{right}}}"), parse(text)))
 
 
 def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
@@ -69,7 +59,7 @@ def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
 
     Args:
         engine: a model of the harness, of `open_engine` or `open_vllm`.
-        benchmark: of `BENCHMARKS`.
+        benchmark: of mmlu_pro a letter is read from the answer, of gsm8k and math a mathematical expression.
         demonstrations: worked examples; a question of mmlu_pro gets the first `shots` of its own domain.
 
     Returns:
@@ -83,18 +73,17 @@ def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
 
-    rows: list[dict[str, Any]] = []
-    letters, tokenizer = benchmark == "mmlu_pro", engine.tokenizer
+    rows: list[dict[str, str]] = []
+    letters, room = benchmark == "mmlu_pro", engine.max_length - max_tokens
     # A chat template writes BOS itself; before plain text belongs what the tokenizer puts there.
-    engine.add_bos_token = False if tokenizer.chat_template and not letters else None
-    for place, example in enumerate(examples):
+    engine.add_bos_token = False if engine.tokenizer.chat_template and not letters else None
+    for example in examples:
         if letters and not example.options:
             raise StsError(f"Benchmark {benchmark!r} asks for a letter; {example.example_id} has no options.")
         worked = [one for one in demonstrations if one.domain == example.domain][:shots]
-        rows.append({"place": place, "prompt": prompt_text(tokenizer, benchmark, example, worked),
+        rows.append({"prompt": prompt_text(engine.tokenizer, benchmark, example, worked),
                      "answer": LETTERS[example.answer_index] if letters else example.answer})
-        room, length = engine.max_length - max_tokens, len(engine.tok_encode(rows[-1]["prompt"]))
-        if length > room:
+        if (length := len(engine.tok_encode(rows[-1]["prompt"]))) > room:
             raise StsError(f"The prompt of item {example.example_id} has {length} tokens, and the model's context "
                            f"leaves {room} beside the answer. Lower eval_max_tokens or demonstrations.")
 
@@ -102,19 +91,18 @@ def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
         right = extract_letter(results[0]) == doc["answer"] if letters else is_same_answer(doc["answer"], results[0])
         return {"acc": int(right)}
 
+    config: Any = {
+        "task": benchmark, "custom_dataset": lambda **kwargs: {"test": datasets.Dataset.from_list(rows)},
+        "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "answer",
+        "process_results": score, "num_fewshot": 0, "metric_list": [{"metric": "acc"}],
+        "generation_kwargs": {"until": ["Question:"], "max_gen_toks": max_tokens, "do_sample": False,
+                              "temperature": 0.0}}
     with contextlib.redirect_stderr(io.StringIO()):  # the harness's bars would end up in notebooks
-        config: Any = {
-            "task": benchmark, "custom_dataset": lambda **kwargs: {"test": datasets.Dataset.from_list(rows)},
-            "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{prompt}}",
-            "doc_to_target": "answer", "process_results": score, "num_fewshot": 0,
-            "generation_kwargs": {"until": ["Question:"], "max_gen_toks": max_tokens, "do_sample": False,
-                                  "temperature": 0.0},
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
         tasks: Any = {"tasks": {benchmark: ConfigurableTask(config=config)}, "groups": {}, "group_map": {}}
         answered: Any = evaluate(lm=engine, task_dict=tasks, bootstrap_iters=0, log_samples=True)
     found = []
-    for sample in sorted(answered["samples"][benchmark], key=lambda sample: sample["doc"]["place"]):
-        text, example = sample["resps"][0][0], examples[sample["doc"]["place"]]
+    for example, sample in zip(examples, answered["samples"][benchmark], strict=True):
+        text = sample["resps"][0][0]
         found.append({"example_id": example.example_id, "domain": example.domain, "characters": len(text),
                       "sha256": hashlib.sha256(text.encode()).hexdigest()[:12], "answer": sample["doc"]["answer"],
                       "correct": bool(sample["acc"])})
@@ -132,17 +120,8 @@ def open_engine(lm: LanguageModel, *, batch: int) -> Any:
 
 def open_vllm(location: str, *, revision: str = "", dtype: str = "auto", tensor_parallel: int = 1,
               adapter: Path | None = None, lora_rank: int = 16, seed: int = 0) -> Any:
-    """The harness's vLLM model.
-
-    Args:
-        location: local folder or hub id of the model.
-        tensor_parallel: GPUs that one copy of the model is split over.
-        adapter: folder that `fine_tune` wrote: a LoRA adapter, or a whole model, which then takes the model's place.
-        lora_rank: the adapter's rank.
-
-    Raises:
-        StsError: vLLM is not installed.
-    """
+    """The harness's vLLM model from a folder or hub id, split over so many GPUs; `StsError` where there is no vLLM.
+    `adapter`: what `fine_tune` wrote, a LoRA adapter, or a whole model, which then takes the model's place."""
     if importlib.util.find_spec("vllm") is None:
         raise StsError("Setting eval_backend 'vllm': vLLM is not installed. It needs a GPU and its own version of "
                        "PyTorch; install it with: pip install 'lm-eval[vllm]'. eval_backend hf works without it.")

@@ -7,13 +7,11 @@ Latents of an SAE with unequal decoder norms are not comparable, so norms are fo
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,74 +23,49 @@ from sts.errors import ROOT, StsError
 #: Names of sites after a decoder layer: TransformerLens' and transformers'. "pre" and "in" are before it.
 SITE = re.compile(r"(?:\w+\.)*(?:blocks|layers|h)\.(\d+)(?:\.(?:hook_)?(resid_post|resid_pre|in|out|input|output))?")
 
-#: Metadata of readers that were not trained anywhere.
-NOTHING_SAID = SimpleNamespace(hook_name=None)
+
+def sae_folder(name: str) -> Path | None:
+    """The folder that a run's setting `sae` names; None if it names none."""
+    # Paths in a profile are relative to the repository, so that any folder can run it.
+    return next((folder for folder in (ROOT / name, Path(name).expanduser()) if (folder / "cfg.json").is_file()), None)
 
 
 def sae_identity(name: str) -> str:
     """What identifies an SAE's weights: a digest of a local folder's files, or the registry's name; `StsError` if it is
     neither a folder with an SAE nor of the form release/sae_id."""
-    folder = Path(name).expanduser()
-    if (folder / "cfg.json").is_file():
+    if folder := sae_folder(name):
         weights = folder / "sae_weights.safetensors"
         if not weights.is_file():
             raise StsError(f"SAE folder {name!r} has a cfg.json but no sae_weights.safetensors, the file of sae-lens. "
                            "One saved by another library, such as sparsify, has to be converted to sae-lens' format.")
         return "sha256:" + sha256_of_file(weights)[:16] + "+" + sha256_of_file(folder / "cfg.json")[:8]
     # What begins with a folder that exists, such as data/, is a path and not a release of the registry.
-    local = name.startswith((".", "/", "~")) or Path(name.partition("/")[0]).is_dir()
-    if folder.is_dir() or "/" not in name or local:
+    if "/" not in name or name.startswith((".", "/", "~")) or Path(name.partition("/")[0]).is_dir():
         raise StsError(f"SAE {name!r} is not known. Valid: a folder with cfg.json and sae_weights.safetensors, or "
                        "'release/sae_id' from sae-lens' registry, such as "
                        "'llama-3-8b-it-res-jh/blocks.25.hook_resid_post'.")
     return f"registry:{name}"
 
 
-def sae_folder(name: str) -> Path | None:
-    """The folder that a run's setting `sae` names; None if it names none."""
-    # Paths in a profile are relative to the repository, so that any folder can run it.
-    for folder in (ROOT / name, Path(name).expanduser()):
-        if (folder / "cfg.json").is_file():
-            return folder
-    return None
-
-
-def known_width(name: str) -> int | None:
-    """How many latents an SAE has, if its folder says so; None for one of the registry, which would be fetched."""
-    folder = sae_folder(name)
-    try:
-        width = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))["d_sae"] if folder else None
-    except (ValueError, KeyError, TypeError):  # loading it will say what is wrong
-        return None
-    return width if isinstance(width, int) else None
-
-
 def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_norms: bool = True):
-    """Load an SAE (`sae_lens.SAE`) for inference: a folder in sae-lens' format, or "release/sae_id" of its registry.
-
-    Args:
-        fold_norms: scale latents so that every decoder row has norm 1.
-
-    Raises:
-        StsError: neither folder nor registry entry, another format, or the hub cannot be reached.
-    """
-    local = sae_identity(name).startswith("sha256:")
+    """Load an SAE (`sae_lens.SAE`) for inference, by what `sae_identity` takes; `fold_norms` scales latents so that
+    every decoder row has norm 1. `StsError` for neither, another format, or a hub that cannot be reached."""
+    sae_identity(name)
     from sae_lens import SAE
 
-    if local:
+    if folder := sae_folder(name):
         try:
-            sae = SAE.load_from_disk(str(Path(name).expanduser()), device=device, dtype=dtype)
+            sae = SAE.load_from_disk(str(folder), device=device, dtype=dtype)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise StsError(f"SAE folder {name!r} is not in sae-lens' format: {first_line(error)}. Convert it, or train "
                            "one with: sts stage sae") from error
     else:
-        release, _, sae_id = name.partition("/")
         try:
-            sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
+            sae = SAE.from_pretrained(*name.split("/", 1), device=device, dtype=dtype)
         except (OSError, ValueError) as error:
-            reason = first_line(error).rstrip(".")
-            raise StsError(f"SAE {name!r} was asked from sae-lens' registry: {reason}. What works without a network: a "
-                           "local folder with cfg.json and sae_weights.safetensors.") from error
+            raise StsError(f"SAE {name!r} was asked from sae-lens' registry: {first_line(error).rstrip('.')}. What "
+                           "works without a network: a local folder with cfg.json and sae_weights.safetensors."
+                           ) from error
     if fold_norms:
         fold_decoder_norms(sae)
     return sae.eval().requires_grad_(False)
@@ -104,111 +77,75 @@ def fold_decoder_norms(sae) -> None:
     A TopK SAE that ranks unscaled values would choose other latents after folding, which sae-lens refuses: then the
     norms must already be equal to one.
     """
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        # It multiplies by the norms whenever it encodes; once they are one, that is time for nothing.
-        sae.fold_W_dec_norm()
+    rescales, norms = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False), sae.W_dec.norm(dim=-1)
+    if rescales or not torch.allclose(norms, torch.ones_like(norms), atol=1e-3):
+        try:
+            sae.fold_W_dec_norm()
+        except NotImplementedError as error:
+            raise StsError(f"This SAE's decoder norms cannot be folded ({first_line(error)}); "
+                           "set fold_norms to false to use its latents as they are.") from error
+    if rescales:  # it multiplies by the norms whenever it encodes; now that they are one, that is time for nothing
         sae.cfg.rescale_acts_by_decoder_norm = False
-        return
-    norms = sae.W_dec.norm(dim=-1)
-    if torch.allclose(norms, torch.ones_like(norms), atol=1e-3):
-        return
-    try:
-        sae.fold_W_dec_norm()
-    except NotImplementedError as error:
-        raise StsError(f"This SAE's decoder norms cannot be folded ({first_line(error)}); "
-                       "set fold_norms to false to use its latents as they are.") from error
 
 
-@dataclass
-class IdentitySAE:
-    """The residual stream's own dimensions as "latents", so that raw dimensions go through the code of an SAE.
+# --- what can stand for an SAE ------------------------------------------------------------------------------------
 
-    They are dense and have both signs: in `LatentStats` `fired` counts the tokens with a positive value, and `max` is
-    the largest value but at least 0; sums and squared changes mean what they always do.
-    """
+class Code:
+    """What is read as an SAE is: `encode` makes latents, T x L, of residual streams, T x D, in float32."""
 
-    width: int
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
+    dtype = torch.float32
 
-    def __post_init__(self) -> None:
-        self.cfg = SimpleNamespace(d_in=self.width, d_sae=self.width, metadata=NOTHING_SAID,
-                                   architecture=lambda: "identity")
-
-    def encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
-        """The input itself."""
-        return residual_TD
-
-    decode = __call__ = encode
+    def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], latents: int, device: torch.device):
+        self.encode, self.device, self.cfg = encode, device, SimpleNamespace(d_sae=latents)
 
 
-def identity_sae(lm: LanguageModel) -> IdentitySAE:
-    """The "SAE" whose latents are the raw dimensions of a model's residual stream, in float32 on its device."""
-    return IdentitySAE(int(lm.model.config.get_text_config().hidden_size), lm.device)
+def identity_sae(lm: LanguageModel) -> Code:
+    """The residual stream's own dimensions as "latents". They are dense and have both signs: in `LatentStats` `fired`
+    counts the tokens with a positive value, and `max` is the largest value but at least 0."""
+    return Code(lambda residual_TD: residual_TD, int(lm.model.config.get_text_config().hidden_size), lm.device)
 
 
-@dataclass
-class RandomCode:
-    """A sparse code with random directions (unit columns), as sparse on every token as an SAE.
+def random_code(sae, seed: int = 0) -> Code:
+    """A code with random directions (unit vectors drawn evenly from the sphere), as sparse on every token as an SAE.
 
     Each latent is the projection of the residual stream less the SAE's decoder bias. On a token on which the SAE has n
     active latents, the n largest positive projections are kept.
     """
+    directions_DL = torch.randn(sae.cfg.d_in, sae.cfg.d_sae, generator=torch.Generator().manual_seed(seed))
+    directions_DL = (directions_DL / directions_DL.norm(dim=0)).to(sae.device)
 
-    sae: Any
-    directions_DL: torch.Tensor
-
-    def __post_init__(self) -> None:
-        self.cfg = SimpleNamespace(d_in=self.sae.cfg.d_in, d_sae=self.sae.cfg.d_sae,
-                                   metadata=NOTHING_SAID, architecture=lambda: "random")
-        self.device, self.dtype = self.sae.device, torch.float32
-
-    def encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
-        """Latents, T x L, none below zero."""
-        active_T = (self.sae.encode(residual_TD.to(self.sae.dtype)) > 0).sum(-1)
-        value_TL = ((residual_TD.float() - self.sae.b_dec.float()) @ self.directions_DL).relu()
+    def encode(residual_TD: torch.Tensor) -> torch.Tensor:
+        active_T = (sae.encode(residual_TD.to(sae.dtype)) > 0).sum(-1)
+        value_TL = ((residual_TD - sae.b_dec.float()) @ directions_DL).relu()
         most = int(active_T.max()) if len(active_T) else 0
         top = value_TL.topk(most, dim=-1)
         kept_TK = torch.where(torch.arange(most, device=active_T.device) < active_T[:, None], top.values, 0)
         return torch.zeros_like(value_TL).scatter(-1, top.indices, kept_TK)
 
-
-def random_code(sae, seed: int = 0) -> RandomCode:
-    """A `RandomCode` of an SAE's width and sparsity, its directions drawn evenly from the sphere."""
-    directions_DL = torch.randn(sae.cfg.d_in, sae.cfg.d_sae, generator=torch.Generator().manual_seed(seed))
-    return RandomCode(sae, (directions_DL / directions_DL.norm(dim=0)).to(sae.device))
+    return Code(encode, sae.cfg.d_sae, sae.device)
 
 
-@dataclass
-class SideBySide:
+class SideBySide(Code):
     """Several SAEs of one site (name -> SAE), their latents side by side: one pass through the model serves all."""
 
-    parts: dict
-
-    def __post_init__(self) -> None:
-        first = next(iter(self.parts.values()))
-        self.device, self.dtype = first.device, torch.float32
-        self.cfg = SimpleNamespace(d_in=first.cfg.d_in, d_sae=sum(sae.cfg.d_sae for sae in self.parts.values()))
-
-    def encode(self, residual_TD: torch.Tensor) -> torch.Tensor:
-        """Latents of all parts, T x sum of their widths."""
-        return torch.cat([sae.encode(residual_TD.to(sae.dtype)).float() for sae in self.parts.values()], dim=-1)
+    def __init__(self, parts: dict):
+        self.parts, self.widths = parts, [sae.cfg.d_sae for sae in parts.values()]
+        super().__init__(lambda residual_TD: torch.cat(
+            [sae.encode(residual_TD.to(sae.dtype)).float() for sae in parts.values()], dim=-1),
+            sum(self.widths), next(iter(parts.values())).device)
 
     def split(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Statistics by part: part/name -> tensor; what has no dimension of latents goes to every part."""
-        widths = [sae.cfg.d_sae for sae in self.parts.values()]
-        return {f"{part}/{name}": (tensor.split(widths, dim=-1)[place] if name.endswith("L") else tensor).clone()
+        return {f"{part}/{name}": (tensor.split(self.widths, dim=-1)[place] if name.endswith("L") else tensor).clone()
                 for name, tensor in tensors.items() for place, part in enumerate(self.parts)}
 
 
+# --- whether an SAE fits ------------------------------------------------------------------------------------------
+
 def check_fits(sae, lm: LanguageModel, layer: int) -> None:
-    """All that an SAE says of where and how it reads, held against the model and the layer it is to read.
-
-    A base model's SAE on its instruct model is noted in the log, as are prompts without the BOS it was trained with.
-
-    Raises:
-        StsError: no such layer, or another width, site, layer, model, or scale of its input.
-    """
+    """Hold all that an SAE says of where and how it reads against the model and the layer: `StsError` for another
+    width, site, layer, model, or scale of its input; a note in the log where it was trained on the base model of an
+    instruct model, or behind a BOS that the prompts do not have."""
     check_layer(lm.model, layer)
     width, said = int(lm.model.config.get_text_config().hidden_size), sae.cfg.metadata
     note = logging.getLogger("sts").warning

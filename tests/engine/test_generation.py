@@ -63,13 +63,6 @@ def test_answers_are_compared_as_mathematics(right, text, same):
     assert is_same_answer(right, text) is same
 
 
-def test_answers_are_compared_outside_the_main_thread_too():
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(is_same_answer, "0.5", "\\boxed{\\frac{1}{2}}").result()
-
-
 # --- prompts ------------------------------------------------------------------------------------------------------
 
 def mmlu_pro_rows(split, each, domains):
