@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from sts.book.tables import shown
+from sts.book.figures import shown
 from sts.errors import ROOT
 
 HELD, IN_PART, NOT_HELD, NOT_TESTABLE, NOT_DONE = WORDS = (
@@ -44,8 +44,6 @@ class Evidence:
         """The whole interval lies above zero, and p, if there is one, is below 0.05."""
         return self.low is not None and self.low > 0 and (self.p is None or self.p < ALPHA)
 
-
-# --- the rules ----------------------------------------------------------------------------------------------------
 
 def positive(found: Evidence) -> str:
     """Held if the 95% interval of every number lies above zero with p below 0.05; otherwise not held."""
@@ -119,8 +117,6 @@ def cheaper(found: Evidence) -> str:
 RULES: dict[str, Callable[..., str]] = {rule.__name__: rule for rule in (
     positive, difference, at_least, apart, all_above, rarer_than, no_more_than_chance, specific, own_list, cheaper)}
 
-
-# --- the records --------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Claim:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts.book.claims import NOT_DONE, Claim, Evidence
-from sts.book.tables import rows_of, value_of
+from sts.book.figures import rows_of, value_of
 from sts.errors import StsError
 from sts.measure import cost, paper
 from sts.measure.items import crossed_mean_interval, paired_mean_interval
@@ -90,8 +90,6 @@ def _at_chance(run: OpenRun) -> bool:
     guess_N = 1 / items.size().to_numpy(float)
     return bool(right_N.mean() <= guess_N.mean() + 1.96 * math.sqrt((guess_N * (1 - guess_N)).sum()) / len(guess_N))
 
-
-# --- rows of stages -----------------------------------------------------------------------------------------------
 
 def row(run: OpenRun, stage: str, where: Mapping[str, Any] = {}, *, under: str = "", n: str = "n", of: str = "domains",
         against: Mapping[str, Mapping[str, Any]] = {}, each: str = "", **fields: Any) -> Evidence:
@@ -177,8 +175,6 @@ def sae(run: OpenRun, field: str) -> Evidence:
     return Evidence(value, n=own["tokens"], of="tokens")
 
 
-# --- what fine-tuning shifts --------------------------------------------------------------------------------------
-
 def shares(run: OpenRun, against: Sequence[str] = (), paper_fraction: bool = False) -> Evidence:
     """Share of the change in the N most shifted latents, chosen on other questions than measured on (Figures 1a, 2b).
 
@@ -213,8 +209,6 @@ def zeroing(run: OpenRun) -> Evidence:
              if kind in bits.index}
     return replace(leads.pop(""), n=len(most), of="problems", against=leads)
 
-
-# --- what demonstrations foresee ----------------------------------------------------------------------------------
 
 def _naming(run: OpenRun, code: str = "sae"):
     """A function: the share of the actual top N that the top N of some values per latent name; N as a fraction."""

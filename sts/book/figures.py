@@ -1,14 +1,16 @@
-"""Five figures, drawn from rows: `intervals`, `scatter`, `curves`, `heat`, `bars`.
+"""Rows as five figures, `intervals`, `scatter`, `curves`, `heat` and `bars`, and as a `table` in HTML, escaped.
 
-Legible on a phone: at most 7 inches wide, text of 10 points or more; colours that colour-blind readers can tell apart,
-and no meaning carried by colour alone. Rows are a list of dicts or a DataFrame; fields may be dotted
-("pearson_interval.low"). `panel` draws a panel for every value of that field, `hue` several points or bars a label;
-`names` renames labels.
+Rows are a list of dicts or dataclasses, a DataFrame or a single dict; fields may be dotted ("pearson_interval.low").
+Figures are legible on a phone: at most 7 inches wide, text of 10 points or more; colours that colour-blind readers can
+tell apart, and no meaning carried by colour alone. `panel` draws a panel for every value of that field, `hue` several
+points or bars a label; `names` renames labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -16,11 +18,10 @@ import numpy
 import pandas
 import seaborn
 from adjustText import adjust_text
+from IPython.display import HTML
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from sts.book.tables import rows_of, value_of
 
 #: Okabe and Ito, without its yellow, which is too pale for points on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -32,6 +33,22 @@ THEME = {"figure.dpi": 110, "savefig.bbox": "tight"} | dict.fromkeys(
 DOMAINS = ("biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history",
            "law", "math", "other", "philosophy", "physics", "psychology")
 Names = Mapping[Any, str] | None
+Column = str | Callable[[dict], Any]
+
+
+def rows_of(rows: Any) -> list[dict]:
+    """Rows as dicts."""
+    if isinstance(rows, pandas.DataFrame):
+        return rows.to_dict("records")
+    return [dict(row) if isinstance(row, Mapping) else vars(row)
+            for row in ([rows] if isinstance(rows, Mapping) else rows)]
+
+
+def value_of(row: Any, path: str | None) -> Any:
+    """The value of a field, None where it is not known; dots reach into dicts."""
+    for part in [path] if not path or path in row else path.split("."):
+        row = row.get(part) if isinstance(row, Mapping) else None
+    return row if row == row else None  # NaN
 
 
 def domain_style(domain: str) -> tuple[str, str]:
@@ -174,3 +191,55 @@ def heat(frame: pandas.DataFrame, xlabel: str = "", ylabel: str = "", label: str
     axes[None].set(xlabel=xlabel, ylabel=ylabel)
     axes[None].tick_params(axis="y", rotation=0)
     return _closed(figure)
+
+
+class _Formats(string.Formatter):
+    """`str.format` that stops at what is absent, None or NaN, and never says "-0.00"."""
+
+    def format_field(self, value, spec):
+        if value is None or value != value:
+            raise TypeError
+        text = super().format_field(value, spec)
+        return text if set("123456789") & set(text) or not isinstance(value, float) else text.lstrip("+-")
+
+
+def shown(text: str, **values: Any) -> str:
+    """`text.format(**values)`; "" where one of the values is not known."""
+    try:
+        return _Formats().vformat(text, (), values)
+    except (KeyError, TypeError):
+        return ""
+
+
+def _cell(row: dict, column: Column) -> str:
+    if isinstance(column, str) and "{" in column:
+        return escape(shown(column, **row))
+    value = column(row) if callable(column) else value_of(row, column)
+    if isinstance(value, HTML):
+        return str(value.data)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float | None):
+        return escape(str(value))
+    return shown("{value:,.3g}" if isinstance(value, float) and abs(value) < 1000 else "{value:,.0f}", value=value)
+
+
+def table(rows: Any, columns: Mapping[str, Column] | None = None, fold: str | None = None) -> HTML:
+    """A table that scrolls inside its own box; folded under a title, if there is one.
+
+    Args:
+        columns: by heading: a field, a format (anything with a brace) or a function of the row. HTML stays HTML.
+    """
+    listed = rows_of(rows)
+    columns = columns or {name: name for name in (listed[0] if listed else ())}
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(row, column)}</td>" for column in columns.values()) + "</tr>"
+                   for row in listed)
+    found = (f'<div class="sts-scroll"><table class="dataframe"><thead><tr>{head}</tr></thead>'
+             f"<tbody>{body}</tbody></table></div>")
+    return HTML(folded(fold, found) if fold else found)
+
+
+def folded(title: str, content: str, kind: str = "") -> str:
+    """HTML that opens on a click."""
+    return f'<details class="{kind}"><summary>{escape(title)}</summary>{content}</details>'

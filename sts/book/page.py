@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.display import HTML
 from matplotlib.figure import Figure
 
-from sts.book import claims, evidence, tables
+from sts.book import claims, evidence, figures
 from sts.errors import ROOT, StsError, one_of
 
 if TYPE_CHECKING:
@@ -66,15 +66,13 @@ class Page:
         return HTML(f'<div class="sts-run">Run <code>{escape(own.name)}</code>: {escape(own.description)}. Model '
                     f"<code>{escape(own.model)}</code>, layer {own.layer}, seed {own.seed}.{told}</div>")
 
-    def table(self, rows: Any, columns: Mapping[str, tables.Column] | None = None, fold: str | None = None) -> HTML:
-        """See `tables.table`."""
-        return HTML(tables.table(rows, columns, fold))
+    table = staticmethod(figures.table)
 
-    def tabs(self, figures: Mapping[str, Figure], alt: str, caption: str) -> HTML:
+    def tabs(self, drawn: Mapping[str, Figure], alt: str, caption: str) -> HTML:
         """Figures under tabs, for further measures of the same; the first is shown."""
         self._tabs += 1
         group, parts = f"{self.chapter}-tabs-{self._tabs}", []
-        for place, (label, figure) in enumerate(figures.items()):
+        for place, (label, figure) in enumerate(drawn.items()):
             image = io.BytesIO()
             figure.savefig(image, format="png", dpi=110, bbox_inches="tight")
             data, told = base64.b64encode(image.getvalue()).decode(), escape(f"{alt}: {label}")
@@ -82,9 +80,6 @@ class Page:
                          f'<label for="{group}-{place}">{escape(label)}</label>'
                          f'<figure><img alt="{told}" src="data:image/png;base64,{data}"></figure>')
         return HTML(f'<div class="sts-tabs">{"".join(parts)}<figcaption>{escape(caption)}</figcaption></div>')
-
-    # --- claims
-
     def claims(self, *ids: str) -> HTML:
         """Cards of claims, by their ids in book/claims.yaml."""
         known = claims.read_claims()[1]
@@ -98,11 +93,11 @@ class Page:
         details = "".join(f"<p>{escape(text)}</p>" for text in (claim.rule_text, reason) if text)
         if found:
             lines += f"<tr><th>this run</th><td>{self._number(claim, found)}</td></tr>"
-            details += tables.table([{"what": name, "number": claim.number(one), "p": one.p}
-                                     for name, one in {"judged": found, **found.against}.items()],
-                                    {"": "what", "with 95% interval": "number", "p": "{p:.2g}"})
+            numbers = [{"": name, "with 95% interval": claim.number(one), "p": figures.shown("{p:.2g}", p=one.p)}
+                       for name, one in {"judged": found, **found.against}.items()]
+            details += str(figures.table(numbers).data)
         return (f'<section class="sts-card">{_pill(word)}<p class="sts-says">{escape(claim.says)}</p>'
-                f"<table>{lines}</table>{tables.folded('The rule and the numbers behind it', details)}</section>")
+                f"<table>{lines}</table>{figures.folded('The rule and the numbers behind it', details)}</section>")
 
     def _number(self, claim: claims.Claim, found: claims.Evidence) -> str:
         n = f"n = {found.n:,} {found.of}, " if found.n else ""
@@ -112,23 +107,18 @@ class Page:
     def scorecard(self) -> HTML:
         """A row for each of the paper's results, from the records of claims and what is stored; counted at the top."""
         results, known = claims.read_claims()
-        run, rows, words = evidence.Stored(self.run), "", []
+        run, rows, words = evidence.Stored(self.run), [], []
         for name, result in results.items():
             own = [(claim, *evidence.weigh(run, claim)[:2]) for claim in known.values() if claim.result == name]
             words.append(claims.together([word for *_, word in own]))
             ours = "".join(f"<div>{escape(claim.label)}: {self._number(claim, found)} {_pill(word, 'sts-small')}</div>"
                            for claim, found, word in own if found)
             link = f'<a href="{result["chapter"]}.html">{escape(name)}</a>' if "chapter" in result else escape(name)
-            rows += (f"<tr><td>{link}</td><td>{_pill(words[-1])}</td>{tables.cells((result['says'], result['paper']))}"
-                     f"<td>{ours}</td>{tables.cells([self.settings.name])}</tr>")
+            rows.append({"of the paper": HTML(link), "verdict": HTML(_pill(words[-1])), "claim": result["says"],
+                         "the paper": result["paper"], "here, with 95% interval": HTML(ours),
+                         "run": self.settings.name})
         counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
-        head = ("of the paper", "verdict", "claim", "the paper", "here, with 95% interval", "run")
-        return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scroll">'
-                    f'<table class="dataframe sts-scorecard"><thead><tr>{tables.cells(head, "th")}</tr></thead>'
-                    f"<tbody>{rows}</tbody></table></div>")
-
-    # --- latents, other runs, texts, provenance
-
+        return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scorecard">{figures.table(rows).data}</div>')
     def latents(self, count: int = 10) -> HTML:
         """Cards of the latents of stage `latent_examples`: texts they fire on, tokens they promote and demote, how
         strongly they fire. Where texts are withheld, of further stages only what is stored."""
@@ -169,10 +159,10 @@ class Page:
         blocks = []
         for stage in self.run.used:
             if record := self.run.provenance(stage):
-                blocks.append(tables.table(
+                blocks.append(str(figures.table(
                     [{"": name, "recorded": value if isinstance(value, str) else json.dumps(value)}
-                     for name in SHOWN if (value := record.get(name)) not in (None, "", {})], fold=stage))
-        return HTML(tables.folded(f"Where the numbers come from: run {self.settings.name}, {len(blocks)} stages",
+                     for name in SHOWN if (value := record.get(name)) not in (None, "", {})], fold=stage).data))
+        return HTML(figures.folded(f"Where the numbers come from: run {self.settings.name}, {len(blocks)} stages",
                                   "".join(blocks), "sts-provenance"))
 
 
@@ -180,8 +170,6 @@ def _pill(word: str, more: str = "") -> str:
     """HTML: a verdict as a coloured word."""
     return f'<span class="sts-verdict sts-{word.replace(" ", "-")} {more}">{word}</span>'
 
-
-# --- cards of latents ---------------------------------------------------------------------------------------------
 
 def _latent_card(card: Mapping, address: str, *, texts: bool) -> str:
     title = f"Latent {card['latent']}"
@@ -192,9 +180,8 @@ def _latent_card(card: Mapping, address: str, *, texts: bool) -> str:
         lines += [f"{name}: " + " ".join(f"<code>{token}</code>" for token in tokens)] * bool(tokens)
     parts = [f'<p class="sts-rate">{line}</p>' for line in lines] + [_histogram(card.get("histogram", ()))]
     for name, contexts in (("strongest", card["contexts"]), ("of middling strength", card.get("middling", ()))):
-        shown = [_shaded(context) for context in contexts if texts and context["peak"] in _text_span(context)]
-        parts += [f'<p class="sts-rate">{name}</p>' * bool(shown)]
-        parts += [f"<blockquote>{text}</blockquote>" for text in shown]
+        quotes = [f"<blockquote>{text}</blockquote>" for text in map(_shaded, contexts) if texts and "sts-tok" in text]
+        parts += [f'<p class="sts-rate">{name}</p>' * bool(quotes), *quotes]
     return f'<div class="sts-latent-card"><h4>{title}</h4>{"".join(parts)}</div>'
 
 
@@ -208,24 +195,19 @@ def _neuronpedia(sae: str) -> str:
     return f"https://www.neuronpedia.org/{place}" if place else ""
 
 
-def _text_span(context: Mapping) -> range:
-    """Places of the tokens around the peak up to the next template token on either side, without a role's name."""
-    tokens, peak = context["tokens"], context["peak"]
-    marks = [place for place, token in enumerate(tokens) if TEMPLATE.search(token)]
-    first = max((place + 1 for place in marks if place <= peak), default=0)
-    last = min((place for place in marks if place >= peak), default=len(tokens))
-    while first < last and (not tokens[first].strip() or (first - 1 in marks and tokens[first].strip() in ROLES)):
-        first += 1
-    return range(first, last)
-
-
 def _shaded(context: Mapping) -> str:
-    largest, spans = max(context["values"]) or 1.0, []
-    for place in _text_span(context):
-        text, value = escape(context["tokens"][place]).replace("\n", "&#8629;"), context["values"][place]
-        colour = f"rgba(230, 159, 0, {0.15 + 0.6 * value / largest:.2f})"
-        spans.append(f'<span class="sts-tok" style="background-color: {colour}" title="{value:.2f}">{text}</span>'
-                     if value > 0 else text)
+    """A text, shaded by strength, from one token of the chat template to the next, without the name of its role."""
+    tokens, peak, spans = context["tokens"], context["peak"], []
+    for place, (token, value) in enumerate(zip(tokens, context["values"], strict=True)):
+        if TEMPLATE.search(token):
+            if place >= peak:
+                break
+            spans = []
+        elif spans or (token.strip() and not (place and TEMPLATE.search(tokens[place - 1]) and token in ROLES)):
+            text, share = escape(token).replace("\n", "&#8629;"), value / (max(context["values"]) or 1)
+            colour = f"rgba(230, 159, 0, {0.15 + 0.6 * share:.2f})"
+            spans.append(f'<span class="sts-tok" style="background-color: {colour}" title="{value:.2f}">{text}</span>'
+                         if value > 0 else text)
     return "".join(spans)
 
 

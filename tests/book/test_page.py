@@ -10,7 +10,7 @@ import pandas
 import pytest
 from bs4 import BeautifulSoup
 
-from sts.book import claims, evidence, tables
+from sts.book import claims, evidence, figures
 from sts.book.page import Page
 from sts.errors import ROOT, StsError
 from sts.run.recorded import BLANK
@@ -39,7 +39,7 @@ def test_a_table_has_the_columns_it_is_asked_for():
         {"measure": "<b>", "pearson": None, "interval": None, "n": 3},
     ]
     found = soup(
-        tables.table(
+        figures.table(
             rows,
             {
                 "in": "measure",
@@ -71,8 +71,8 @@ def test_a_table_has_the_columns_it_is_asked_for():
 
 def test_a_table_takes_frames_and_dataclasses_and_folds():
     frame = pandas.DataFrame({"domain": ["law"], "shift": [float("nan")], "right": [True]})
-    assert texts(soup(tables.table(frame)).select("td")) == ["law", "", "yes"]
-    found = soup(tables.table([Row("a", 0.12345), Row("b", None)], fold="All <rows>"))
+    assert texts(soup(figures.table(frame)).select("td")) == ["law", "", "yes"]
+    found = soup(figures.table([Row("a", 0.12345), Row("b", None)], fold="All <rows>"))
     assert texts(found.select("td")) == ["a", "0.123", "b", ""] and found.summary.get_text() == "All <rows>"
     assert "open" not in found.details.attrs
 
