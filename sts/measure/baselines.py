@@ -16,7 +16,7 @@ import numpy as np
 import pandas
 import torch
 
-from sts.errors import StsError, one_of
+from sts.errors import StsError
 from sts.measure.score import Stats, score_domain, shifted_dimensions
 from sts.measure.sets import matched_latents, random_latents
 
@@ -49,17 +49,12 @@ class Known:
     count: int
     raw_count: int
 
-    def with_all(self, score: str) -> pandas.Series:
-        """A score on all latents."""
-        return dimension_scores(self.shift, self.domains, len(self.shift["squared_difference_L"]), score)
-
-    def with_raw(self, score: str) -> pandas.Series:
-        """A score on raw dimensions."""
-        return dimension_scores(self.raw_shift, self.raw, self.raw_count, score)
-
-    def with_moved(self, score: str) -> pandas.Series:
-        """A score on the latents that fine-tuning moved most."""
-        return dimension_scores(self.moved, self.domains, self.count, score)
+    def scored(self, on: str, score: str) -> pandas.Series:
+        """A score on "all" latents, on "raw" dimensions, or on the latents that fine-tuning "moved" most."""
+        shift, domains, count = {"all": (self.shift, self.domains, len(self.shift["squared_difference_L"])),
+                                 "raw": (self.raw_shift, self.raw, self.raw_count),
+                                 "moved": (self.moved, self.domains, self.count)}[on]
+        return dimension_scores(shift, domains, count, score)
 
 
 @dataclass(frozen=True)
@@ -118,17 +113,12 @@ def cosine(domains: Mapping[str, Stats], training: Stats, *, centred: bool = Fal
 def tfidf_similarity(domains: Mapping[str, Sequence[str]], training: Sequence[str]) -> pandas.Series:
     """Cosine of each domain's mean TF-IDF vector (scikit-learn's, over all texts) with the training set's, 0 to 1."""
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.preprocessing import normalize
+    from sklearn.metrics.pairwise import cosine_similarity
 
-    texts = [text for own in domains.values() for text in own]
-    try:
-        weights = TfidfVectorizer().fit_transform([*texts, *training])
-    except ValueError as error:
-        raise StsError(f"TF-IDF of {len(texts) + len(training)} texts: {error}. Texts with words of two letters or "
-                       "more work.") from error
-    parts = np.split(np.arange(weights.shape[0]), np.cumsum([len(own) for own in domains.values()]))
-    means = np.asarray(normalize(np.vstack([np.asarray(weights[rows].mean(axis=0)) for rows in parts])))
-    return pandas.Series(means[:-1] @ means[-1], index=list(domains))
+    groups = [*domains.values(), training]
+    vectorizer = TfidfVectorizer().fit([text for own in groups for text in own])
+    means = np.vstack([np.asarray(vectorizer.transform(own).mean(axis=0)) for own in groups])
+    return pandas.Series(cosine_similarity(means)[:-1, -1], index=list(domains))
 
 
 def change_cosine(domains: Mapping[str, Stats]) -> pandas.Series:
@@ -149,11 +139,11 @@ _DOMAIN, _PROBE, _AFTER = "the domain itself", "optimised probes", "after fine-t
 PREDICTORS = {
     "sts_act": Predictor("STS_act", _SCORE, lambda run: run.scores["sts_act"]),
     "sts_icl": Predictor("STS_ICL", _SCORE, lambda run: run.scores["sts_icl"]),
-    "all_act": Predictor("STS_act, all latents", _LATENTS, lambda run: run.with_all("sts_act")),
-    "all_icl": Predictor("STS_ICL, all latents", _LATENTS, lambda run: run.with_all("sts_icl")),
-    "raw_act": Predictor("STS_act, raw dimensions", _RAW, lambda run: run.with_raw("sts_act")),
-    "raw_square": Predictor("mean square, raw dimensions", _RAW, lambda run: mean_square(run)),
-    "raw_icl": Predictor("STS_ICL, raw dimensions", _RAW, lambda run: run.with_raw("sts_icl")),
+    "all_act": Predictor("STS_act, all latents", _LATENTS, lambda run: run.scored("all", "sts_act")),
+    "all_icl": Predictor("STS_ICL, all latents", _LATENTS, lambda run: run.scored("all", "sts_icl")),
+    "raw_act": Predictor("STS_act, raw dimensions", _RAW, lambda run: run.scored("raw", "sts_act")),
+    "raw_square": Predictor("mean square, raw dimensions", _RAW, mean_square),
+    "raw_icl": Predictor("STS_ICL, raw dimensions", _RAW, lambda run: run.scored("raw", "sts_icl")),
     "cosine_raw": Predictor("cosine, mean residual", _TRAINING, lambda run: cosine(run.raw, run.raw_shift)),
     "cosine_raw_centred": Predictor("cosine, mean residual, centred", _TRAINING,
                                     lambda run: cosine(run.raw, run.raw_shift, centred=True)),
@@ -163,8 +153,10 @@ PREDICTORS = {
     "question_tokens": Predictor("length of the questions", _DOMAIN, lambda run: run.texts["question_tokens"]),
     "probe_raw": Predictor("probe on raw activations", _PROBE),
     "probe_sae": Predictor("probe on SAE activations", _PROBE),
-    "actual_act": Predictor("STS_act, latents training moved", _AFTER, lambda run: run.with_moved("sts_act"), False),
-    "actual_icl": Predictor("STS_ICL, latents training moved", _AFTER, lambda run: run.with_moved("sts_icl"), False),
+    "actual_act": Predictor("STS_act, latents training moved", _AFTER,
+                            lambda run: run.scored("moved", "sts_act"), False),
+    "actual_icl": Predictor("STS_ICL, latents training moved", _AFTER,
+                            lambda run: run.scored("moved", "sts_icl"), False),
     "change_cosine": Predictor("1 - cosine, residual before and after", _AFTER,
                                lambda run: change_cosine(run.change), False),
     "change_rms": Predictor("change of the residual, RMS", _AFTER,
@@ -187,17 +179,11 @@ def random_set_scores(kind: str, shift: Stats, domains: Mapping[str, Stats], cou
     By `kind` they imitate on the training questions its `rate` (share of tokens on which a latent fires), its `energy`
     (mean square), or nothing (`uniform`). Also matched_R (each set's mean), chosen (that of D_N), and `shared_share`.
     """
-    if kind not in RANDOM:
-        raise one_of("Kind of random latents", kind, RANDOM)
-    width = len(shift["squared_difference_L"])
-    if 2 * count > width:
-        raise StsError(f"Random sets of {count} latents beside the {count} chosen ones were asked of {width} latents. "
-                       f"Set top_n to at most {width // 2}.")
-    chosen = chosen_by(shift, count)
+    width, chosen = len(shift["squared_difference_L"]), chosen_by(shift, count)
     like_L = shift["base_square_sum_L" if kind == "energy" else "base_fired_L"] / shift["tokens"]
     # Seeds of one draw and the next must not meet those of another run's seed.
     seeds = [100_000 * seed + draw for draw in range(draws)]
-    sets_RK = torch.stack([random_latents(width, chosen, count, own) if kind == "uniform"
+    sets_RK = torch.stack([random_latents(width, chosen, own) if kind == "uniform"
                            else matched_latents(like_L, chosen, own) for own in seeds])
     scored = [[score_domain("paper", stats, own_K) for stats in domains.values()] for own_K in sets_RK]
     return {f"{name}_RD": torch.tensor([[own[score] for own in row] for row in scored], dtype=torch.float64)
@@ -213,14 +199,13 @@ def shared_share(sets_RK: torch.Tensor, width: int) -> float:
     return (times_L * (times_L - 1)).sum().item() / (draws * (draws - 1) * count) if draws > 1 else 1.0
 
 
-#: Penalties that the inner cross-validation chooses from, for features scaled to a mean square length of one.
+#: Penalties that the inner cross-validation chooses from, times the number of (standardised) features.
 ALPHAS = 10.0 ** np.arange(-4, 4.5, 0.5)
 #: With fewer domains, no domain can be left out twice and a line still be fitted.
 FEWEST_DOMAINS = 5
 
 
-def held_out_predictions(features_DF: np.ndarray, targets_DP: np.ndarray,
-                         alphas: Sequence[float] = ALPHAS) -> np.ndarray:  # pyright: ignore
+def held_out_predictions(features_DF: np.ndarray, targets_DP: np.ndarray, alphas: np.ndarray = ALPHAS) -> np.ndarray:
     """Ridge regression's prediction for each domain from the others, D x P: nested leave-one-domain-out.
 
     Scaling, penalty and weights come from the other domains; the penalty is chosen by leave-one-out within them
@@ -229,18 +214,15 @@ def held_out_predictions(features_DF: np.ndarray, targets_DP: np.ndarray,
     from sklearn.decomposition import PCA
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import FunctionTransformer, StandardScaler
+    from sklearn.preprocessing import StandardScaler
 
-    features_DF, targets_DP = np.asarray(features_DF, float), np.asarray(targets_DP, float)
     if len(features_DF) < FEWEST_DOMAINS:
         raise StsError(f"{len(features_DF)} domains given; a probe with nested cross-validation needs at least "
                        f"{FEWEST_DOMAINS}.")
-    if not (np.isfinite(features_DF).all() and np.isfinite(targets_DP).all()):
-        raise StsError("Features or targets hold NaN or infinite values; leave those domains out first.")
-    scale = FunctionTransformer(lambda values_DF: values_DF / np.sqrt(values_DF.shape[1]))
     # PCA drops nothing here. It turns the features into as many as there are domains, which a ridge penalty does not
     # notice, and so makes many targets cheap.
-    probe = make_pipeline(StandardScaler(), scale, PCA(svd_solver="full"), RidgeCV(alphas, alpha_per_target=True))
+    ridge = RidgeCV(alphas * features_DF.shape[1], alpha_per_target=True)
+    probe = make_pipeline(StandardScaler(), PCA(svd_solver="full"), ridge)
     predictions_DP = np.empty_like(targets_DP)
     for left in range(len(features_DF)):
         others = np.arange(len(features_DF)) != left
@@ -250,7 +232,6 @@ def held_out_predictions(features_DF: np.ndarray, targets_DP: np.ndarray,
 
 def out_of_sample_r_squared(actual_D: np.ndarray, predicted_D: np.ndarray) -> float:
     """1 - squared error over that of the mean of the other domains; 0 for no better than that mean, at most 1."""
-    actual_D = np.asarray(actual_D, float)
     others_D = (actual_D.sum() - actual_D) / (len(actual_D) - 1)
     total = ((actual_D - others_D) ** 2).sum()
     if total == 0:

@@ -14,21 +14,13 @@ from typing import Any
 
 import numpy as np
 import pandas
+from statsmodels.stats.multitest import multipletests
 
 from sts.errors import StsError
-from sts.measure import correlation, resampling
-from sts.measure.correlation import correlation_rows, pearson, plain, spearman, units
+from sts.measure import correlation
+from sts.measure.correlation import Interval, correlation_rows, p_value, pearson, percentile_interval, plain, spearman
 
 SCORES = ("sts_act", "sts_icl")
-
-
-@dataclass(frozen=True)
-class Span:
-    """A 95% interval and the number of resamples that it stands on."""
-
-    low: float
-    high: float
-    resamples: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +28,7 @@ class Difference:
     """r of one predictor less r of another, from the same resamples; p by swapping them within domains."""
 
     mean: float
-    interval: Span | None
+    interval: Interval | None
     p: float | None = None
     p_holm: float | None = None
 
@@ -50,7 +42,7 @@ class Correlated:
     seeds: int
     by_seed: list[float] | None = None
     pearson: float | None = None
-    pearson_interval: Span | None = None
+    pearson_interval: Interval | None = None
     p: float | None = None
     spearman: float | None = None
     exact: bool | None = None
@@ -72,21 +64,6 @@ class Null:
     undefined: str | None = None
 
 
-@dataclass(frozen=True)
-class BestOf:
-    """The largest of `scores` correlations; over random orders the mean of the largest, what it exceeds in 5% of them,
-    the same for one score fixed beforehand, and the share whose largest reaches it (it counts as one)."""
-
-    index: int
-    pearson: float
-    scores: int
-    chance_mean: float
-    chance_high: float
-    single_high: float
-    p: float
-    orders: int
-
-
 class Comparison:
     """Predictors (name -> values, seeds x domains in alphabetical order) beside the absolute change of one measure.
 
@@ -95,9 +72,10 @@ class Comparison:
 
     def __init__(self, differences: Mapping[str, np.ndarray], predictors: Mapping[Any, np.ndarray], *, bootstrap: int,
                  permutations: int, seed: int, reasons: Mapping[Any, str] | None = None):
-        self.domains, self.seed, self.permutations = sorted(differences), seed, permutations
-        self._parts, self._bootstrap, self.values = [differences[own] for own in self.domains], bootstrap, predictors
+        self.seed, self.permutations, self._bootstrap, self.values = seed, permutations, bootstrap, predictors
+        self._parts = [differences[domain] for domain in sorted(differences)]
         self.change_SN = np.abs(np.stack([own.mean(0) for own in self._parts], axis=1))
+        self._empty = Correlated(self.change_SN.shape[1], len(self.change_SN))
         self.r: dict[Any, list[float]] = {}
         self.undefined: dict[Any, str] = {}
         for name, x_SN in predictors.items():
@@ -107,72 +85,62 @@ class Comparison:
                 self.undefined[name] = (reasons or {}).get(name) or str(error)
 
     @cached_property
-    def _resamples(self) -> resampling.Resamples:
-        return resampling.hierarchical_resamples(self._parts, resamples=self._bootstrap, seed=self.seed)
+    def _resamples(self) -> correlation.Resamples:
+        return correlation.hierarchical_resamples(self._parts, resamples=self._bootstrap, seed=self.seed)
 
     @cached_property
     def _drawn(self) -> dict[Any, np.ndarray]:
         return {name: self._resamples.correlations(self.values[name]) for name in self.r}
 
+    def _tests(self, names: Sequence[Any], controls_SNK: np.ndarray | None = None) -> list[correlation.PermutationTest]:
+        return correlation.permutation_tests(np.stack([self.values[name] for name in names]), self.change_SN,
+                                             controls_SNK, resamples=self.permutations, seed=self.seed)
+
     def rows(self, against: Sequence[Any] = (), untested: Sequence[Any] = ()) -> dict[Any, Correlated]:
         """r of every predictor with interval and p; beside others to set it `against`, also all else."""
-        rows = {name: Correlated(len(self.domains), len(self.change_SN), undefined=self.undefined.get(name))
-                for name in self.values}
-        tests = correlation.permutation_tests(np.stack([self.values[name] for name in self.r]), self.change_SN,
-                                  resamples=self.permutations, seed=self.seed) if self.r else []
-        for (name, by_seed), test in zip(self.r.items(), tests, strict=True):
-            row = replace(rows[name], by_seed=by_seed, pearson=float(np.mean(by_seed)),
-                          pearson_interval=_span(self._drawn[name]))
-            if against:
-                ranks = [spearman(*pair) for pair in zip(self.values[name], self.change_SN, strict=True)]
-                row = replace(row, spearman=float(np.mean(ranks)))
+        rows = {name: replace(self._empty, undefined=self.undefined.get(name)) for name in self.values}
+        for (name, by_seed), test in zip(self.r.items(), self._tests(list(self.r)) if self.r else [], strict=True):
+            found: dict[str, Any] = {"by_seed": by_seed, "pearson": float(np.mean(by_seed)),
+                                     "pearson_interval": percentile_interval(self._drawn[name])}
             if name not in untested:
-                row = replace(row, p=test.p)
-                if against:
-                    row = replace(row, exact=test.exact, permutations=test.resamples, less={
-                        other: self.difference(other, name) for other in against if other in self.r and other != name})
-            rows[name] = row
+                found["p"] = test.p
+            if against:
+                found["spearman"] = float(np.mean([spearman(*pair) for pair in zip(
+                    self.values[name], self.change_SN, strict=True)]))
+            if against and name not in untested:
+                found |= {"exact": test.exact, "permutations": test.resamples, "less": {
+                    other: self.difference(other, name) for other in against if other in self.r and other != name}}
+            rows[name] = replace(rows[name], **found)
         return rows
 
     def difference(self, one: Any, other: Any) -> Difference:
         """r of one less r of the other."""
         return Difference(float(np.mean(self.r[one]) - np.mean(self.r[other])),
-                          _span(self._drawn[one] - self._drawn[other]))
+                          percentile_interval(self._drawn[one] - self._drawn[other]))
 
     def swapped(self, pairs: Sequence[tuple[Any, Any]]) -> dict[tuple[Any, Any], Difference]:
         """The differences of pairs, with p."""
         if not pairs:
             return {}
         first, second = (np.stack([self.values[name] for name in names]) for names in zip(*pairs, strict=True))
-        tests = resampling.swap_tests(first, second, self.change_SN, seed=self.seed)
+        tests = correlation.swap_tests(first, second, self.change_SN, seed=self.seed)
         return {pair: replace(self.difference(*pair), p=test.p) for pair, test in zip(pairs, tests, strict=True)}
 
     def partial(self, names: Sequence[str], controls: Sequence[str]) -> list[Correlated]:
         """Partial r given controls, which keep their measured values in resamples; p by Freedman and Lane."""
-        rows = [Correlated(len(self.domains), len(self.change_SN))] * len(names)
         controls_SNK = np.stack([self.values[name] for name in controls], axis=-1)
-        if len(self.domains) < len(controls) + 3 or not np.isfinite(controls_SNK).all():
-            return [replace(row, undefined="too few domains, or a control without values") for row in rows]
-        x_PSN = np.stack([self.values[name] for name in names])
-        tests = correlation.permutation_tests(x_PSN, self.change_SN, controls_SNK, resamples=self.permutations,
-                                              seed=self.seed)
-        for place, (x_SN, test) in enumerate(zip(x_PSN, tests, strict=True)):
-            r_S, span = correlation_rows(x_SN, self.change_SN, controls_SNK), None
-            if np.isfinite(r_S).all():
-                span = _span(self._resamples.correlations(x_SN, controls_SNK))
-            found = {"by_seed": r_S.tolist(), "pearson": float(r_S.mean()), "p": test.p, "pearson_interval": span}
-            rows[place] = replace(rows[place], **found if span else {"undefined": "nothing left to correlate"})
+        if self._empty.n < len(controls) + 3 or not np.isfinite(controls_SNK).all():
+            return [replace(self._empty, undefined="too few domains, or a control without values")] * len(names)
+        rows = []
+        for name, test in zip(names, self._tests(names, controls_SNK), strict=True):
+            r_S = correlation_rows(self.values[name], self.change_SN, controls_SNK)
+            if not np.isfinite(r_S).all():
+                rows.append(replace(self._empty, undefined="nothing left to correlate"))
+                continue
+            interval = percentile_interval(self._resamples.correlations(self.values[name], controls_SNK))
+            rows.append(replace(self._empty, by_seed=r_S.tolist(), pearson=float(r_S.mean()), p=test.p,
+                                pearson_interval=interval))
         return rows
-
-    def best(self, names: Sequence[Any]) -> BestOf:
-        """The best of several predictors, beside what the best of so many is by chance."""
-        return best_of(np.stack([self.values[name] for name in names]), self.change_SN, seed=self.seed,
-                       orders=min(self.permutations, 20_000))
-
-
-def _span(values_B: np.ndarray) -> Span | None:
-    found = resampling.percentile_interval(values_B)
-    return found and Span(found.low, found.high, found.resamples)
 
 
 def null(values_R: np.ndarray, observed: float | None) -> Null:
@@ -181,35 +149,29 @@ def null(values_R: np.ndarray, observed: float | None) -> Null:
     if observed is None or not len(kept_R):
         return Null(len(kept_R), observed, undefined="no correlation is defined")
     low, high = np.quantile(kept_R, [0.025, 0.975])
-    p = (1 + (kept_R >= observed - 1e-12).sum()) / (1 + len(kept_R))
-    return Null(len(kept_R), observed, float(kept_R.mean()), float(low), float(high), float(p))
+    return Null(len(kept_R), observed, float(kept_R.mean()), float(low), float(high), float(p_value(kept_R, observed)))
 
 
-def best_of(scores_KSN: np.ndarray, change_SN: np.ndarray, *, orders: int = 10_000, seed: int = 0) -> BestOf:
+def best_of(scores_KSN: np.ndarray, change_SN: np.ndarray, *, orders: int = 10_000, seed: int = 0) -> dict[str, Any]:
     """What picking the best of K scores gives by chance: the largest r when domains are shuffled alike for all scores
-    and seeds, so that scores that are alike count as alike (the maximum statistic of Westfall and Young 1993)."""
-    units_KSN, goal_SN = units(scores_KSN), units(change_SN)
-    observed_K = (units_KSN * goal_SN).sum(-1).mean(-1)
-    if not np.isfinite(observed_K).all():
-        raise StsError("A score or the change is the same in every domain, so that no correlation is defined; leave "
-                       "it out first.")
-    seeds, n = goal_SN.shape
-    flat_KM = units_KSN.reshape(len(units_KSN), -1) / seeds
-    found_BK = np.concatenate([goal_SN[:, order_BN].swapaxes(0, 1).reshape(len(order_BN), -1) @ flat_KM.T
-                               for order_BN in correlation.random_orders(n, orders, np.random.default_rng(seed))])
+    and seeds, so that scores that are alike count as alike (the maximum statistic of Westfall and Young 1993).
+
+    Keys: index and pearson of the best, scores (K); over the orders chance_mean (mean of the largest r), chance_high
+    (what it exceeds in 5%), single_high (the same for one score fixed beforehand) and p; orders.
+    """
+    orders_BN, exact = correlation.orders(change_SN.shape[1], orders, seed)
+    observed_K = correlation_rows(scores_KSN, change_SN).mean(-1)
+    found_BK = correlation.shuffled(scores_KSN, change_SN, orders_BN)
     largest_B, best = found_BK.max(1), int(observed_K.argmax())
-    reached = int((largest_B >= observed_K[best] - 1e-12).sum())
-    return BestOf(best, float(observed_K[best]), len(observed_K), float(largest_B.mean()),
-                  float(np.quantile(largest_B, 0.95)), float(np.quantile(found_BK, 0.95, axis=0).mean()),
-                  (reached + 1) / (orders + 1), orders)
+    return {"index": best, "pearson": float(observed_K[best]), "scores": len(observed_K),
+            "chance_mean": float(largest_B.mean()), "chance_high": float(np.quantile(largest_B, 0.95)),
+            "single_high": float(np.quantile(found_BK, 0.95, axis=0).mean()),
+            "p": float(p_value(largest_B, observed_K[best], exact)), "orders": len(orders_BN)}
 
 
-#: Every setting that is varied -> its label, in the order of the page.
-AXES = {"bands": "ranks of the latents", "top_n": "number of latents, N", "variant": "formulas", "width": "SAE width",
-        "width_share": "SAE width, N in proportion", "layer": "layer", "k": "active latents a token, k",
-        "norms": "decoder norms", "demonstrations": "demonstrations, domain (m)",
-        "shift_demonstrations": "demonstrations, training set", "score_tokens": "tokens a domain",
-        "shift_tokens": "tokens, training set", "masks": "tokens that count"}
+#: Every setting that is varied, in the order of the page.
+AXES = ("bands", "top_n", "variant", "width", "width_share", "layer", "k", "norms", "demonstrations",
+        "shift_demonstrations", "score_tokens", "shift_tokens", "masks")
 #: Those whose values are SAEs of the sweep, and those of which the paper says that the last value predicts worst.
 SAE_AXES, ENDS = ("width", "width_share", "layer", "k", "norms"), ("bands", "width", "k")
 
@@ -225,41 +187,39 @@ def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], difference
                                    for table in tables]) for score in SCORES for place in owns}, **numbers)
     rows, found = compared.rows(), {"values": [], "claims": [], "best": [], "saes": []}
     for score in SCORES:
-        about = {"measure": measure, "score": score}
-        keys = [(score, *place) for place in owns]
+        keys, about = [(score, *place) for place in owns], {"measure": measure, "score": score}
         known = [key for key in keys if key in compared.r]
-        own_of = {key[1]: key for key in keys if owns[key[1:]]}
-        pairs = {key: own_of[key[1]] for key in known if not owns[key[1:]] and own_of[key[1]] in compared.r}
+        if not known:
+            continue
+        own_of = {key[1]: key for key in known if owns[key[1:]]}
+        pairs = {key: own_of[key[1]] for key in known if not owns[key[1:]] and key[1] in own_of}
         ends = {axis: (of[-1], of[0]) for axis in ENDS
                 if len(of := [key for key in keys if key[1] == axis]) > 1 and {of[0], of[-1]} <= compared.r.keys()}
-        own, middle = (next((key for key in known if owns[key[1:]] and (key[1] in SAE_AXES) == sae), None)
+        own, middle = (next((key for axis, key in own_of.items() if (axis in SAE_AXES) == sae), None)
                        for sae in (False, True))
-        if known:
-            tried = different({key: compared.values[key] for key in known})
-            best = compared.best(tried)
-            top = tried[best.index]
-            # A score that is the run's own under another name is not compared with itself.
-            picked = bool(own) and not np.array_equal(compared.values[top], compared.values[own])
-            less = compared.swapped(list(dict.fromkeys([
-                *pairs.items(), *ends.values(), *[(top, own)] * picked, *[(middle, own)] * bool(own and middle)])))
-            rows |= {key: replace(rows[key], less=less[pair]) for key, pair in zip(pairs, pairs.items(), strict=True)}
-            found["claims"] += [about | {"axis": axis, "first": pair[1][2], "last": pair[0][2], **plain(less[pair])}
-                                for axis, pair in ends.items()]
-            found["best"].append(about | {"axis": top[1], "value": top[2], **vars(best),
-                                          "less_own": plain(less[top, own]) if picked else None})
-            if own and middle:
-                found["saes"].append(about | {"own": rows[own].pearson, "middle": rows[middle].pearson,
-                                              **plain(less[middle, own])})
-    rows = holm(rows)
+        tried = different({key: compared.values[key] for key in known})
+        best = best_of(np.stack([compared.values[key] for key in tried]), compared.change_SN, seed=compared.seed,
+                       orders=min(compared.permutations, 20_000))
+        top = tried[best["index"]]
+        # A score that is the run's own under another name is not compared with itself.
+        picked = bool(own) and not np.array_equal(compared.values[top], compared.values[own])
+        less = compared.swapped(list(dict.fromkeys([
+            *pairs.items(), *ends.values(), *[(top, own)] * picked, *[(middle, own)] * bool(own and middle)])))
+        rows |= {key: replace(rows[key], less=less[pair]) for key, pair in zip(pairs, pairs.items(), strict=True)}
+        found["claims"] += [about | {"axis": axis, "first": pair[1][2], "last": pair[0][2], **plain(less[pair])}
+                            for axis, pair in ends.items()]
+        found["best"].append(about | {"axis": top[1], "value": top[2], **best,
+                                      "less_own": plain(less[top, own]) if picked else None})
+        if own and middle:
+            found["saes"].append(about | {"own": rows[own].pearson, "middle": rows[middle].pearson,
+                                          **plain(less[middle, own])})
     found["values"] = [{"measure": measure, "score": key[0], "axis": key[1], "value": key[2], "own": owns[key[1:]],
-                        **plain(row)} for key, row in rows.items()]
+                        **plain(row)} for key, row in holm(rows).items()]
     return found
 
 
 def holm(rows: dict[Any, Correlated]) -> dict[Any, Correlated]:
     """The rows with p_holm: p of their differences, corrected by Holm's method for all of them together."""
-    from statsmodels.stats.multitest import multipletests
-
     own = {key: row.less for key, row in rows.items() if isinstance(row.less, Difference)}
     adjusted = np.asarray(multipletests([less.p for less in own.values()], method="holm")[1] if own else [])
     return rows | {key: replace(rows[key], less=replace(less, p_holm=float(p)))

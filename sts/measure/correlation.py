@@ -1,15 +1,17 @@
 """Correlations over a handful of points, such as eight or fourteen domains, and what so few can show.
 
 No large-sample formula is trusted with so few points: p comes from permutations, all of them where that is affordable.
+A seed repeats the experiment, so what is reported is the mean of the seeds' own correlations. Its interval comes from a
+hierarchical bootstrap: seeds, domains and, within each domain drawn, questions are drawn with replacement.
 
-Shape suffixes: N points (domains), K controls, P predictors, S seeds, B orders.
+Shape suffixes: N points (domains), I items, S seeds, K controls, P predictors, B orders or resamples.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
@@ -21,8 +23,19 @@ from sts.errors import StsError
 
 #: A vector whose range is below this fraction of its size is constant up to rounding.
 CONSTANT = 1e-13
-#: Entries of one block of orders or resamples; bounds memory to a few tens of MB.
-BLOCK = 1_000_000
+#: All orders of up to so many points are counted, and all swappings.
+EXACT_UP_TO, SWAPS_UP_TO = 8, 14
+#: What a design is judged by: the two-sided level, and the share of experiments that should find a correlation.
+ALPHA, POWER = 0.05, 0.8
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The central 95% of so many resamples."""
+
+    low: float
+    high: float
+    resamples: int
 
 
 @dataclass(frozen=True)
@@ -32,14 +45,6 @@ class PermutationTest:
     p: float
     exact: bool
     resamples: int
-
-
-@dataclass(frozen=True)
-class Line:
-    """y = slope * x + intercept."""
-
-    slope: float
-    intercept: float
 
 
 def plain(value: Any) -> Any:
@@ -54,31 +59,19 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def vector(name: str, values: ArrayLike) -> np.ndarray:
-    """The values as a plain vector of finite numbers; `StsError` if they are none."""
-    try:
-        found = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise StsError(f"{name} must be a list of numbers ({error}).") from error
-    if found.ndim != 1:
-        raise StsError(f"{name} has shape {found.shape}; a plain list of numbers, one a point, works.")
-    if (bad := np.flatnonzero(~np.isfinite(found))).size:
-        raise StsError(f"{name} has {bad.size} value(s) that are NaN or infinite, the first at position {bad[0]}; "
-                       "leave those points out of both vectors first.")
-    return found
+# --- correlations -------------------------------------------------------------------------------------------------
 
-
-def points(x: ArrayLike, y: ArrayLike, minimum: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Both as vectors that pair up, long enough and not constant; `StsError` otherwise."""
-    x_N, y_N = vector("x", x), vector("y", y)
-    if x_N.size != y_N.size:
-        raise StsError(f"x has {x_N.size} values and y has {y_N.size}; they must pair up one to one.")
-    if x_N.size < minimum:
-        raise StsError(f"{x_N.size} point(s) given; at least {minimum} are needed.")
-    for name, own in (("x", x_N), ("y", y_N)):
-        if np.ptp(own) <= CONSTANT * np.abs(own).max():
-            raise StsError(f"{name} is constant ({own[0]:g} at every point), so a correlation or line is not defined; "
-                           "points with at least two different values work.")
+def points(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Both as vectors of at least three numbers that pair up and are not constant; `StsError` otherwise."""
+    x_N, y_N = np.asarray(x, float), np.asarray(y, float)
+    if x_N.ndim != 1 or x_N.shape != y_N.shape or x_N.size < 3:
+        raise StsError(f"x has shape {x_N.shape} and y {y_N.shape}; two lists of as many numbers, at least 3, work.")
+    for name, own_N in (("x", x_N), ("y", y_N)):
+        if not np.isfinite(own_N).all():
+            raise StsError(f"{name} has values that are NaN or infinite; leave those points out of both first.")
+        if np.ptp(own_N) <= CONSTANT * np.abs(own_N).max():
+            raise StsError(f"{name} is constant ({own_N[0]:g} at every point), so a correlation is not defined; points "
+                           "with at least two different values work.")
     return x_N, y_N
 
 
@@ -117,85 +110,193 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
     return float(correlation_rows(*(scipy_stats.rankdata(own) for own in points(x, y))))
 
 
-def fit_line(x: ArrayLike, y: ArrayLike) -> Line:
-    """Least-squares line of y on x; slope in units of y per unit of x. Raises as `pearson`."""
+def correlate(x: ArrayLike, y: ArrayLike, names: Sequence[str], *, seed: int = 0, permutations: int = 100_000,
+              resamples: int = 5000) -> dict[str, Any]:
+    """All that the book says about one scatter plot: r with a bootstrap over points and a permutation p.
+
+    Keys: n, pearson, pearson_interval, p, exact, permutations, spearman, r_squared, line (slope, intercept) and
+    leave_one_out (see there). Raises as `pearson`.
+    """
     x_N, y_N = points(x, y)
-    centred_N = (x_N - x_N.mean()) / np.ptp(x_N)
-    slope = float(centred_N @ (y_N - y_N.mean()) / (centred_N @ centred_N) / np.ptp(x_N))
-    return Line(slope, float(y_N.mean() - slope * x_N.mean()))
+    test, = permutation_tests(x_N[None, None], y_N[None], resamples=permutations, seed=seed)
+    (slope, intercept), r = np.polyfit(x_N, y_N, 1).tolist(), pearson(x_N, y_N)
+    return {"n": x_N.size, "pearson": r, "pearson_interval": bootstrap_interval(x_N, y_N, resamples, seed),
+            "p": test.p, "exact": test.exact, "permutations": test.resamples, "spearman": spearman(x_N, y_N),
+            "r_squared": r**2, "line": {"slope": slope, "intercept": intercept},
+            "leave_one_out": leave_one_out(x_N, y_N, names)}
 
 
-def leave_one_out(x: ArrayLike, y: ArrayLike, names: Sequence[str]) -> dict[str, float]:
-    """Pearson's correlation of the others for each point left out; NaN where they make x or y constant."""
-    x_N, y_N = points(x, y, minimum=4)
-    return {str(name): float(correlation_rows(np.delete(x_N, place), np.delete(y_N, place)))
-            for place, name in zip(range(x_N.size), names, strict=True)}
+def leave_one_out(x_N: np.ndarray, y_N: np.ndarray, names: Sequence[str]) -> dict[str, Any] | None:
+    """Lowest and highest r without one point, and the point left out (low_without, high_without); None if undefined."""
+    n = x_N.size
+    others_NM = np.array([np.delete(np.arange(n), place) for place in range(n)])
+    r_N = correlation_rows(x_N[others_NM], y_N[others_NM])
+    if n < 4 or not np.isfinite(r_N).any():
+        return None
+    low, high = int(np.nanargmin(r_N)), int(np.nanargmax(r_N))
+    return {"low": float(r_N[low]), "low_without": str(names[low]), "high": float(r_N[high]),
+            "high_without": str(names[high])}
 
 
-def all_orders(n: int) -> Iterator[np.ndarray]:
-    """Every order of n places, in blocks."""
-    orders = itertools.permutations(range(n))
-    while block := list(itertools.islice(orders, BLOCK // n)):
-        yield np.array(block, dtype=np.int8)
+# --- permutations -------------------------------------------------------------------------------------------------
+
+def random_orders(n: int, count: int, seed: int | np.random.Generator) -> np.ndarray:
+    """`count` random orders of n places, B x N."""
+    return np.random.default_rng(seed).permuted(np.tile(np.arange(n), (count, 1)), axis=1)
 
 
-def random_orders(n: int, count: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """`count` random orders of n places, in blocks."""
-    for size in block_sizes(n, count):
-        yield generator.permuted(np.tile(np.arange(n), (size, 1)), axis=1)
+def orders(n: int, count: int, seed: int) -> tuple[np.ndarray, bool]:
+    """Every order of up to `EXACT_UP_TO` places, and True; of more places `count` random ones, and False."""
+    if n <= EXACT_UP_TO:
+        return np.array(list(itertools.permutations(range(n)))), True
+    return random_orders(n, count, seed), False
 
 
-def block_sizes(n: int, count: int) -> Iterator[int]:
-    """Sizes of the blocks in which `count` rows of n entries are worked off."""
-    size = max(1, BLOCK // n)
-    yield from (min(size, count - done) for done in range(0, count, size))
+def p_value(values_B: np.ndarray, observed: Any, exact: bool = False) -> np.ndarray:
+    """Share of values that reach the observed one, which counts as one more unless it is among them (`exact`)."""
+    reached = (values_B >= observed - 1e-12).sum(0)  # what is equal up to rounding is a tie
+    p = reached / len(values_B) if exact else (reached + 1) / (len(values_B) + 1)
+    return np.where(np.isfinite(observed), p, np.nan)
+
+
+def shuffled(x_PSN: np.ndarray, y_SN: np.ndarray, orders_BN: np.ndarray,
+             controls_SNK: np.ndarray | None = None) -> np.ndarray:
+    """Mean over seeds of each predictor's correlation with y in other orders, the same in all seeds; B x P."""
+    shuffled_BSN = units(y_SN, controls_SNK)[:, orders_BN].swapaxes(0, 1)
+    if controls_SNK is not None:
+        shuffled_BSN = units(shuffled_BSN, controls_SNK)
+    flat_PM = units(x_PSN, controls_SNK).reshape(len(x_PSN), -1) / len(y_SN)
+    return shuffled_BSN.reshape(len(orders_BN), -1) @ flat_PM.T
 
 
 def permutation_tests(x_PSN: np.ndarray, y_SN: np.ndarray, controls_SNK: np.ndarray | None = None, *,
-                      exact_up_to: int = 8, resamples: int = 100_000, seed: int = 0) -> list[PermutationTest]:
+                      resamples: int = 100_000, seed: int = 0) -> list[PermutationTest]:
     """Two-sided permutation p of the mean over seeds of each predictor's correlation with y; NaN where not defined.
 
-    Domains are shuffled in the same order for all seeds, whose results are not independent: in all N! orders for up
-    to `exact_up_to` domains, else in m random ones, where p = (b + 1) / (m + 1). With controls, the residuals of y are
-    shuffled and the controls taken out again (Freedman and Lane 1983), so that p is never exact.
+    Domains are shuffled in the same order for all seeds, whose results are not independent. With controls, the
+    residuals of y are shuffled and the controls taken out again (Freedman and Lane 1983), so that p is never exact.
     """
-    units_PSN, left_SN = units(x_PSN, controls_SNK), units(y_SN, controls_SNK)
-    seeds, n = left_SN.shape
-    flat_PM = units_PSN.reshape(len(units_PSN), -1) / seeds
-
-    def sizes(orders_BN: np.ndarray) -> np.ndarray:
-        shuffled_BSN = left_SN[:, orders_BN].swapaxes(0, 1)
-        if controls_SNK is not None:
-            shuffled_BSN = units(shuffled_BSN, controls_SNK)
-        return np.abs(shuffled_BSN.reshape(len(orders_BN), -1) @ flat_PM.T)
-
-    observed_P, exact = sizes(np.arange(n)[None])[0], n <= exact_up_to
-    extreme_P, count = np.zeros(len(flat_PM)), 0
-    for order_BN in all_orders(n) if exact else random_orders(n, resamples, np.random.default_rng(seed)):
-        extreme_P += (sizes(order_BN) >= observed_P - 1e-12).sum(0)  # what is equal up to rounding is a tie
-        count += len(order_BN)
-    p_P = extreme_P / count if exact else (extreme_P + 1) / (count + 1)
-    return [PermutationTest(float(p) if math.isfinite(observed) else math.nan, exact and controls_SNK is None, count)
-            for p, observed in zip(p_P, observed_P, strict=True)]
+    orders_BN, exact = orders(y_SN.shape[1], resamples, seed)
+    observed_P, values_BP = (np.abs(shuffled(x_PSN, y_SN, own_BN, controls_SNK))
+                             for own_BN in (np.arange(y_SN.shape[1])[None], orders_BN))
+    return [PermutationTest(float(p), exact and controls_SNK is None, len(orders_BN))
+            for p in p_value(values_BP, observed_P[0], exact)]
 
 
-def smallest_detectable_correlation(n: int, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The true correlation that a two-sided test on n points finds with probability `power`, by Fisher's z."""
+def swap_tests(first_PSN: np.ndarray, second_PSN: np.ndarray, change_SN: np.ndarray, *, resamples: int = 16_384,
+               seed: int = 0) -> list[PermutationTest]:
+    """Two-sided p of the difference of two scores' correlations with the same changes, mean over seeds; one a pair.
+
+    If two standardised scores are interchangeable, swapping them within a domain, the same in all seeds, changes
+    nothing but chance. Up to `SWAPS_UP_TO` domains all 2^N swappings are counted. NaN where one is constant.
+    """
+    n = change_SN.shape[-1]
+    exact = n <= SWAPS_UP_TO
+    swaps_BN = ((np.arange(2**n)[:, None] >> np.arange(n) & 1) if exact
+                else np.random.default_rng(seed).integers(0, 2, (resamples, n))).astype(float)
+    found_BP, observed_P = np.zeros((len(swaps_BN), len(first_PSN))), np.zeros(len(first_PSN))
+    for one_PN, two_PN, goal_N in zip(units(first_PSN).swapaxes(0, 1), units(second_PSN).swapaxes(0, 1),
+                                      units(change_SN), strict=True):
+        observed_P += one_PN @ goal_N - two_PN @ goal_N
+        # Sum, square sum and product with the goal after a swapping are linear in which domains are swapped.
+        gain_BP, square_BP, product_BP = (swaps_BN @ (new - old).T for new, old in (
+            (two_PN, one_PN), (two_PN**2, one_PN**2), (two_PN * goal_N, one_PN * goal_N)))
+        for sign, own_PN in ((1, one_PN), (-1, two_PN)):
+            # The units sum to zero and have length one before anything is swapped.
+            spread_BP = np.maximum(1 + sign * square_BP - (sign * gain_BP) ** 2 / n, 0)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                found_BP += sign * (own_PN @ goal_N + sign * product_BP) / np.sqrt(spread_BP)
+    # Where a swapped score is constant the difference does not exist; counted as extreme, to be on the safe side.
+    p_P = p_value(np.nan_to_num(np.abs(found_BP), nan=np.inf), np.abs(observed_P), exact)
+    return [PermutationTest(float(p), exact, len(swaps_BN)) for p in p_P]
+
+
+# --- resamples ----------------------------------------------------------------------------------------------------
+
+def percentile_interval(values_B: np.ndarray) -> Interval | None:
+    """The central 95% of the values that exist; None if hardly any does."""
+    kept = values_B[np.isfinite(values_B)]
+    if len(kept) < max(10, len(values_B) // 100):
+        return None
+    low, high = np.quantile(kept, [0.025, 0.975])
+    return Interval(float(low), float(high), len(kept))
+
+
+def bootstrap_interval(x_N: np.ndarray, y_N: np.ndarray, resamples: int, seed: int = 0) -> Interval | None:
+    """Interval of Pearson's correlation, points drawn with replacement. With eight points it tends to be too narrow."""
+    # Twice as many are drawn, as some may hold one value alone.
+    drawn_BN = np.random.default_rng(seed).integers(0, x_N.size, (2 * resamples, x_N.size))
+    values_B = correlation_rows(x_N[drawn_BN], y_N[drawn_BN])
+    return percentile_interval(values_B[np.isfinite(values_B)][:resamples])
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """Resampled experiments: the domain at each place, the share of each seed, and the absolute mean change there."""
+
+    domains_BN: np.ndarray
+    weights_BS: np.ndarray
+    change_BSN: np.ndarray
+
+    def correlations(self, x_SN: np.ndarray, controls_SNK: np.ndarray | None = None) -> np.ndarray:
+        """Mean over the seeds drawn of the (partial) correlation in every resample, B; NaN where none is defined."""
+        x_BSN, controls = (None if own is None else np.asarray(own, float)[:, self.domains_BN].swapaxes(0, 1)
+                           for own in (x_SN, controls_SNK))
+        assert x_BSN is not None
+        rows_BS = correlation_rows(x_BSN, self.change_BSN, controls)
+        # A seed that was not drawn must not spoil the mean.
+        values_B = np.where(self.weights_BS > 0, self.weights_BS * rows_BS, 0).sum(1)
+        different_B = 1 + (np.diff(np.sort(self.domains_BN, axis=1), axis=1) > 0).sum(1)
+        return np.where(different_B >= 3 + (0 if controls is None else controls.shape[-1]), values_B, np.nan)
+
+
+def hierarchical_resamples(differences_NIS: Sequence[np.ndarray], *, resamples: int = 5000, seed: int = 0) -> Resamples:
+    """Draw seeds, domains and, for each domain drawn, its questions (the same for all seeds); all with replacement.
+
+    Drawing questions adds their noise a second time to changes that hold it already, so intervals lean to the wide
+    side and towards zero. For each domain `differences_NIS` has after minus before of its questions, items x seeds.
+    """
+    generator, n, seeds = np.random.default_rng(seed), len(differences_NIS), differences_NIS[0].shape[1]
+    domains_BN = generator.integers(0, n, (resamples, n))
+    drawn_BS = generator.integers(0, seeds, (resamples, seeds))
+    change_BNS = np.empty((resamples, n, seeds))
+    for domain, own_IS in enumerate(differences_NIS):
+        here_BN = domains_BN == domain
+        picked = generator.integers(0, len(own_IS), (here_BN.sum(), len(own_IS)))
+        change_BNS[here_BN] = np.abs(own_IS[picked].mean(1))
+    weights_BS = np.stack([(drawn_BS == own).mean(1) for own in range(seeds)], axis=1)
+    return Resamples(domains_BN, weights_BS, change_BNS.swapaxes(1, 2))
+
+
+# --- what a design can find ---------------------------------------------------------------------------------------
+
+def smallest_detectable_correlation(n: int) -> float:
+    """The true correlation that a two-sided test on n points finds with probability `POWER`, by Fisher's z."""
     if n < 4:
         raise StsError(f"{n} points given; Fisher's z needs at least 4.")
-    z = scipy_stats.norm.ppf(1 - alpha / 2) + scipy_stats.norm.ppf(power)
+    z = scipy_stats.norm.ppf(1 - ALPHA / 2) + scipy_stats.norm.ppf(POWER)
     return float(np.tanh(z / math.sqrt(n - 3)))
 
 
-def needed_correlation(n: int, alpha: float = 0.05) -> float:
-    """The r that n points need for a two-sided p of `alpha`, by Student's t; n - K for one given K controls."""
-    t = scipy_stats.t.ppf(1 - alpha / 2, n - 2)
+def needed_correlation(n: int) -> float:
+    """The r that n points need for a two-sided p of `ALPHA`, by Student's t."""
+    t = scipy_stats.t.ppf(1 - ALPHA / 2, n - 2)
     return float(t / math.sqrt(n - 2 + t**2))
 
 
-def overlap_p(n_total: int, n_a: int, n_b: int, overlap: int) -> float:
-    """Chance that random sets of `n_a` and `n_b` out of `n_total` share at least so many: hypergeometric upper tail."""
-    least, most = max(0, n_a + n_b - n_total), min(n_a, n_b)
-    if not (max(n_a, n_b) <= n_total and least <= overlap <= most):
-        raise StsError(f"Sets of {n_a} and {n_b} out of {n_total} cannot share {overlap}.")
-    return float(scipy_stats.hypergeom.sf(overlap - 1, n_total, n_a, n_b))
+def simulated_power(n: int, r: float, *, trials: int = 2000, permutations: int = 999) -> float:
+    """Share of simulated normal experiments of n points in which a permutation test finds a true correlation."""
+    generator = np.random.default_rng(0)
+    x_BN = generator.standard_normal((trials, n))
+    y_BN = r * x_BN + math.sqrt(1 - r**2) * generator.standard_normal((trials, n))
+    orders_MN = random_orders(n, permutations, generator)
+    return float(np.mean([p_value(np.abs(y_N[orders_MN] @ x_N), abs(y_N @ x_N)) <= ALPHA for x_N, y_N in zip(
+        x_BN - x_BN.mean(1, keepdims=True), y_BN - y_BN.mean(1, keepdims=True), strict=True)]))
+
+
+def power_of_design(n: int) -> dict[str, float]:
+    """What a test over n points can find: n, alpha, power; needed and detectable (see above); simulated and
+    false_alarms (`simulated_power` of the latter, and of none). `StsError` for fewer than 4."""
+    detectable = smallest_detectable_correlation(n)
+    return {"n": n, "alpha": ALPHA, "power": POWER, "needed": needed_correlation(n), "detectable": detectable,
+            "simulated": simulated_power(n, detectable), "false_alarms": simulated_power(n, 0.0)}

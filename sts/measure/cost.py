@@ -17,7 +17,6 @@ import pandas
 from sts.data.prompts import PromptGroup
 from sts.errors import StsError
 
-# --- one token ----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Architecture:
@@ -70,10 +69,6 @@ ARCHITECTURES = {
     "qwen2.5-7b-instruct": Architecture("Qwen2.5-7B-Instruct", 28, 3584, 28, 4, 128, 18944, 152_064, 32_768, 25,
                                         28_672),
     "gemma2-9b-it": Architecture("Gemma2-9B-Instruct", 42, 3584, 16, 8, 256, 14336, 256_000, 8192, 31, 131_072)}
-
-
-# --- a plan -------------------------------------------------------------------------------------------------------
-
 #: Largest assumption, and largest factor that one may be off by: beyond any experiment, and every product is finite.
 LARGEST, LARGEST_FACTOR = 1_000_000_000, 1000
 
@@ -113,90 +108,56 @@ class Assumptions:
                 raise StsError(f"Assumption {field.name!r} must be a number from 1 to {LARGEST:,}; got {value!r}.")
 
 
-def check_factor(factor: float, name: str = "off_by") -> None:
-    """Raise `StsError`, naming the parameter, unless assumptions can be off by such a factor."""
+def check_factor(factor: float) -> None:
+    """Raise `StsError` unless assumptions can be off by such a factor (the page's parameter `off_by`)."""
     if not 1 <= factor <= LARGEST_FACTOR:
-        raise StsError(f"Parameter {name!r} is how far every assumption may be off, as a factor: a number from 1 (not "
+        raise StsError(f"Parameter 'off_by' is how far every assumption may be off, as a factor: a number from 1 (not "
                        f"at all) to {LARGEST_FACTOR:,}; got {factor!r}.")
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Tokens run, token-forward-passes and FLOPs."""
-
-    tokens: float = 0.0
-    passes: float = 0.0
-    flops: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.tokens + other.tokens, self.passes + other.passes, self.flops + other.flops)
-
-    def times(self, factor: float) -> Cost:
-        return Cost(factor * self.tokens, factor * self.passes, factor * self.flops)
-
-
-def forward_cost(architecture: Architecture, tokens: float, length: float, *, behind: float = 0,
-                 layers: int | None = None) -> Cost:
-    """Cost of `tokens` tokens in causal texts of `length` tokens each, behind `behind` cached tokens."""
-    run = architecture.layers if layers is None else layers
-    keys = behind + (length + 1) / 2
-    return Cost(tokens, tokens * run / architecture.layers, tokens * architecture.flops(keys, run))
-
-
-def forecast_cost(architecture: Architecture, settings: Settings, assumed: Assumptions, *, cached: bool = True) -> Cost:
-    """The forecast: the training set's questions and every domain's, each without and behind demonstrations.
+def forecast_cost(one: Architecture, settings: Settings, assumed: Assumptions, *, cached: bool = True) -> float:
+    """Passes of the forecast: the training set's questions and every domain's, each without and behind demonstrations.
 
     `cached` runs each set of demonstrations once, not for every question; what does not fit the context is cut.
     """
     solved = min(assumed.sft_question_tokens + assumed.sft_solution_tokens, settings.sft_max_length)
-    total, layers = Cost(), architecture.layers_read
+    run = 0.0
     for times, tokens, length, prefix in (
             (1, settings.shift_tokens, assumed.sft_question_tokens, settings.shift_demonstrations * solved),
             (settings.domains, settings.score_tokens, assumed.question_tokens,
              settings.demonstrations * assumed.demonstration_tokens)):
-        prefix = max(0, min(prefix, architecture.context - length))
         questions = tokens / length
-        runs = min(assumed.demonstration_sets, questions) if cached else questions
-        one = forward_cost(architecture, tokens, length, layers=layers)
-        one += forward_cost(architecture, runs * prefix, prefix, layers=layers)
-        one += forward_cost(architecture, tokens, length, behind=prefix, layers=layers)
-        total += (one + Cost(flops=2 * tokens * architecture.sae_flops)).times(times)
-    return total
+        prefixes = min(assumed.demonstration_sets, questions) if cached else questions
+        run += times * (2 * tokens + prefixes * max(0, min(prefix, one.context - length)))
+    return run * one.layers_read / one.layers
 
 
-def training_cost(architecture: Architecture, settings: Settings, assumed: Assumptions) -> Cost:
-    """Fine-tuning: forward and backward, LM head included, nothing recomputed; the optimiser's own work left out."""
+def training_cost(settings: Settings, assumed: Assumptions) -> float:
+    """Passes of fine-tuning: forward and backward, nothing recomputed; the optimiser's own work left out."""
     length = min(assumed.sft_question_tokens + assumed.sft_solution_tokens, settings.sft_max_length)
-    tokens = settings.sft_examples * settings.sft_epochs * length
-    once = forward_cost(architecture, tokens, length) + Cost(flops=tokens * architecture.head_flops)
-    return replace(once.times(settings.passes_per_trained_token), tokens=tokens)
+    return settings.passes_per_trained_token * settings.sft_examples * settings.sft_epochs * length
 
 
-def evaluation_cost(architecture: Architecture, settings: Settings, assumed: Assumptions) -> Cost:
-    """Evaluation before and after: questions behind demonstrations, answers written token by token."""
-    prefix = settings.demonstrations * assumed.demonstration_tokens
-    length = assumed.question_tokens + assumed.generated_tokens
-    runs = settings.domains if assumed.evaluation_prefix_cached else settings.evaluated_questions
-    once = forward_cost(architecture, runs * prefix, prefix)
-    once += forward_cost(architecture, settings.evaluated_questions * length, length, behind=prefix)
-    once += Cost(flops=settings.evaluated_questions * assumed.generated_tokens * architecture.head_flops)
-    return once.times(2)
+def evaluation_cost(settings: Settings, assumed: Assumptions) -> float:
+    """Passes of evaluating before and after: questions behind demonstrations, answers written token by token."""
+    prefixes = settings.domains if assumed.evaluation_prefix_cached else settings.evaluated_questions
+    answered = settings.evaluated_questions * (assumed.question_tokens + assumed.generated_tokens)
+    return 2 * (prefixes * settings.demonstrations * assumed.demonstration_tokens + answered)
 
 
-def ratio(architecture: Architecture, settings: Settings, assumed: Assumptions) -> float:
+def ratio(one: Architecture, settings: Settings, assumed: Assumptions) -> float:
     """How many forecasts finding out by fine-tuning and evaluating costs, in token-forward-passes."""
-    found_out = training_cost(architecture, settings, assumed) + evaluation_cost(architecture, settings, assumed)
-    return found_out.passes / forecast_cost(architecture, settings, assumed).passes
+    found_out = training_cost(settings, assumed) + evaluation_cost(settings, assumed)
+    return found_out / forecast_cost(one, settings, assumed)
 
 
 def plan(settings: Settings, assumed: Assumptions) -> pandas.DataFrame:
-    """The paper's models' costs: model, what (forecast, forecast_uncached, training, evaluation), fields of `Cost`."""
+    """The paper's models' costs: model, what (forecast, forecast_uncached, training, evaluation), passes."""
     return pandas.DataFrame([
-        {"model": one.name, "what": what, **vars(cost)} for one in ARCHITECTURES.values() for what, cost in (
+        {"model": one.name, "what": what, "passes": passes} for one in ARCHITECTURES.values() for what, passes in (
             ("forecast", forecast_cost(one, settings, assumed)),
             ("forecast_uncached", forecast_cost(one, settings, assumed, cached=False)),
-            ("training", training_cost(one, settings, assumed)),
-            ("evaluation", evaluation_cost(one, settings, assumed)))])
+            ("training", training_cost(settings, assumed)), ("evaluation", evaluation_cost(settings, assumed)))])
 
 
 def _values(assumed: Assumptions, name: str, factor: float) -> set:
@@ -206,18 +167,17 @@ def _values(assumed: Assumptions, name: str, factor: float) -> set:
         value, max(1, round(value / factor)), min(LARGEST, round(value * factor))}
 
 
-def sensitivity(settings: Settings, assumed: Assumptions, *, factor: float = 2.0,
-                architectures: Sequence[Architecture] = tuple(ARCHITECTURES.values())) -> pandas.DataFrame:
+def sensitivity(settings: Settings, assumed: Assumptions, *, factor: float = 2.0) -> pandas.DataFrame:
     """The ratio when an assumption is off by `factor` either way, one at a time, and all at once ("all").
 
     One row a model and assumption: model, assumption, ratio (as assumed), low, high.
     """
-    check_factor(factor, "factor")
+    check_factor(factor)
     values = {field.name: _values(assumed, field.name, factor) for field in fields(Assumptions)}
     cases = {name: [replace(assumed, **{name: value}) for value in own] for name, own in values.items()}
     cases["all"] = [Assumptions(*chosen) for chosen in itertools.product(*values.values())]
     rows = []
-    for one in architectures:
+    for one in ARCHITECTURES.values():
         for name, own in cases.items():
             ratios = [ratio(one, settings, case) for case in own]
             rows.append({"model": one.name, "assumption": name, "ratio": ratio(one, settings, assumed),

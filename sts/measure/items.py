@@ -15,7 +15,6 @@ from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
 from sts.errors import StsError
-from sts.measure.correlation import block_sizes, vector
 
 #: What the domain shift is measured in -> label with units.
 MEASURES = {
@@ -33,45 +32,36 @@ BOOTSTRAP_FROM = 16
 
 @dataclass(frozen=True)
 class MeanInterval:
-    """Mean of `n` values, its standard error and an interval.
+    """Mean of `n` values, its standard error and a 95% interval.
 
-    `kind` is "bootstrap" (percentiles of `resamples` resamples), "t" (Student's) or "none" (one value; ends are NaN).
+    `kind` is "bootstrap" (percentiles of resamples), "t" (Student's) or "none" (one value; error and ends are NaN).
     """
 
     mean: float
     standard_error: float
     low: float
     high: float
-    level: float
     n: int
     kind: str
-    resamples: int = 0
 
 
-def paired_mean_interval(differences: ArrayLike, *, level: float = 0.95, resamples: int = 5000,
-                         seed: int = 0) -> MeanInterval:
+def paired_mean_interval(differences: ArrayLike, *, resamples: int = 5000, seed: int = 0) -> MeanInterval:
     """Mean of paired differences, one a test item, in their units: the percentile bootstrap from `BOOTSTRAP_FROM` items
     on, Student's t for fewer. One item says nothing about spread: then error and ends are NaN."""
-    differences_N = vector("differences", differences)
-    n = differences_N.size
-    if n == 0:
-        raise StsError("No differences given; at least one paired item is needed, two for an interval.")
-    mean = float(differences_N.mean())
+    differences_N = np.asarray(differences, float)
+    n, mean = len(differences_N), float(differences_N.mean())
     if n == 1:
-        return MeanInterval(mean, math.nan, math.nan, math.nan, level, 1, "none")
+        return MeanInterval(mean, math.nan, math.nan, math.nan, 1, "none")
     error = float(differences_N.std(ddof=1) / math.sqrt(n))
     if n < BOOTSTRAP_FROM:
-        reach = float(scipy_stats.t.ppf((1 + level) / 2, n - 1)) * error
-        return MeanInterval(mean, error, mean - reach, mean + reach, level, n, "t")
-    generator = np.random.default_rng(seed)
-    means = np.concatenate([differences_N[generator.integers(0, n, (size, n))].mean(axis=1)
-                            for size in block_sizes(n, resamples)])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return MeanInterval(mean, error, float(low), float(high), level, n, "bootstrap", resamples)
+        reach = float(scipy_stats.t.ppf(0.975, n - 1)) * error
+        return MeanInterval(mean, error, mean - reach, mean + reach, n, "t")
+    picked_BN = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    low, high = np.quantile(differences_N[picked_BN].mean(axis=1), [0.025, 0.975])
+    return MeanInterval(mean, error, float(low), float(high), n, "bootstrap")
 
 
-def crossed_mean_interval(values_DP: ArrayLike, *, level: float = 0.95,
-                          against_one: bool = False) -> MeanInterval:
+def crossed_mean_interval(values_DP: ArrayLike, *, against_one: bool = False) -> MeanInterval:
     """Mean of a complete table of sets by problems, with Student's interval over both, as both are drawn at random.
 
     The half-width is the root of the summed squares of Student's half-widths over row means and over column means
@@ -79,25 +69,18 @@ def crossed_mean_interval(values_DP: ArrayLike, *, level: float = 0.95,
     counts as well: the variance of sets is taken 1 + 1 / D times, as in a prediction interval.
     """
     table_DP = np.asarray(values_DP, dtype=float)
-    if table_DP.ndim != 2 or not table_DP.size or not np.isfinite(table_DP).all():
-        raise StsError(f"A table of shape {table_DP.shape} was given; a mean over sets and problems needs a finite "
-                       "value for every set and problem, and at least one of each.")
     mean, (rows, columns) = float(table_DP.mean()), table_DP.shape
     if columns == 1:
-        return MeanInterval(mean, math.nan, math.nan, math.nan, level, 1, "none")
+        return MeanInterval(mean, math.nan, math.nan, math.nan, 1, "none")
     parts = [(table_DP.mean(axis=axis).var(ddof=1) * weight, number)
              for axis, number, weight in ((0, columns, 1 / columns), (1, rows, 1 / rows + against_one)) if number > 1]
-    reach = math.sqrt(sum(variance * scipy_stats.t.ppf((1 + level) / 2, number - 1)**2 for variance, number in parts))
-    return MeanInterval(mean, math.sqrt(sum(variance for variance, _ in parts)), mean - reach, mean + reach, level,
-                        columns, "t")
+    reach = math.sqrt(sum(variance * scipy_stats.t.ppf(0.975, number - 1)**2 for variance, number in parts))
+    error = math.sqrt(sum(variance for variance, _ in parts))
+    return MeanInterval(mean, error, mean - reach, mean + reach, columns, "t")
 
 
-def mcnemar_p(before: ArrayLike, after: ArrayLike) -> float:
+def mcnemar_p(before_N: np.ndarray, after_N: np.ndarray) -> float:
     """McNemar's exact test, two-sided: do items turn from wrong to right as often as from right to wrong? 1 if none."""
-    before_N, after_N = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
-    if before_N.shape != after_N.shape or before_N.ndim != 1 or not before_N.size:
-        raise StsError(f"before has shape {before_N.shape} and after {after_N.shape}; two lists of equal length, one "
-                       "value an item, work.")
     gained, lost = int((after_N & ~before_N).sum()), int((before_N & ~after_N).sum())
     return float(scipy_stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
@@ -123,21 +106,9 @@ def item_measures(rows: pandas.DataFrame) -> pandas.DataFrame:
     return items
 
 
-def tied_share(rows: pandas.DataFrame) -> float:
-    """Share of the items with letters in which two or more tie for the likeliest, as many do in bf16; NaN without."""
-    letters = rows[rows["kind"] == "letter"]
-    best = letters["loglikelihood"] == letters.groupby("example_id")["loglikelihood"].transform("max")
-    return (np.asarray(best.groupby(letters["example_id"]).sum()) > 1).mean().item() if len(letters) else math.nan
-
-
-def domain_shifts(before: pandas.DataFrame, after: pandas.DataFrame, **numbers: int) -> pandas.DataFrame:
-    """`item_shifts` of what `engine.evaluate.evaluate` returned for the same examples."""
-    return item_shifts(item_measures(before), item_measures(after), **numbers)
-
-
 def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples: int = 5000,
                 seed: int = 0) -> pandas.DataFrame:
-    """Change of every measure in every domain, paired by item (index example_id), with an interval over items.
+    """Change of every measure in every domain, paired by item (`item_measures` before and after), with an interval.
 
     One row a domain and measure; `interval` is `MeanInterval.kind`, mcnemar_p NaN unless the measure is in `BINARY`.
     """
@@ -154,7 +125,8 @@ def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples:
             rows.append({"domain": domain, "measure": measure, "n": len(old), "before": old.mean(),
                          "after": new.mean(), "shift": change.mean, "low": change.low, "high": change.high,
                          "interval": change.kind, "standard_error": change.standard_error,
-                         "mcnemar_p": mcnemar_p(old > 0, new > 0) if measure in BINARY else math.nan})
+                         "mcnemar_p": mcnemar_p((old > 0).to_numpy(), (new > 0).to_numpy())
+                         if measure in BINARY else math.nan})
     return pandas.DataFrame(rows)
 
 
@@ -176,9 +148,6 @@ def reliability(changes: ArrayLike, standard_errors: ArrayLike) -> float:
     """Share of the variance of measured changes over domains that is not noise of the questions, 0 to 1. No forecast
     can be expected to correlate beyond its square root."""
     changes_N, errors_N = np.asarray(changes, float), np.asarray(standard_errors, float)
-    if changes_N.shape != errors_N.shape or len(changes_N) < 3:
-        raise StsError(f"{changes_N.size} changes and {errors_N.size} standard errors given; as many of both, at least "
-                       "three, work.")
     if not np.isfinite(errors_N).any():
         raise StsError("Every domain has one question, so the noise of its change is not known; raise eval_limit.")
     variance = changes_N.var(ddof=1)

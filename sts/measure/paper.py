@@ -12,12 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
 
 from sts.errors import ROOT, StsError
-from sts.measure.correlation import correlation_rows
-from sts.measure.resampling import correlate
+from sts.measure.correlation import correlate, correlation_rows, needed_correlation, plain, random_orders
 
 FOLDER = ROOT / "data" / "paper"
 #: The paper's models, in its order, and how they are written in text.
@@ -44,13 +42,13 @@ def figure3_points() -> pd.DataFrame:
 
 
 def published_correlations() -> pd.DataFrame:
-    """Tables 6 and 9 side by side: model, metric, pearson, pearson_std, r_squared, r_squared_std."""
-    numbers, tables = pd.read_csv(FOLDER / "published_numbers.csv"), []
+    """Table 6, act before icl: model, metric, published_pearson, published_std."""
+    numbers = pd.read_csv(FOLDER / "published_numbers.csv")
     numbers["metric"] = numbers["quantity"].str.extract(r"STS_(act|ICL)", expand=False).str.lower()
-    for table, name in ((6, "pearson"), (9, "r_squared")):
-        rows = numbers[numbers["source"].str.contains(rf"Table {table}\b")].astype({"value": float})
-        tables.append(rows.set_index(["model", "metric"])[["value", "std"]].set_axis([name, f"{name}_std"], axis=1))
-    return tables[0].join(tables[1], validate="one_to_one").reset_index()
+    numbers = numbers.sort_values("metric", kind="stable")
+    rows = numbers[numbers["source"].str.contains(r"Table 6\b")]
+    return pd.DataFrame({"model": rows["model"], "metric": rows["metric"],
+                         "published_pearson": rows["value"].astype(float), "published_std": rows["std"]})
 
 
 def disagreements() -> pd.DataFrame:
@@ -63,51 +61,31 @@ def disagreements() -> pd.DataFrame:
 def recomputed_correlations(*, permutations: int = 100_000, resamples: int = 5_000, seed: int = 0) -> pd.DataFrame:
     """Figure 3's correlations from its digitised points, beside the published ones; one row a model and metric.
 
-    Columns: model, metric, published_pearson, published_std, pearson, low, high (95% bootstrap), p (two-sided
-    permutation; exact, as a panel has eight points), p_holm (Holm's correction for the number of panels), exact,
-    spearman, published_r_squared, r_squared, slope and intercept (percentage points a unit of STS), n,
-    leave_one_out_low, low_without, leave_one_out_high, high_without.
+    Columns: those of `published_correlations`; what `correlate` returns, dicts spread out (line_slope,
+    leave_one_out_low, ...), the bootstrap interval as low and high; p_holm (Holm's correction for all panels).
     """
-    points, rows = figure3_points(), []
-    for said in published_correlations().sort_values("metric", kind="stable").to_dict("records"):
-        panel = points[(points["model"] == said["model"]) & (points["metric"] == said["metric"])]
-        found = correlate(list(panel["sts"]), list(panel["abs_shift_pct"]), list(panel["domain"]), seed=seed,
+    points = figure3_points().set_index(["model", "metric"]).sort_index()
+    rows = []
+    for said in published_correlations().to_dict("records"):
+        panel = points.loc[(said["model"], said["metric"])]
+        found = correlate(panel["sts"], panel["abs_shift_pct"], list(panel["domain"]), seed=seed,
                           permutations=permutations, resamples=resamples)
-        without = vars(found.leave_one_out)
-        rows.append({
-            "model": said["model"], "metric": said["metric"], "published_pearson": said["pearson"],
-            "published_std": said["pearson_std"], "pearson": found.pearson, "low": found.pearson_interval.low,
-            "high": found.pearson_interval.high, "p": found.p, "p_holm": math.nan, "exact": found.exact,
-            "spearman": found.spearman, "published_r_squared": said["r_squared"], "r_squared": found.r_squared,
-            "slope": found.line.slope, "intercept": found.line.intercept, "n": found.n,
-            "leave_one_out_low": without["low"], "low_without": without["low_without"],
-            "leave_one_out_high": without["high"], "high_without": without["high_without"]})
-    frame = pd.DataFrame(rows)
+        rows.append(said | plain(found))
+    frame = pd.json_normalize(rows, sep="_").rename(
+        columns={"pearson_interval_low": "low", "pearson_interval_high": "high"})
     return frame.assign(p_holm=multipletests(frame["p"], method="holm")[1])
 
 
 # --- what choosing the extremes does ------------------------------------------------------------------------------
 
 def extremes(shifts: pd.DataFrame, count: int = 4) -> pd.DataFrame:
-    """The `count` domains of largest and the `count` of smallest absolute shift; ties go by the domain's name.
-
-    Args:
-        shifts: one model's rows with columns domain and abs_shift_pct.
-
-    Returns:
-        Those rows, largest first, with a column `end`: "largest" or "smallest".
-
-    Raises:
-        StsError: more than one row a domain, or fewer than 2 x count of them.
-    """
-    if shifts["domain"].duplicated().any():
-        raise StsError("A domain occurs twice; extremes() takes one model's rows.")
-    if count < 1 or 2 * count > len(shifts):
+    """Of one model's rows (domain, abs_shift_pct), those of the `count` domains of largest and the `count` of smallest
+    absolute shift, largest first; ties go by the domain's name. `StsError` for fewer than 2 x count domains."""
+    if 2 * count > len(shifts):
         raise StsError(f"The {count} largest and {count} smallest of {len(shifts)} domains were asked for; "
                        f"1 to {len(shifts) // 2} work.")
     ordered = shifts.sort_values(["abs_shift_pct", "domain"], ascending=[False, True])
-    return pd.concat([ordered.head(count).assign(end="largest"), ordered.tail(count).assign(end="smallest")],
-                     ignore_index=True)
+    return pd.concat([ordered.head(count), ordered.tail(count)])
 
 
 def spread_ratio(values: ArrayLike, count: int = 4) -> float:
@@ -125,13 +103,13 @@ def with_selection(correlation: float, ratio: float) -> float:
     return correlation * ratio / math.sqrt(1 - correlation ** 2 + (correlation * ratio) ** 2)
 
 
-def correlations_without_selection(results: pd.DataFrame, count: int = 4) -> pd.DataFrame:
+def correlations_without_selection(results: pd.DataFrame) -> pd.DataFrame:
     """What each of `recomputed_correlations()` would be on all fourteen domains (calculated, not measured).
 
     Columns: model, metric, pearson (eight extremes), spread_ratio (of |shift|, extremes over all), all_domains.
     """
     shifts = accuracy_shifts().set_index("model")["abs_shift_pct"]
-    ratios = [spread_ratio(list(shifts[model]), count) for model in results["model"]]
+    ratios = [spread_ratio(list(shifts[model])) for model in results["model"]]
     return results[["model", "metric", "pearson"]].assign(spread_ratio=ratios, all_domains=[
         with_selection(r, 1 / ratio) for r, ratio in zip(results["pearson"], ratios, strict=True)])
 
@@ -141,15 +119,12 @@ def selection_effect(correlations: Sequence[float], *, domains: int = 14, count:
     """*Simulated*: Pearson on all domains, on as many random ones, and on the `count` largest and smallest y.
 
     Each simulation draws a score x and an absolute shift y for every domain from a bivariate normal distribution with
-    a known true correlation, between -1 and 1.
+    a known true correlation, from -1 to 1.
 
     Returns:
         One row a true correlation: true, all_mean, random_mean, extremes_mean (mean Pearson), extremes_low and
         extremes_high (central 95% of the simulations), formula (`with_selection`), and all_found, random_found,
         extremes_found (share of simulations beyond the two-sided 5% threshold of the t test for that many points).
-
-    Raises:
-        StsError: a correlation outside -1 to 1, or too few domains for `count`.
     """
     if count < 2 or 2 * count > domains:
         raise StsError(f"The {count} largest and smallest of {domains} domains were asked for; "
@@ -157,24 +132,18 @@ def selection_effect(correlations: Sequence[float], *, domains: int = 14, count:
     kept = np.r_[0:count, domains - count:domains]
     generator, rows = np.random.default_rng(seed), []
     for true in correlations:
-        if not -1 <= true <= 1:
-            raise StsError(f"A true correlation of {true} was asked for; values from -1 to 1 work.")
         noise_SD = generator.standard_normal((simulations, domains))
         y_SD = np.sort(generator.standard_normal((simulations, domains)), axis=1)
         x_SD = true * y_SD + math.sqrt(1 - true ** 2) * noise_SD
-        order_SD = generator.permuted(np.tile(np.arange(domains), (simulations, 1)), axis=1)[:, :kept.size]
+        order_SD = random_orders(domains, simulations, generator)[:, :kept.size]
         found = {"all": correlation_rows(x_SD, y_SD), "extremes": correlation_rows(x_SD[:, kept], y_SD[:, kept]),
                  "random": correlation_rows(*(np.take_along_axis(own, order_SD, 1) for own in (x_SD, y_SD)))}
         ratio = math.sqrt(y_SD[:, kept].var(axis=1, ddof=1).mean() / y_SD.var(axis=1, ddof=1).mean())
         low, high = np.quantile(found["extremes"], [0.025, 0.975])
+        beyond = {name: np.abs(own) > needed_correlation(domains if name == "all" else kept.size)
+                  for name, own in found.items()}
         rows.append({"true": float(true), "extremes_low": low, "extremes_high": high,
                      "formula": with_selection(true, ratio)}
                     | {f"{name}_mean": own.mean() for name, own in found.items()}
-                    | {f"{name}_found": _found(own, domains if name == "all" else kept.size)
-                       for name, own in found.items()})
+                    | {f"{name}_found": own.mean() for name, own in beyond.items()})
     return pd.DataFrame(rows)
-
-
-def _found(correlations: np.ndarray, n: int) -> float:
-    t = scipy_stats.t.ppf(0.975, n - 2)
-    return float((np.abs(correlations) > t / math.sqrt(n - 2 + t ** 2)).mean())

@@ -37,16 +37,10 @@ def check_top_n(top_n: int, latents: int) -> None:
 
 
 def shifted_dimensions(squared_difference_L: torch.Tensor, top_n: int) -> torch.Tensor:
-    """D_N: indices of the N latents with the largest summed squared change, largest first.
+    """D_N: int64 indices of the N latents with the largest summed (or mean) squared change, largest first.
 
-    Args:
-        squared_difference_L: per latent, sum (or mean) over tokens of the squared change.
-
-    Returns:
-        int64 indices; ties go to the lower index, so that the choice is the same on every machine.
-
-    Raises:
-        StsError: N is larger than the number of latents, or the change holds NaN.
+    Ties go to the lower index, so that the choice is the same on every machine. `StsError` if N is larger than the
+    number of latents, or the change holds NaN.
     """
     check_top_n(top_n, len(squared_difference_L))
     if not torch.isfinite(squared_difference_L).all():
@@ -68,15 +62,10 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> int:
 
 
 def score_domain(variant: str, stats: Stats, dimensions: torch.Tensor) -> dict[str, float]:
-    """STS_act and STS_ICL of one domain.
+    """STS_act and STS_ICL of one domain on the dimensions of these indices: {"sts_act", "sts_icl", "tokens"}.
 
-    Args:
-        variant: one of `VARIANTS`.
-        stats: the domain's `PairedStats.to_tensors()`: token-paired for `paper`, row-paired for `official_code`.
-        dimensions: indices of the shifted latents.
-
-    Returns:
-        {"sts_act": ..., "sts_icl": ..., "tokens": ...}; units: activation (paper's act), squared activation (others).
+    `stats` are the domain's `PairedStats.to_tensors()`: token-paired for `paper`, row-paired for `official_code`.
+    Units: activation (the paper's act), squared activation (the others).
     """
     if variant not in FORMULAS:
         raise one_of("Score variant", variant, VARIANTS)
@@ -86,13 +75,8 @@ def score_domain(variant: str, stats: Stats, dimensions: torch.Tensor) -> dict[s
 
 
 def score_domains(variant: str, shift: Stats, domains: Mapping[str, Stats], top_n: int) -> list[dict]:
-    """Scores of all domains, as rows {"variant", "domain", "sts_act", "sts_icl", "tokens"}.
-
-    Args:
-        shift: the training domain's paired statistics, of the pairing that `variant` calls for.
-        domains: domain -> its paired statistics, likewise.
-        top_n: N, the number of shifted latents.
-    """
+    """Scores of all domains, as rows {"variant", "domain", "sts_act", "sts_icl", "tokens"}, on the N latents that the
+    training domain shifts most; all statistics of the pairing that `variant` calls for."""
     dimensions = shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], top_n)
     return [{"variant": variant, "domain": domain, **score_domain(variant, stats, dimensions)}
             for domain, stats in domains.items()]

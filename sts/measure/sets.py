@@ -40,47 +40,43 @@ class ZeroSet:
 
 
 def sets_to_zero(change_L: torch.Tensor, energy_L: torch.Tensor, counts: Sequence[int], draws: int,
-                 seed: int, rate_L: torch.Tensor | None = None) -> list[ZeroSet]:
-    """Every set that is zeroed, the empty one first: for each number of latents the most shifted, those of largest
-    energy, and `draws` sets each that hold none of the most shifted: random ones, ones matched to them in energy and,
-    given firing rates, in those.
-
-    Args:
-        change_L: squared change by fine-tuning.
-        energy_L, rate_L: energy and firing rate on the tokens whose bits are counted.
-        seed: of the draws; each draw has a stream of random numbers of its own.
-
-    Raises:
-        StsError: more latents than half of the SAE's.
+                 seed: int, rate_L: torch.Tensor) -> list[ZeroSet]:
+    """Every set that is zeroed, the empty one first: for each number of latents those that fine-tuning changed most,
+    those of largest energy, and `draws` sets each without any of the most changed: random ones, and ones matched to
+    them in energy and in firing rate, on the tokens whose bits are counted. Each draw has random numbers of its own.
     """
     def built(kind: str, count: int, draw: int, latents: torch.Tensor) -> ZeroSet:
         return ZeroSet(kind, count, draw, latents, energy_L[latents].sum().item())
 
     sets = [built("none", 0, 0, torch.tensor([], dtype=torch.long))]
     for count in counts:
-        most = built("most_shifted", count, 0, shifted_dimensions(change_L, count))
-        sets += [most, built("most_active", count, 0, shifted_dimensions(energy_L, count))]
-        sets += [built("random", count, draw, random_latents(len(change_L), most.latents, count, (seed, draw)))
+        most = shifted_dimensions(change_L, count)
+        sets += [built("most_shifted", count, 0, most),
+                 built("most_active", count, 0, shifted_dimensions(energy_L, count))]
+        sets += [built("random", count, draw, random_latents(len(change_L), most, (seed, draw)))
                  for draw in range(draws)]
         for kind, measure_L in (("matched", energy_L), ("like_rate", rate_L)):
-            if measure_L is None:
-                continue
-            own = [built(kind, count, draw, matched_latents(measure_L, most.latents, (seed, draw)))
-                   for draw in range(draws)]
-            goal = measure_L[most.latents].sum()
+            own = [built(kind, count, draw, matched_latents(measure_L, most, (seed, draw))) for draw in range(draws)]
+            goal = measure_L[most].sum()
             near = [bool((measure_L[one.latents].sum() - goal).abs() <= TOLERANCE * goal) for one in own]
             enough = sum(near) >= min(FEWEST, draws)
             sets += [replace(one, usable=enough and fits) for one, fits in zip(own, near, strict=True)]
     return sets
 
 
-def random_latents(width: int, without: torch.Tensor, count: int, seed: int | Sequence[int]) -> torch.Tensor:
-    """`count` latents drawn evenly from all but those in `without`; `StsError` if there are not so many."""
-    others = np.setdiff1d(np.arange(width), without.numpy())
-    if count > len(others):
-        raise StsError(f"{count} random latents were asked for beside {len(without)} chosen ones; the SAE has "
-                       f"{width}. Use at most {width // 2} in ablation_latents.")
-    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(others, count, replace=False)))
+def _others(width: int, chosen: torch.Tensor) -> np.ndarray:
+    """All latents but the chosen; `StsError` if they are fewer."""
+    others = np.setdiff1d(np.arange(width), chosen.numpy())
+    if len(others) < len(chosen):
+        raise StsError(f"{len(chosen)} latents were chosen, and the {len(others)} others are too few for a set beside "
+                       f"them. Set top_n to at most {width // 2}, and ablation_latents too.")
+    return others
+
+
+def random_latents(width: int, chosen: torch.Tensor, seed: int | Sequence[int]) -> torch.Tensor:
+    """As many latents as chosen, drawn evenly from all others; `StsError` if those are fewer."""
+    others = _others(width, chosen)
+    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(others, len(chosen), replace=False)))
 
 
 def matched_latents(energy_L: torch.Tensor, chosen: torch.Tensor, seed: int | Sequence[int]) -> torch.Tensor:
@@ -88,17 +84,11 @@ def matched_latents(energy_L: torch.Tensor, chosen: torch.Tensor, seed: int | Se
 
     Each of the chosen, largest first, gets a partner drawn from those still left: among those whose energy differs by
     less than `TOLERANCE` (in logarithm), and the `NEAREST` nearest. What a partner has too little, the next one is
-    asked to have more. Where the others do not hold enough, the result holds less: compare the totals.
-
-    Raises:
-        StsError: fewer latents are left than were chosen.
+    asked to have more. Where the others do not hold enough, the result holds less: compare the totals. `StsError` if
+    fewer latents are left than were chosen.
     """
-    generator = np.random.default_rng(seed)
-    energies = energy_L.double().numpy()
-    left = np.setdiff1d(np.arange(len(energies)), chosen.numpy())
-    if len(left) < len(chosen):
-        raise StsError(f"{len(chosen)} latents were chosen and {len(left)} others are left to match them. Use at "
-                       f"most {len(energies) // 2} in ablation_latents.")
+    generator, energies = np.random.default_rng(seed), energy_L.double().numpy()
+    left = _others(len(energies), chosen)
     # Silent latents stand a factor of ten below the weakest that fires.
     floor = energies[energies > 0].min() / 10 if (energies > 0).any() else 1.0
     log_L = np.log(np.maximum(energies, floor))

@@ -10,13 +10,12 @@ from scipy import stats as scipy_stats
 from sts.errors import StsError
 from sts.measure.items import (
     crossed_mean_interval,
-    domain_shifts,
     item_differences,
     item_measures,
+    item_shifts,
     mcnemar_p,
     paired_mean_interval,
     reliability,
-    tied_share,
 )
 
 # --- paired means --------------------------------------------------------------------------------------------------
@@ -44,13 +43,12 @@ def test_one_item_has_a_mean_but_no_interval():
 
 
 @pytest.mark.parametrize("n", [2, 5, 15])
-@pytest.mark.parametrize("level", [0.8, 0.95])
-def test_few_items_get_students_interval(n, level):
+def test_few_items_get_students_interval(n):
     differences = np.random.default_rng(n).exponential(size=n)
-    result = paired_mean_interval(differences, level=level)
-    oracle = scipy_stats.ttest_1samp(differences, 0).confidence_interval(level)
+    result = paired_mean_interval(differences)
+    oracle = scipy_stats.ttest_1samp(differences, 0).confidence_interval(0.95)
     assert (result.low, result.high) == pytest.approx((oracle.low, oracle.high))
-    assert (result.kind, result.resamples) == ("t", 0)
+    assert result.kind == "t"
 
 
 def test_from_sixteen_items_the_interval_is_scipys_percentile_bootstrap():
@@ -58,7 +56,7 @@ def test_from_sixteen_items_the_interval_is_scipys_percentile_bootstrap():
     result = paired_mean_interval(differences, resamples=20_000)
     oracle = scipy_stats.bootstrap((differences,), np.mean, method="percentile", n_resamples=20_000, rng=1)
     assert (result.low, result.high) == pytest.approx(tuple(oracle.confidence_interval), rel=0.02)
-    assert (result.kind, result.resamples) == ("bootstrap", 20_000)
+    assert result.kind == "bootstrap"
 
 
 @pytest.mark.parametrize(("shape", "most"), [("normal", 0.075), ("exponential", 0.14)])
@@ -79,12 +77,6 @@ def test_equal_differences_leave_no_uncertainty():
     assert (result.low, result.high, result.standard_error) == (1.0, 1.0, 0.0)
 
 
-@pytest.mark.parametrize(("values", "message"), [([], "No differences"), ([1, math.nan], "NaN")])
-def test_values_without_a_mean_are_refused(values, message):
-    with pytest.raises(StsError, match=message):
-        paired_mean_interval(values)
-
-
 # --- means over sets and problems ------------------------------------------------------------------------------------
 
 GENERATOR = np.random.default_rng(0)
@@ -96,8 +88,6 @@ def test_one_set_gives_students_interval_over_problems():
     expected = scipy_stats.ttest_1samp(values_P, 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert (found.mean, found.n) == (pytest.approx(values_P.mean()), 9)
-    wide = crossed_mean_interval([values_P], level=0.99)
-    assert wide.low < found.low and wide.high > found.high
 
 
 def test_where_problems_are_alike_it_is_students_interval_over_sets():
@@ -142,14 +132,11 @@ def test_skewed_problems_are_covered_nearly_as_often():
     assert np.mean([one.low <= 1 <= one.high for one in found]) >= 0.91
 
 
-def test_constant_tables_single_problems_and_gaps():
+def test_constant_tables_and_single_problems():
     same = crossed_mean_interval([[0.5, 0.5], [0.5, 0.5]])
     assert (same.low, same.high) == (0.5, 0.5)
     one = crossed_mean_interval([[1.0], [3.0]])
     assert one.mean == 2 and np.isnan(one.low) and np.isnan(one.high)
-    for table in ([[1.0, np.nan]], [[]], [1.0, 2.0]):
-        with pytest.raises(StsError, match="finite value for every set and problem"):
-            crossed_mean_interval(table)
 
 
 @pytest.mark.parametrize(("sets", "problems"), [(5, 16), (19, 40)])
@@ -184,15 +171,8 @@ def test_measures_by_hand():
     assert items["bits"].to_dict() == pytest.approx({"a": 2.0, "b": 0.5})
 
 
-def test_ties_for_the_likeliest_letter_are_counted():
-    rows = frame([("a", "law", "letter", 0, -1.0, 1, True), ("a", "law", "letter", 1, -1.0, 1, False),
-                  ("b", "law", "letter", 0, -1.0, 1, True), ("b", "law", "letter", 1, -2.0, 1, False),
-                  ("c", "law", "letter", 0, -1.0, 1, True), ("c", "law", "letter", 1, -2.0, 1, False),
-                  ("c", "law", "letter", 2, -2.0, 1, False),
-                  ("c", "law", "solution", -1, -1.0, 10, True)])
-    assert tied_share(rows) == pytest.approx(1 / 3)  # the two letters of c that tie are not the likeliest
-    assert np.isnan(tied_share(rows.query("kind == 'solution'")))
-
+def domain_shifts(before, after):
+    return item_shifts(item_measures(before), item_measures(after))
 
 
 def letters(item, right, domain="law"):
@@ -221,8 +201,6 @@ def test_mcnemar_agrees_with_statsmodels():
         before, after = generator.random((2, 30)) < generator.random((2, 1))
         table = [[(before & after).sum(), (before & ~after).sum()], [(~before & after).sum(), (~before & ~after).sum()]]
         assert mcnemar_p(before, after) == pytest.approx(mcnemar(table, exact=True).pvalue)
-    with pytest.raises(StsError, match="equal length"):
-        mcnemar_p([True], [True, False])
 
 
 def test_domain_shift_is_the_paired_mean_change_with_its_sign():
@@ -273,7 +251,5 @@ def test_reliability_bounds_what_a_perfect_forecast_can_reach():
     assert reliability([1, 1.1, 0.9], [1, 1, 1]) == 0
     with pytest.raises(StsError, match="do not differ"):
         reliability([1, 1, 1], [1, 1, 1])
-    with pytest.raises(StsError, match="as many of both"):
-        reliability([1, 2], [1, 2])
     with pytest.raises(StsError, match="one question"):
         reliability([1, 2, 3], [np.nan] * 3)

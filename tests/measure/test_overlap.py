@@ -13,14 +13,13 @@ CHANGE_FL = torch.tensor([[8.0, 1, 0, 1], [6, 2, 1, 1], [1, 9, 0, 0]])
 
 def test_shares_by_hand():
     found = concentrations(CHANGE_FL)
-    assert found.counts_K.tolist() == [1, 2, 3, 4] and found.width == 4 and found.folds == 3
+    assert found.index.tolist() == [1, 2, 3, 4]
     # In all 30: latents carry 15, 12, 1, 2.
-    assert found.share_K == pytest.approx([15 / 30, 27 / 30, 29 / 30, 1])
+    assert found["share"].tolist() == pytest.approx([15 / 30, 27 / 30, 29 / 30, 1])
     # Fold 1 by the order of the others' 7, 11, 1, 1: it has 1, 9, 9, 10. Fold 2 by 9, 10, 0, 1: 2, 8, 9, 10.
     # Fold 3 by 14, 3, 1, 2: 1, 10, 10, 10.
-    assert found.held_out_K == pytest.approx([(1 + 2 + 1) / 30, (9 + 8 + 10) / 30, (9 + 9 + 10) / 30, 1])
-    assert found.at(2) == pytest.approx({"share": 0.9, "held_out": 0.9, "low": found.low_K[1],
-                                         "high": found.high_K[1]})
+    assert found["held_out"].tolist() == pytest.approx([(1 + 2 + 1) / 30, (9 + 8 + 10) / 30, (9 + 9 + 10) / 30, 1])
+    assert (found.loc[2, "share"], found.loc[2, "held_out"]) == pytest.approx((0.9, 0.9))
 
 
 def test_the_interval_is_the_jackknife_of_folds_with_students_t():
@@ -34,7 +33,7 @@ def test_the_interval_is_the_jackknife_of_folds_with_students_t():
     total = change_FL.numpy().sum(1)
     left_out = [(sum(carried) - carried[fold]) / (total.sum() - total[fold]) for fold in range(6)]
     error = np.sqrt(5 / 6 * np.sum((np.array(left_out) - np.mean(left_out)) ** 2))
-    at = found.at(10)
+    at = found.loc[10]
     expected = scipy.stats.t(5, loc=sum(carried) / total.sum(), scale=error).interval(0.95)
     assert [at["low"], at["high"]] == pytest.approx(expected)
     assert at["low"] < at["held_out"] < at["high"] <= 1
@@ -54,13 +53,12 @@ def test_the_interval_covers_the_true_ratio():
 def test_random_orders_lie_about_the_diagonal():
     change_FL = torch.rand(4, 300, generator=torch.Generator().manual_seed(0))
     found = concentrations(change_FL)
-    assert (found.random_low_K <= found.counts_K / 300 + 1e-9).all()
-    assert (found.random_high_K >= found.counts_K / 300 - 1e-9).all()
+    assert (found["random_low"] <= found.index / 300 + 1e-9).all()
+    assert (found["random_high"] >= found.index / 300 - 1e-9).all()
     # A mean of 150 of 300 uniform values: half the sum, give or take two standard errors without replacement.
     spread = change_FL.sum(0).numpy().std() * np.sqrt(150 * 0.5) / change_FL.sum().item()
-    wide = concentrations(change_FL, 150, orders=2000)
-    place = wide.counts_K.tolist().index(150)
-    assert wide.random_high_K[place] - 0.5 == pytest.approx(1.96 * spread, rel=0.1)
+    wide = concentrations(change_FL, 150, random_orders=2000)
+    assert wide.loc[150, "random_high"] - 0.5 == pytest.approx(1.96 * spread, rel=0.1)
 
 
 def test_changes_that_cannot_be_judged_are_said():

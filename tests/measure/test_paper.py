@@ -41,20 +41,11 @@ def test_published_values_are_numbers_or_say_why_not():
     assert described["value"].str.startswith("falls rapidly").all()
 
 
-def test_published_r_squared_is_published_pearson_squared_up_to_rounding():
-    published = paper.published_correlations()
-    assert len(published) == 6
-    # Pearson is printed to 0.01, so its square is known to about 2 r x 0.005, and R2 is itself rounded.
-    slack = published["pearson"] * 0.01 + 0.005
-    assert ((published["pearson"] ** 2 - published["r_squared"]).abs() <= slack + 1e-9).all()
-
-
 # --- recomputed ---
 
 def test_the_points_give_the_published_correlations(results):
     assert len(results) == 6 and results["exact"].all()
     assert (results["pearson"] - results["published_pearson"]).abs().max() < 0.02
-    assert (results["r_squared"] - results["published_r_squared"]).abs().max() < 0.02
 
 
 def test_recomputed_statistics_are_scipys(results):
@@ -62,7 +53,8 @@ def test_recomputed_statistics_are_scipys(results):
     for row in results.itertuples():
         panel = points[(points["model"] == row.model) & (points["metric"] == row.metric)]
         line = scipy_stats.linregress(panel["sts"], panel["abs_shift_pct"])
-        assert (row.pearson, row.slope, row.intercept) == pytest.approx((line.rvalue, line.slope, line.intercept))
+        found = (row.pearson, row.line_slope, row.line_intercept)
+        assert found == pytest.approx((line.rvalue, line.slope, line.intercept))
         assert row.spearman == pytest.approx(scipy_stats.spearmanr(panel["sts"], panel["abs_shift_pct"]).statistic)
 
 
@@ -74,7 +66,7 @@ def test_holm_corrected_p_by_hand(results):
 
 def test_without_engineering_gemmas_correlation_is_gone(results):
     gemma = results[results["model"] == "gemma2-9b-it"]
-    assert set(gemma["low_without"]) == {"engineering"}
+    assert set(gemma["leave_one_out_low_without"]) == {"engineering"}
     assert (gemma["leave_one_out_low"] < 0.1).all() and (gemma["leave_one_out_low"] < gemma["pearson"] - 0.5).all()
 
 
@@ -95,13 +87,10 @@ def test_extremes_by_hand():
     shifts = pd.DataFrame({"domain": list("abcde"), "abs_shift_pct": [1.0, 5.0, 0.0, 3.0, 0.5]})
     chosen = paper.extremes(shifts, 2)
     assert list(chosen["domain"]) == ["b", "d", "e", "c"]
-    assert list(chosen["end"]) == ["largest", "largest", "smallest", "smallest"]
 
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: paper.extremes(shifts_of("gemma2-9b-it"), 8), "1 to 7 work"),
-    (lambda: paper.extremes(paper.accuracy_shifts(), 4), "one model's rows"),
-    (lambda: paper.selection_effect([1.5]), "values from -1 to 1"),
     (lambda: paper.selection_effect([0.5], domains=6), "2 to 3 work"),
 ])
 def test_impossible_requests_say_what_would_work(call, message):
