@@ -13,6 +13,8 @@ for _name, _value in {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", 
                       "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}.items():
     os.environ.setdefault(_name, _value)
 warnings.filterwarnings("ignore", message="IProgress not found")  # said in notebooks, although bars are off
+for _category in (FutureWarning, DeprecationWarning):  # libraries' notes to their own developers
+    warnings.filterwarnings("ignore", category=_category, module="(?!__main__)")
 
 from sts.errors import StsError  # noqa: E402
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 import yaml
 
 import sts
-from sts.errors import ROOT, StsError, one_of
+from sts.errors import ROOT, StsError
 from sts.run.log import PACKAGES
 from sts.run.settings import Run, available_runs, load_run, read_yaml
 
@@ -27,28 +27,17 @@ READS_AS = {"json": "lists and dicts", "parquet": "a pandas DataFrame", "tensors
             "folder": "the path of a folder"}
 
 
-def _join_pairs(arguments: list[str]) -> list[str]:
-    """`-p NAME VALUE`, papermill's form, as `-p NAME=VALUE`: typer has no options that take a pair and repeat."""
-    joined, rest = [], list(arguments)
-    while rest:
-        joined.append(rest.pop(0))
-        if joined[-1] in ("-p", "--parameter") and rest and "=" not in rest[0]:
-            if len(rest) < 2:
-                raise StsError(f"{joined[-1]} takes a name and a value; {rest[0]!r} has no value.")
-            joined.append(f"{rest.pop(0)}={rest.pop(0)}")
-    return joined
-
-
 def _values(parameters: list[str] | None) -> dict[str, Any]:
     """NAME=VALUE pairs; a value is read as YAML, so 50 is a number and {a.txt: 100} a mapping."""
-    try:
-        values = {name: read_yaml(value) for name, _, value in (pair.partition("=") for pair in parameters or [])}
-    except yaml.YAMLError as error:
-        raise StsError(f"A value after -p could not be read: {error}") from error
-    for name, value in values.items():
-        if value is None:
+    found = {}
+    for name, _, value in (pair.partition("=") for pair in parameters or []):
+        try:
+            found[name] = read_yaml(value)
+        except yaml.YAMLError as error:
+            raise StsError(f"The value of -p {name} could not be read: {error}") from error
+        if found[name] is None:
             raise StsError(f"-p {name} has no value. Write for example: -p {name} 1")
-    return values
+    return found
 
 
 @app.command()
@@ -77,21 +66,16 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
           again: Annotated[bool, typer.Option("--again", help="compute it although it is stored or recorded")] = False,
           ) -> None:
     """Compute (or load) the stage NAME and say where its result lies, or verify the stored one."""
-    if tolerance is not None and not verify:
-        raise StsError("--tolerance says how closely --verify compares; give both, or neither.")
+    from sts.engine import work as processes
+
     values = _values(parameter)
-    for setting in values:
-        if setting not in Run.model_fields or setting == "name":
-            raise one_of("Setting", setting, set(Run.model_fields) - {"name"})
     opened = sts.open_run(run, **values)
-    if verify:
+    if verify or tolerance is not None:
         from sts.run import verify as verification
 
         found = verification.verify(opened, name, tolerance)
         print(verification.report(name, found))
-        raise typer.Exit(0 if found.agrees else 1)
-    from sts.engine import work as processes
-
+        raise typer.Exit(1 if found.differing else 0)
     if again:
         opened.compute(name)
     opened.get(name)
@@ -138,8 +122,8 @@ def doctor() -> None:
     print(f"sts {sts.__version__}, Python {sys.version.split()[0]}\nSoftware")
     for package in (*PACKAGES, "papermill", "jupyter-book"):
         try:
-            row(True, package, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
+            row(True, package, version(package))
+        except PackageNotFoundError:
             row(False, package, "pip install -c constraints.txt -e '.[book,test]'")
     gpu = torch.cuda.is_available()
     row(gpu or None, "GPU", torch.cuda.get_device_name() if gpu else f"none; {torch.get_num_threads()} CPU threads")
@@ -155,25 +139,27 @@ def doctor() -> None:
     for name in GENERATED:
         row(True, name, "from an installed package")
     for name, source in SOURCES.items():
-        found = [split for split in source.splits if local_file(name, split)]
-        row(bool(found) or None, name, ", ".join(found) if found else f"hub {source.hub}" if source.hub else
-            f"put {name}/{source.splits[0]}.jsonl in STS_DATA_DIR")
+        found = ", ".join(split for split in source.splits if local_file(name, split))
+        row(bool(found) or None, name, found or (f"hub {source.hub}" if source.hub else
+                                                 f"put {name}/{source.splits[0]}.jsonl in STS_DATA_DIR"))
     for name in CORPORA:
         row(local_file("corpus", name) is not None or None, f"corpus {name}", "for training an SAE")
     print("Folders")
-    folder = os.environ.get("STS_DATA_DIR", "")
-    there = bool(folder) and Path(folder).expanduser().is_dir()
-    row(there or (False if folder else None), "STS_DATA_DIR", (folder if there else f"{folder} is no folder") if folder
-        else "not set: local data sets are not looked for")
-    row(None, "results", str(results_folder()))
-    row(None, "free disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB")
+    data = os.environ.get("STS_DATA_DIR")
+    there = Path(data).expanduser().is_dir() if data else None
+    row(there, "STS_DATA_DIR", f"{data}{' is no folder' * (not there)}" if data else "not set: the hub is asked")
+    row(None, "results", f"{results_folder()}, {shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free")
     row(None, "runs", ", ".join(available_runs()))
 
 
 def main() -> None:
-    """Entry point: an `StsError` is one message, not a traceback."""
+    """Entry point: `-p NAME VALUE`, papermill's form, is -p NAME=VALUE; an `StsError` is one message, no traceback."""
+    arguments = sys.argv[1:]
+    for place, option in enumerate(arguments, 1):
+        if option in ("-p", "--parameter") and "=" not in "".join(arguments[place:place + 1]):
+            arguments[place:place + 2] = ["=".join(arguments[place:place + 2])]
     try:
-        app(_join_pairs(sys.argv[1:]))
+        app(arguments)
     except StsError as error:
         print(f"sts: {error}", file=sys.stderr)
         raise SystemExit(2) from None

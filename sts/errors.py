@@ -21,13 +21,8 @@ class StsError(Exception):
 def one_of(what: str, asked: object, valid: Iterable[object]) -> StsError:
     """The error for a name that is not in a list: `what` was asked for, these are the valid ones."""
     names = sorted(str(name) for name in valid)
-    return StsError(f"{what} {asked!r} is not known. Valid: {', '.join(names)}.{did_you_mean(asked, names)}")
-
-
-def did_you_mean(asked: object, names: Iterable[str]) -> str:
-    """" Did you mean 'scores'?", if a name is near to what was asked for; else ""."""
-    near = difflib.get_close_matches(str(asked), list(names), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = "".join(f" Did you mean {name!r}?" for name in difflib.get_close_matches(str(asked), names, n=1))
+    return StsError(f"{what} {asked!r} is not known. Valid: {', '.join(names)}.{near}")
 
 
 class MissingData(StsError):

@@ -128,12 +128,11 @@ def test_verify_compares_and_says_so_by_its_exit_status(sts, echo):
     assert echoed(sts(*arguments)[1])["seed"] == 7
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--verify"], "'echo' cannot be verified: run 'smoke' has no undamaged result"),
-    (["--tolerance", "1e-3"], "--tolerance says how closely --verify compares")])
-def test_what_cannot_be_verified_is_one_message(sts, echo, options, message):
+@pytest.mark.parametrize("options", [["--verify"], ["--tolerance", "1e-3"]])
+def test_what_cannot_be_verified_is_one_message(sts, echo, options):
     code, output, error = sts("stage", "echo", "--run", "smoke", *options)
-    assert (code, output) == (2, "") and error.startswith("sts: ") and message in error
+    assert (code, output) == (2, "")
+    assert error.startswith("sts: Stage 'echo' cannot be verified: run 'smoke' has no undamaged result")
 
 
 @pytest.mark.parametrize(("name", "value", "message"), [
@@ -156,11 +155,11 @@ def test_parameters_may_be_repeated_and_stand_before_other_options(sts, echo):
 def test_a_parameter_without_a_value_says_so(sts):
     code, _, error = sts("stage", "scores", "--run", "smoke", "-p", "seed")
     assert code == 2
-    assert error == "sts: -p takes a name and a value; 'seed' has no value.\n"
+    assert error == "sts: -p seed has no value. Write for example: -p seed 1\n"
 
 
 @pytest.mark.parametrize(("pair", "named", "valid"), [
-    ("sed=1", "'sed'", "seed"), ("seed=one", "'seed'", "integer"), ("name=other", "'name'", "top_n"),
+    ("sed=1", "'sed'", "seed"), ("seed=one", "'seed'", "integer"), ("name=../x", "'name'", "pattern"),
     ("seed={", "could not be read", "-p")])
 def test_a_wrong_parameter_is_one_message_that_names_it(sts, pair, named, valid):
     code, output, error = sts("stage", "scores", "--run", "smoke", "-p", pair)

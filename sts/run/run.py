@@ -7,17 +7,17 @@ that its author raises when its meaning changes; so a changed setting recomputes
 
 from __future__ import annotations
 
+import copy
 import os
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from sts.errors import ROOT, MissingData, StsError, one_of
 from sts.run import resources
-from sts.run.log import Reporter, environment, peak_memory_mb
+from sts.run.log import Reporter, environment
 from sts.run.recorded import provenances, recorded_key
 from sts.run.settings import Run, load_run
 from sts.run.stage import STAGES, Stage, values
@@ -33,16 +33,13 @@ def results_folder() -> Path:
 class OpenRun:
     """A run profile with its store, models and data, loaded when first needed.
 
-    Args:
+    Attributes:
         changed: settings that differ from the profile's own, for the page to say so.
-        parent: the run that this is a variant of: store, models, data and results in memory are shared.
-        recorded_alone: whether nothing is computed, and no model or data read.
+        used: names of the stages asked for so far and of all that they rest on, each after what it needs.
     """
 
-    def __init__(self, settings: Run, *, results: Path | None = None, changed: Mapping[str, Any] | None = None,
-                 store: Store | None = None, parent: OpenRun | None = None, recorded_alone: bool = False):
-        self.results = Path(results) if results else results_folder()
-        self.changed, self.recorded_alone, self.settings = dict(changed or {}), recorded_alone, settings
+    def __init__(self, settings: Run, *, results: Path | None = None, store: Store | None = None):
+        self.settings, self.results = settings, Path(results) if results else results_folder()
         if settings.dtype == "auto":  # resolved here, so that keys and provenance hold what was used
             from sts.engine.models import bf16_is_fast
 
@@ -50,25 +47,23 @@ class OpenRun:
             self.settings = settings.model_copy(update={"dtype": dtype})
         self.folder = self.results / settings.name
         self.store = store or Store(self.folder / "stages", (ROOT / "data" / "recorded" / settings.name,))
+        self.changed: dict[str, Any] = {}
+        self.used: dict[str, None] = {}
+        self._recorded_alone, self._sae_seed = False, settings.seed
         #: Everything read, loaded or computed, by what decides it.
-        self._memory: dict[tuple, Any] = parent._memory if parent else {}
+        self._memory: dict[tuple, Any] = {}
         self._variants: dict[str, OpenRun] = {}
-        #: Whose trained SAE it reads: runs that differ in seed or training set have one SAE.
-        self._trainer = self
         self._keys: dict[str, str] = {}
-        self._used: list[str] = []
 
     @property
     def device(self) -> str:
         """The torch device that models run on."""
-        wanted = self.settings.device
-        if wanted == "cpu":
-            return wanted
         import torch
 
-        if wanted == "cuda" and not torch.cuda.is_available():
+        found = torch.cuda.is_available()
+        if self.settings.device == "cuda" and not found:
             raise StsError("Setting device 'cuda': this machine has no GPU that PyTorch can use. Use auto or cpu.")
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if found and self.settings.device != "cpu" else "cpu"
 
     def once(self, what: str, decided_by: tuple[str, ...], make: Callable[[], Any], *more: Any) -> Any:
         """Something read or loaded once for all variants whose settings `decided_by` are equal."""
@@ -79,46 +74,43 @@ class OpenRun:
         return self._memory[place]
 
     def _refuse(self, what: str) -> None:
-        if self.recorded_alone:
+        if self._recorded_alone:
             raise StsError(f"Of run {self.settings.name!r} the recorded results alone are asked for, not its {what}.")
 
     # --- variants
 
-    def variant(self, **changes: Any) -> OpenRun:
-        """The same run with other settings, sharing the store, and models, SAE, data and results where they are equal.
+    def _like(self, **own: Any) -> OpenRun:
+        """The same with other attributes, sharing the store, and models, data and results where they are equal."""
+        other = copy.copy(self)
+        vars(other).update(own, used={}, _variants={}, _keys={})
+        return other
 
-        Raises:
-            StsError: an unknown setting, or a value that it does not take.
-        """
+    def variant(self, **changes: Any) -> OpenRun:
+        """The same run with other settings, of which nothing is read or computed twice that is equal; `StsError` for an
+        unknown setting, or a value that it does not take."""
         changes = {name: value for name, value in changes.items() if value != getattr(self.settings, name, ...)}
-        if not changes:
-            return self
-        if (place := repr(sorted(changes.items()))) not in self._variants:
-            other = OpenRun(load_run(self.settings, changes, allow_none=True), results=self.results,
-                            changed=self.changed | changes, store=self.store, parent=self,
-                            recorded_alone=self.recorded_alone)
-            if "sae" in STAGES and not (changes.keys() - {"seed"}) & set(STAGES["sae"].uses):
-                other._trainer = self._trainer
-            self._variants[place] = other
-        return self._variants[place]
+        if changes and (place := repr(sorted(changes.items()))) not in self._variants:
+            self._variants[place] = self._like(settings=load_run(self.settings, changes),
+                                               changed=self.changed | changes)
+        return self._variants[place] if changes else self
+
+    def only_recorded(self) -> OpenRun:
+        """The same run with nothing but what is there of it: no stage is computed, no model or data read."""
+        return self._like(_recorded_alone=True, _memory={})
+
+    def _owner(self, name: str) -> OpenRun:
+        """The run that computes a stage: of a trained SAE the one first opened, whatever the seed of this variant."""
+        return self.variant(seed=self._sae_seed) if name == "sae" else self
 
     @property
     def other_seeds(self) -> tuple[int, ...]:
         """The seeds of setting `seeds` that are not this run's own."""
         return tuple(seed for seed in self.settings.seeds if seed != self.settings.seed)
 
-    def only_recorded(self) -> OpenRun:
-        """The same run with nothing but what is there of it: no stage is computed, no model or data read."""
-        return OpenRun(self.settings, results=self.results, changed=self.changed, store=self.store, recorded_alone=True)
-
     # --- stages
 
     def spec(self, name: str) -> Stage:
-        """The stage of that name.
-
-        Raises:
-            StsError: there is none.
-        """
+        """The stage of that name; `StsError` if there is none."""
         if name not in STAGES:
             raise one_of("Stage", name, STAGES)
         return STAGES[name]
@@ -131,11 +123,10 @@ class OpenRun:
 
     def key(self, name: str) -> str:
         """The stage's key under the present settings: twelve hexadecimal digits."""
-        if name == "sae" and self._trainer is not self:
-            return self._trainer.key(name)
-        if name not in self._keys:
-            self._keys[name] = self._key(self.spec(name))
-        return self._keys[name]
+        own = self._owner(name)
+        if name not in own._keys:
+            own._keys[name] = own._key(self.spec(name))
+        return own._keys[name]
 
     def _key(self, spec: Stage) -> str:
         from sts.data.load import without_hub
@@ -144,29 +135,19 @@ class OpenRun:
         needs = {need: self.key(need) for need in self.needs(spec.name)}
         with without_hub():  # recorded results need neither the model nor the data
             known = {what: self.known(what) for what in spec.inputs}
-            found = recorded_key(provenances(self.store.recorded, spec.name), spec, uses, needs, known, resources.drawn(
-                self.settings, spec.inputs)) if None in known.values() else None
-        if found is not None:
+        if None in known.values() and (found := recorded_key(
+                provenances(self.store.recorded, spec.name), spec, uses, needs, known,
+                resources.drawn(self.settings, spec.inputs))):
             return found
         try:
-            return key_of(spec, uses, needs, {what: self.identity(what) for what in spec.inputs})
+            return key_of(spec, uses, needs, {what: resources.identity(self, what) for what in spec.inputs})
         except StsError as error:
             raise self._beyond_recorded(spec.name, error) from error
 
-    def identity(self, what: str) -> str:
-        """A digest of what a stage reads from outside (`resources.identity`).
-
-        Raises:
-            StsError: it is not here.
-        """
-        if what in resources.MADE_OF_KEYS:
-            return resources.identity(self, what)
-        return self.once(f"digest of {what}", resources.DECIDED_BY[what], lambda: resources.identity(self, what))
-
     def known(self, what: str) -> str | None:
-        """`identity`, or None where it is not here."""
+        """A digest of what a stage reads from outside (`resources.identity`), or None where it is not here."""
         try:
-            return self.identity(what)
+            return resources.identity(self, what)
         except StsError:
             return None
 
@@ -182,32 +163,22 @@ class OpenRun:
         """What is recorded about the stage's stored result; empty if there is none."""
         return self.store.provenance(name, self.key(name), self.spec(name).kind)
 
-    @property
-    def used(self) -> tuple[str, ...]:
-        """Names of the stages asked for so far and of all that they rest on, each after what it needs."""
-        ordered: dict[str, None] = {}
-
-        def visit(name: str) -> None:
-            if name not in ordered:
-                for need in self.needs(name):
-                    visit(need)
-                ordered[name] = None
-
-        for name in self._used:
-            visit(name)
-        return tuple(ordered)
+    def _use(self, name: str) -> None:
+        if name not in self.used:
+            for need in self.needs(name):
+                self._use(need)
+            self.used[name] = None
 
     def get(self, name: str) -> Any:
         """The stage's result: from memory, from the store, or computed now and stored."""
-        spec, place = self.spec(name), ("result", name, self.key(name))
-        if name not in self._used:
-            self._used.append(name)
+        self._use(name)
+        place = ("result", name, self.key(name))
         if place not in self._memory:
             try:
                 path = self.find(name) or self.compute(name, again=False)
             except MissingData as error:
                 raise self._beyond_recorded(name, error) from error
-            self._memory[place] = read(path, spec.kind)
+            self._memory[place] = read(path, self.spec(name).kind)
         return self._memory[place]
 
     def compute(self, name: str, *, again: bool = True) -> Path:
@@ -221,8 +192,8 @@ class OpenRun:
         """
         from sts.engine import work as processes
 
-        if name == "sae" and self._trainer is not self:
-            return self._trainer.compute(name, again=again)
+        if (owner := self._owner(name)) is not self:
+            return owner.compute(name, again=again)
         self._refuse(f"stage {name} anew")
         spec, key = self.spec(name), self.key(name)
         if processes.count() > 1 and not spec.parallel:
@@ -239,14 +210,16 @@ class OpenRun:
             if not again and (found := self.find(name)):
                 return found  # computed by another process while this one waited
             report = Reporter(name, shown=processes.is_main())
-            with warnings.catch_warnings():
-                # Libraries' notes to their own developers would end up on the pages.
-                warnings.simplefilter("ignore", FutureWarning)
-                warnings.simplefilter("ignore", DeprecationWarning)
-                value = spec.compute(**values(self, spec, report))
+            value = spec.compute(**values(self, spec, report))
             seconds = report.done()
             if processes.is_main():
-                self._write(spec, key, value, seconds, report)
+                self.store.write(name, key, spec.kind, value, {
+                    "stage": name, "key": key, "version": spec.version, "run": self.settings.name,
+                    "settings": {setting: getattr(self.settings, setting) for setting in spec.uses},
+                    "needs": {need: self.key(need) for need in self.needs(name)},
+                    "inputs": {what: resources.identity(self, what) for what in spec.inputs},
+                    "seed": self.settings.seed, "seconds": round(seconds, 2), "work": report.work.to_dict(),
+                    "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment(self.device)})
             if together:
                 together.wait_for_everyone()
         self._memory.pop(("result", name, key), None)
@@ -254,16 +227,6 @@ class OpenRun:
             raise StsError(f"Stage {name!r} was computed and is not in {self.store.folder}. Machines that compute "
                            "together must share the folder for results (STS_RESULTS).")
         return found
-
-    def _write(self, spec: Stage, key: str, value: Any, seconds: float, report: Reporter) -> None:
-        self.store.write(spec.name, key, spec.kind, value, {
-            "stage": spec.name, "key": key, "version": spec.version, "run": self.settings.name,
-            "settings": {setting: getattr(self.settings, setting) for setting in spec.uses},
-            "needs": {need: self.key(need) for need in self.needs(spec.name)},
-            "inputs": {what: self.identity(what) for what in spec.inputs},
-            "seed": self.settings.seed, "seconds": round(seconds, 2), "work": report.work.to_dict(),
-            "process_peak_memory_mb": peak_memory_mb(),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment(self.device)})
 
     def _beyond_recorded(self, name: str, error: StsError) -> StsError:
         """The error, with the reason that model or data are asked for where the run is shown from recorded results."""
@@ -284,9 +247,12 @@ def open_run(run: str | Run = "laptop", *, results: Path | None = None, **overri
         overrides: settings to change; None leaves the profile's own value.
 
     Raises:
-        StsError: wrong settings, an unknown SAE, or a top_n beyond the SAE's width if that is known.
+        StsError: wrong settings, or an unknown SAE.
     """
-    settings, profile = load_run(run, overrides), load_run(run)
-    resources.check_sae(settings)  # a wrong name is said now, not after minutes of work
-    changed = {name: value for name in overrides if (value := getattr(settings, name)) != getattr(profile, name)}
-    return OpenRun(settings, results=results, changed=changed)
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    profile, opened = load_run(run), OpenRun(load_run(run, overrides), results=results)
+    opened.changed = {name: getattr(opened.settings, name) for name in overrides
+                      if getattr(opened.settings, name) != getattr(profile, name)}
+    if opened.settings.sae != "train":
+        resources.identity(opened, "sae")  # a wrong name is said now, not after minutes of work
+    return opened

@@ -13,30 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
 from sts.data.sources import CORPORA, GENERATED, SOURCES
-from sts.errors import ROOT, StsError, did_you_mean
-
-QUESTION_SETS, TEXT_FILES = tuple(sorted({*SOURCES, *GENERATED})), (".txt", ".jsonl")
-
-
-def _question_set(name: str) -> str:
-    if name not in QUESTION_SETS:
-        raise ValueError(f"data set {name!r} is not known; valid: {', '.join(QUESTION_SETS)}."
-                         + did_you_mean(name, QUESTION_SETS))
-    return name
-
-
-def _mixture(names: str) -> str:
-    _different([_question_set(name) for name in names.split("+")])
-    return names
-
-
-def _text(name: str) -> str:
-    if not name.endswith(TEXT_FILES) and name.partition(":")[0] not in (*QUESTION_SETS, *CORPORA):
-        raise ValueError(f"{name!r} is no corpus ({', '.join(CORPORA)}), question set or text file")
-    return name
+from sts.errors import ROOT, StsError, one_of
 
 
 def _different(values: list) -> list:
@@ -45,10 +25,29 @@ def _different(values: list) -> list:
     return values
 
 
+def _question_sets(names: str) -> str:
+    for name in _different(names.split("+")):
+        if name not in SOURCES and name not in GENERATED:
+            raise ValueError(one_of("data set", name, [*SOURCES, *GENERATED]))
+    return names
+
+
+def _text(name: str) -> str:
+    if not name.endswith((".txt", ".jsonl")) and name.partition(":")[0] not in (*SOURCES, *GENERATED, *CORPORA):
+        raise ValueError(f"{name!r} is no corpus ({', '.join(CORPORA)}), question set or text file")
+    return name
+
+
+def _located(name: str, info: ValidationInfo) -> str:
+    """The absolute path of a model, an SAE or a text that lies in the folder of its setting; else the name."""
+    folder = (info.context or {}).get(info.field_name)
+    there = folder and any((folder / name / mark).is_file() for mark in ("", "config.json", "cfg.json"))
+    return os.path.abspath(folder / name) if there else name
+
+
 def _is(meaning: str, default: Any = ..., **limits: Any) -> Any:
-    """A setting: what it means, and its default, a copy for each run."""
-    own = {"default_factory": default.copy} if isinstance(default, list | dict) else {"default": default}
-    return Field(**own, description=meaning, **limits)
+    """A setting: what it means, and its default."""
+    return Field(default, description=meaning, **limits)
 
 
 Index = Annotated[int, Field(ge=0)]
@@ -56,34 +55,29 @@ Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
 Indices = Annotated[list[Index], AfterValidator(_different)]
 Counts = Annotated[list[Count], AfterValidator(_different)]
-QuestionSet = Annotated[str, AfterValidator(_question_set)]
-Mixture = Annotated[str, AfterValidator(_mixture)]
-Text = Annotated[str, AfterValidator(_text)]
+QuestionSet = Annotated[str, AfterValidator(_question_sets)]
+Located = Annotated[str, AfterValidator(_located)]
+Text = Annotated[Located, AfterValidator(_text)]
 Mask = Literal["whole_prompt", "first_positions", "outliers", "none"]
 
 
-class Profile(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class Run(BaseModel, extra="forbid", frozen=True, strict=True):
+    """All settings of one run, flat. Token counts are tokens of the model's own tokenizer."""
 
     name: str = _is("name of the run; its results lie in results/<name>/", pattern=r"^\w[\w.-]*$")
     description: str = _is("one line for tables and provenance", "")
     published: bool = _is("whether the book's discussions are about this run", False)
     seed: Index = _is("seed of sampling, training and resampling", 0)
     device: Literal["auto", "cpu", "cuda"] = _is("where models run; auto: CUDA if there is one", "auto")
-
-
-class Model(BaseModel):
-    model: str = _is("packaged name, local folder or hub id")
+    # model
+    model: Located = _is("packaged name, local folder or hub id")
     model_revision: str = _is("hub revision; empty for the default branch", "")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _is(
         "precision of the model; auto: bfloat16 where the hardware computes in it, else float32", "auto")
     layer: Index = _is("zero-based decoder layer after which the residual stream is read")
-    tokens_per_batch: int = _is("padded tokens in one pass, at most; in no key, though in bf16 others round otherwise",
-                                8192, ge=64)
-
-
-class Reader(BaseModel):
-    sae: str = _is("folder in sae-lens format, release/sae_id of its registry, or 'train'")
+    tokens_per_batch: int = _is("padded tokens a pass at most; in no key, though bf16 may round otherwise", 8192, ge=64)
+    # SAE
+    sae: Located = _is("folder in sae-lens format, release/sae_id of its registry, or 'train'")
     sae_dtype: Literal["float32", "bfloat16"] = _is("precision in which the SAE encodes", "float32")
     fold_norms: bool = _is("scale latents so that decoder norms are one", True)
     sae_text: dict[Text, Count] = _is("text to train on: data set, corpus or file -> tokens", {})
@@ -92,26 +86,20 @@ class Reader(BaseModel):
     sae_samples: Count = _is("training samples, repeats counted", 6_000_000)
     sae_lr: Rate = _is("peak learning rate of the SAE", 4e-4)
     context: int = _is("longest piece of text the SAE trains on, in tokens", 512, ge=16)
-
-
-class Texts(BaseModel):
+    # the first chapter's texts
     text_data: list[QuestionSet] = _is("question sets rendered as chats, for chapter one", [])
     text_examples: Count = _is("examples of each of them at most", 300)
     small_sae_latents: Count = _is("width of the small SAE", 1152)
     small_sae_k: Count = _is("active latents per token of the small SAE", 16)
     small_sae_samples: Count = _is("training samples of the small SAE", 300_000)
     splice_tokens: int = _is("tokens on which the spliced-in loss is measured", 12_000, ge=100)
-
-
-class Data(BaseModel):
-    sft_data: Mixture = _is("question set to fine-tune on and foresee; several in equal parts: gsm8k+math")
+    # data
+    sft_data: QuestionSet = _is("question set to fine-tune on and foresee; several in equal parts: gsm8k+math")
     domain_data: QuestionSet = _is("question set whose domains are scored and evaluated")
     domain_split: str = _is("its split; empty for the first", "")
     domains: list[str] = _is("domains to keep; empty for all", [])
     domain_limit: Index = _is("questions a domain at most, drawn once for all seeds; 0 for all", 0)
-
-
-class Forecast(BaseModel):
+    # forecast
     question_tokens_only: bool = _is("leave out chat template and special tokens", True)
     drop_first_positions: Index = _is("positions at the start of a prompt to leave out", 1)
     outlier_norm: float = _is("leave out tokens above this multiple of the median norm; 0 keeps all", 10.0, ge=0)
@@ -123,9 +111,7 @@ class Forecast(BaseModel):
     score_tokens: Count = _is("question tokens a domain, at most", 10_000)
     top_n: Count = _is("how many shifted latents (N)", 100)
     official_rows: Count = _is("rows compared in the official_code variant, at most", 10_000)
-
-
-class Shift(BaseModel):
+    # how well demonstrations foresee training, zeroing
     overlap_draws: Count = _is("sets of demonstrations behind which the shift is estimated one by one", 4)
     overlap_tokens: Count = _is("question tokens behind each of those sets, at most", 2_000)
     overlap_demonstrations: Counts = _is("numbers of demonstrations to compare", [1, 2, 4, 8], min_length=1)
@@ -133,9 +119,7 @@ class Shift(BaseModel):
     ablation_examples: Count = _is("held-out training-domain problems scored with latents zeroed", 16)
     ablation_latents: Counts = _is("numbers of latents to zero", [10, 100, 500], min_length=1)
     ablation_draws: int = _is("random sets of latents of each kind and number", 5, ge=2)
-
-
-class Tuning(BaseModel):
+    # fine-tuning
     sft_examples: Count = _is("training examples", 300)
     sft_held_out: Count = _is("held-out examples of the training domain", 40)
     sft_epochs: Count = _is("passes over them", 1)
@@ -147,32 +131,24 @@ class Tuning(BaseModel):
     sft_max_length: int = _is("tokens an example at most", 1024, ge=16)
     lora_rank: Index = _is("rank of the adapters; 0 for full fine-tuning", 32)
     lora_alpha: Count = _is("their scale", 64)
-
-
-class Evaluation(BaseModel):
+    # evaluation
     eval_limit: Index = _is("questions a domain at most; 0 for all", 0)
     eval_batch: Count = _is("questions in one evaluation batch", 8)
     eval_kinds: list[Literal["letter", "solution"]] = _is(
-        "what log-likelihoods are taken of: the options' letters, the worked solution", ["letter", "solution"],
-        min_length=1)
+        "what log-likelihoods are taken of: options' letters, worked solution", ["letter", "solution"], min_length=1)
     eval_generate: list[Literal["mmlu_pro", "gsm8k", "math", "sft_held_out"]] = _is(
         "answered in words as well: domain_data (mmlu_pro), GSM8K, MATH, held-out problems of sft_data", [])
     eval_max_tokens: Count = _is("tokens of a generated answer, at most", 1024)
     eval_backend: Literal["hf", "vllm"] = _is("what generates answers: transformers, or vLLM", "hf")
     eval_tensor_parallel: Count = _is("GPUs that vLLM splits one copy of the model over", 1)
-
-
-class Resampling(BaseModel):
+    # further runs, resampling
     seeds: Indices = _is("seeds of further runs to compare with; all but the SAE is done again for each", [])
-    training_sets: Annotated[list[Mixture], AfterValidator(_different)] = _is(
-        "further values of sft_data; all but the SAE is done again for each", [])
+    training_sets: list[QuestionSet] = _is("further values of sft_data; all but the SAE is done again for each", [])
     training_seeds: Indices = _is("further seeds at which training sets are compared, sft_data among them", [])
     bootstrap: int = _is("bootstrap resamples", 5000, ge=100)
     permutations: int = _is("Monte Carlo permutations where exact ones are too many", 100_000, ge=100)
     baseline_draws: int = _is("random sets of latents of each kind, and shuffled targets of the probes", 500, ge=19)
-
-
-class Sweeps(BaseModel):
+    # sweeps
     sweep_seeds: Indices | None = _is("those of `seeds` that the ablations are repeated at; by default all", None)
     sweep_bands: Count = _is("rank bands of top_n latents each that are scored by themselves", 5)
     sweep_top_n: Counts = _is("other numbers of latents N, as far as the SAE has so many", [10, 30, 100, 300, 1000])
@@ -180,28 +156,25 @@ class Sweeps(BaseModel):
     sweep_shift_demonstrations: Counts = _is("other numbers of them before an SFT question", [])
     sweep_tokens: Counts = _is("other values of score_tokens", [])
     sweep_shift_tokens: Counts = _is("other values of shift_tokens", [])
-    sweep_masks: Annotated[list[Mask], AfterValidator(_different)] = _is("masks to switch off; none: all of them", [])
+    sweep_masks: list[Mask] = _is("masks to switch off; none: all of them", [])
     sweep_widths: Counts = _is("widths of SAEs to train beside sae_latents", [])
     sweep_layers: Indices = _is("layers to train SAEs at beside layer", [])
     sweep_k: Counts = _is("active latents per token of SAEs to train beside sae_k", [])
     sweep_sae_samples: Count = _is("training samples of each SAE of the sweep", 600_000)
     sweep_text_tokens: int = _is("tokens that they train on, sae_text's sources in proportion", 400_000, ge=1000)
 
-
-class Run(Sweeps, Resampling, Evaluation, Tuning, Shift, Forecast, Data, Texts, Reader, Model, Profile):
-    """All settings of one run, flat. Token counts are tokens of the model's own tokenizer."""
     @model_validator(mode="after")
     def _consistent(self) -> Run:
-        if not self.sae_text and self.sae == "train":
-            raise ValueError("sae: 'train' needs sae_text, the text to train on")
-        if not self.sae_text and (self.sweep_widths or self.sweep_layers or self.sweep_k):
-            raise ValueError("sweep_widths, sweep_layers and sweep_k train SAEs, and sae_text names no text for that")
+        if not self.sae_text and (self.sae == "train" or self.sweep_widths or self.sweep_layers or self.sweep_k):
+            raise ValueError("sae_text names no text to train SAEs on, as sae: 'train', sweep_widths, sweep_layers and "
+                             "sweep_k do")
         for key, k, width in (("sae_k", self.sae_k, self.sae_latents),
                               ("small_sae_k", self.small_sae_k, self.small_sae_latents),
                               ("sweep_k", max(self.sweep_k, default=0), self.sae_latents),
-                              ("sweep_widths", self.sae_k, min(self.sweep_widths, default=self.sae_k))):
+                              ("sweep_widths", self.sae_k, min(self.sweep_widths, default=self.sae_k)),
+                              ("top_n", self.top_n if self.sae == "train" else 0, self.sae_latents)):
             if k > width:
-                raise ValueError(f"{key}: {k} active latents of only {width}")
+                raise ValueError(f"{key}: {k} latents of only {width}")
         if unknown := [seed for seed in self.sweep_seeds or [] if seed not in self.seeds]:
             raise ValueError(f"sweep_seeds: {unknown} must be among the run's seeds, {self.seeds}")
         return self
@@ -211,14 +184,11 @@ class _Loader(yaml.SafeLoader):
     """YAML that reads 4e-4 as a number (YAML 1.1 alone takes it for a word), and in which no key stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        first: dict[Any, int] = {}
-        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
-                key, line = self.construct_object(key_node), key_node.start_mark.line + 1
-                if key in first:  # PyYAML would keep the last and say nothing
-                    raise yaml.constructor.ConstructorError(problem=f"key {key_node.value!r} stands twice, on lines "
-                                                                    f"{first[key]} and {line}; keep one of them")
-                first[key] = line
+        keys = [key.value for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:  # PyYAML would keep the last and say nothing
+                raise yaml.constructor.ConstructorError(problem=f"key {key!r} stands twice; keep one of them",
+                                                        problem_mark=node.value[place][0].start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -236,60 +206,43 @@ def available_runs() -> list[str]:
     return sorted(path.stem for path in (ROOT / "runs").glob("*.yaml"))
 
 
-def load_run(run: str | Run = "laptop", overrides: Mapping[str, Any] | None = None, *, allow_none: bool = False) -> Run:
+def load_run(run: str | Run = "laptop", overrides: Mapping[str, Any] | None = None) -> Run:
     """Read a run profile and apply overrides.
 
     Args:
         run: a name in runs/, the path of a YAML file, or a `Run`. Paths in a file are relative to it.
-        overrides: key -> value; None values are left out (the profile's own value stays) unless `allow_none`.
-            Paths among them are relative to the working directory.
+        overrides: key -> value. Paths among them are relative to the working directory.
 
     Raises:
         StsError: no such profile, an unknown key, a wrong type or an impossible value; names the key.
     """
-    settings = run.model_dump() if isinstance(run, Run) else _profile(run)
-    changes = {key: value for key, value in (overrides or {}).items() if allow_none or value is not None}
+    folder, settings = (None, run.model_dump()) if isinstance(run, Run) else _profile(run)
+    changes = dict(overrides or {})
+    folders = dict.fromkeys(settings, folder) | dict.fromkeys(changes, Path())
     try:
-        return Run.model_validate(settings | _located(changes, Path.cwd()))
+        return Run.model_validate(settings | changes, context=folders)
     except ValidationError as error:
         raise StsError("\n".join(_explain(problem) for problem in error.errors())) from error
 
 
-def _profile(run: str) -> dict[str, Any]:
-    named = not run.endswith((".yaml", ".yml"))
-    path = ROOT / "runs" / f"{run}.yaml" if named else Path(run).expanduser()
+def _profile(run: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a profile, and what it says."""
+    path = Path(run).expanduser() if run.endswith((".yaml", ".yml")) else ROOT / "runs" / f"{run}.yaml"
     if not path.is_file():
-        known = ", ".join(available_runs())
-        raise StsError(f"Run profile {run!r} is not known. Valid: {known}, or the path of a YAML file."
-                       f"{did_you_mean(run, available_runs())}" if named else
-                       f"Run profile {run!r}: there is no such file. By name: {known}.")
+        raise one_of("Run profile or YAML file", run, available_runs())
     try:
         settings = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StsError(f"{path.name} is not valid YAML in UTF-8: {error}") from error
     if not isinstance(settings, dict):
         raise StsError(f"{path.name} must hold `key: value` lines.")
-    return {"name": path.stem, **_located(settings, path.parent)}
-
-
-def _located(settings: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
-    """The settings, with paths that lead from `folder` to a model, an SAE or a text made absolute."""
-    def at(name: Any, mark: str = "") -> Any:
-        there = isinstance(name, str) and (folder / name / mark).is_file()
-        return os.path.abspath(folder / name) if there else name
-
-    marks = {"model": "config.json", "sae": "cfg.json"}
-    found = {key: at(value, marks[key]) if key in marks else value for key, value in settings.items()}
-    if isinstance(text := found.get("sae_text"), dict):
-        found["sae_text"] = {at(name): tokens for name, tokens in text.items()}
-    return found
+    return path.parent, {"name": path.stem, **settings}
 
 
 def _explain(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     if problem["type"] in ("extra_forbidden", "invalid_key"):  # YAML reads `on:` as the key True
-        return (f"Setting {key!r} is not known. Valid: {', '.join(sorted(Run.model_fields))}."
-                f"{did_you_mean(key, Run.model_fields)}")
+        return str(one_of("Setting", key, Run.model_fields))
     message = problem["msg"].removeprefix("Value error, ")
     if not key:
         return f"Setting {message}."

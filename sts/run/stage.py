@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sts.run.run import OpenRun
 
 #: Handed to whoever asks, and part of no key: they change how a result is computed, not what it means.
-NEVER = frozenset({"report", "work", "scratch", "device", "tokens_per_batch", "variant"})
+NEVER = frozenset({"report", "work", "passes", "scratch", "device", "tokens_per_batch", "variant"})
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Stage:
     inputs: tuple[str, ...]
     version: int = 1
     parallel: bool = False
-    summary: str = ""
 
 
 STAGES: dict[str, Stage] = {}
@@ -66,17 +65,15 @@ def stage(kind: str, *, version: int = 1, also: tuple[str, ...] = (), inputs_wit
         parallel: whether all processes of an `accelerate launch` compute it together; the main one's is stored.
     """
     def register(function: Callable) -> Callable:
-        parameters = tuple(inspect.signature(function).parameters)
-        uses, needs, inputs = set(), set(), set()
-        for name in {*parameters, *also} - NEVER:
-            if name in RESOURCES:
-                own = RESOURCES[name]
-                uses, needs, inputs = uses | {*own.uses}, needs | {*own.needs}, inputs | {*own.inputs}
-            else:
-                (uses if name in Run.model_fields and name != "sae" else needs).add(name)
-        STAGES[function.__name__] = Stage(
-            function.__name__, function, kind, parameters, tuple(sorted(uses)), tuple(sorted(needs)),
-            tuple(sorted(inputs - {*inputs_without})), version, parallel, (function.__doc__ or "").partition("\n")[0])
+        name, parameters = function.__name__, tuple(inspect.signature(function).parameters)
+        asked = {*parameters, *also} - NEVER
+        own = [RESOURCES[one] for one in asked if one in RESOURCES]
+        uses = {one for one in asked if one in Run.model_fields and one not in ("sae", *RESOURCES)}
+        needs = asked - uses - RESOURCES.keys()
+        STAGES[name] = Stage(
+            name, function, kind, parameters, tuple(sorted(uses.union(*(one.uses for one in own)))),
+            tuple(sorted(needs.union(*(one.needs for one in own)))),
+            tuple(sorted(set().union(*(one.inputs for one in own)) - {*inputs_without})), version, parallel)
         return function
     return register
 
@@ -88,35 +85,26 @@ def key(spec: Stage, uses: Mapping[str, Any], needs: Mapping[str, str], inputs: 
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-class View:
-    """A run as stages over several seeds, training sets or settings see it: its results by stage."""
-
-    def __init__(self, run: OpenRun):
-        self.get, self.seed, self.training_set, self._run = run.get, run.settings.seed, run.settings.sft_data, run
-
-    def __getitem__(self, name: str) -> Any:
-        return self.get(name)
-
-    @property
-    def trained_domain(self) -> str:
-        """The evaluation domain that the training set is of; "several" if there is more than one."""
-        from sts.data.groups import trained_domains
-
-        own = trained_domains(RESOURCES["train"].make(self._run))
-        return own.pop() if len(own) == 1 else "several"
+def steps(items: Iterable, report: Callable[[float], None]) -> Iterator[tuple[Any, Callable[[float], None]]]:
+    """Each item, with the report of its own share of the progress."""
+    together = list(items)
+    for done, item in enumerate(together):
+        yield item, lambda fraction, done=done: report((done + fraction) / len(together))
+        report((done + 1) / len(together))
 
 
 def values(run: OpenRun, spec: Stage, report: Reporter) -> dict[str, Any]:
     """The values of a stage's parameters."""
-    own = {"report": lambda: report, "work": lambda: report.work, "device": lambda: run.device,
-           "scratch": lambda: run.store.scratch(spec.name, run.key(spec.name)),
-           "tokens_per_batch": lambda: run.settings.tokens_per_batch,
-           "variant": lambda: lambda **changes: View(run.variant(**changes))}
+    own = {"report": report, "work": report.work, "device": run.device, "variant": run.variant,
+           "passes": {"tokens_per_batch": run.settings.tokens_per_batch, "work": report.work},
+           "tokens_per_batch": run.settings.tokens_per_batch}
 
     def value(name: str) -> Any:
-        if name in own:
-            return own[name]()
+        if name == "scratch":
+            return run.store.scratch(spec.name, run.key(spec.name))
         if name in RESOURCES:
             return RESOURCES[name].make(run)
+        if name in own:
+            return own[name]
         return getattr(run.settings, name) if name in spec.uses else run.get(name)
     return {name: value(name) for name in spec.parameters}

@@ -1,8 +1,8 @@
 """Where stage results live: one small file each, written atomically, checksummed, with its provenance beside it.
 
 A result is `json` (plain values), `parquet` (a pandas frame), `tensors` (a dict of torch tensors) or `folder` (files
-that the stage wrote itself). Beside `<stage>-<key>.<ext>` lies `<stage>-<key>.provenance.json` with the checksum. A
-file whose checksum does not match counts as missing and is computed again.
+that the stage wrote itself), and lies in `<stage>-<key>.<ext>`; beside it, `.provenance.json` holds its checksum. One
+whose checksum does not match counts as missing and is computed again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sts.errors import StsError
+from filelock import FileLock
 
 SUFFIX = {"json": ".json", "parquet": ".parquet", "tensors": ".safetensors", "folder": ""}
 PROVENANCE = ".provenance.json"
@@ -26,35 +26,22 @@ class Store:
     """Stage results in `folder`; `recorded` folders are looked into as well, and never written."""
 
     def __init__(self, folder: Path, recorded: tuple[Path, ...] = ()):
-        self.folder = Path(folder)
-        self.recorded = tuple(Path(path) for path in recorded)
+        self.folder, self.recorded = folder, recorded
 
-    def path(self, stage: str, key: str, kind: str, folder: Path | None = None) -> Path:
-        """Where a result lies (or would lie).
-
-        Raises:
-            StsError: no such kind of result.
-        """
-        if kind not in SUFFIX:
-            raise StsError(f"Results of kind {kind!r} are not known. Valid: {', '.join(SUFFIX)}.")
-        return (folder or self.folder) / f"{stage}-{key}{SUFFIX[kind]}"
+    def paths(self, stage: str, key: str, kind: str) -> list[Path]:
+        """Where a result lies or would lie, the own folder first."""
+        return [folder / f"{stage}-{key}{SUFFIX[kind]}" for folder in (self.folder, *self.recorded)]
 
     def find(self, stage: str, key: str, kind: str) -> Path | None:
         """The stored result's path, if it is there and undamaged."""
-        for folder in (self.folder, *self.recorded):
-            path = self.path(stage, key, kind, folder)
-            provenance = _read_json(_beside(path))
-            if provenance is not None and path.exists() and checksum(path) == provenance.get("checksum"):
+        for path in self.paths(stage, key, kind):
+            if path.exists() and checksum(path) == _note(path).get("checksum"):
                 return path
         return None
 
     def provenance(self, stage: str, key: str, kind: str) -> dict[str, Any]:
         """What is recorded about a stored result; empty if it is not stored."""
-        for folder in (self.folder, *self.recorded):
-            found = _read_json(_beside(self.path(stage, key, kind, folder)))
-            if found is not None:
-                return found
-        return {}
+        return next((note for path in self.paths(stage, key, kind) if (note := _note(path))), {})
 
     def scratch(self, stage: str, key: str) -> Path:
         """A folder for unfinished work of a stage, kept if the run is killed, so that the stage can go on."""
@@ -68,50 +55,43 @@ class Store:
 
         The lock is the operating system's own: that of a process that died is free at once.
         """
-        import fcntl
-
         path = self.folder / "unfinished" / f"{stage}-{key}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            with open(path, "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not path.exists() or path.stat().st_ino != os.fstat(lock.fileno()).st_ino:
-                    continue  # another process was done and removed it
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
+        with FileLock(path):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)  # who waits for it sees that, and makes it anew
 
     def write(self, stage: str, key: str, kind: str, value: Any, provenance: dict[str, Any]) -> Path:
-        """Store a result: to a temporary name, flushed, then renamed; the provenance last, as the commit mark.
-
-        For `folder`, `value` is the folder to move into place (usually the stage's scratch folder).
-        """
+        """Store a result, of kind `folder` the folder to move into place; to temporary names, then renamed."""
+        path = self.paths(stage, key, kind)[0]
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(stage, key, kind)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        # Provenance and result are renamed one after the other. Killed in between, the checksum does not match and
-        # the stage is computed again; a folder, which may hold hours of work, then still lies in its scratch place.
-        if kind != "folder":
-            _dump(value, kind, temporary)
-            _flush(temporary)
-        record = {**provenance, "checksum": checksum(value if kind == "folder" else temporary)}
-        note = temporary.with_name(temporary.name + ".note")
-        note.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-        _flush(note)
+        note, new = (path.with_name(f".{path.name}.{os.getpid()}.{part}") for part in ("note", "new"))
         if kind == "folder":
-            if path.exists():  # a folder cannot be renamed over another one
-                shutil.rmtree(temporary, ignore_errors=True)
-                os.replace(path, temporary)
-            os.replace(note, _beside(path))
-            os.replace(value, path)
-            shutil.rmtree(temporary, ignore_errors=True)
+            new = value
         else:
-            os.replace(temporary, path)
-            os.replace(note, _beside(path))
+            _dump(value, kind, new)
+        record = {**provenance, "checksum": checksum(new)}
+        note.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+        os.replace(note, beside(path))  # killed behind this line, the checksum does not match
+        if path.is_dir():  # a folder cannot be renamed over another one
+            shutil.rmtree(path)
+        os.replace(new, path)
         shutil.rmtree(self.folder / "unfinished" / f"{stage}-{key}", ignore_errors=True)
         return path
+
+
+def beside(path: Path) -> Path:
+    """Where the provenance of a result lies."""
+    return path.with_name(path.name + PROVENANCE)
+
+
+def _note(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(beside(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def read(path: Path, kind: str) -> Any:
@@ -130,8 +110,7 @@ def read(path: Path, kind: str) -> Any:
 
 
 def _dump(value: Any, kind: str, path: Path) -> None:
-    if kind == "json":
-        # allow_nan=False: NaN is not JSON, and would be silently unreadable elsewhere.
+    if kind == "json":  # NaN is not JSON, and would be unreadable elsewhere
         path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     elif kind == "parquet":
         value.to_parquet(path, index=False)
@@ -143,26 +122,9 @@ def _dump(value: Any, kind: str, path: Path) -> None:
 
 def checksum(path: Path) -> str:
     """SHA-256 of a file, or of all file names and contents below a folder."""
-    if path.is_file():
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    for file in sorted(item for item in path.rglob("*") if item.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{checksum(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(path.name + PROVENANCE)
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb+") as stream:
-        os.fsync(stream.fileno())
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    if path.is_dir():
+        files = sorted(item for item in path.rglob("*") if item.is_file())
+        lines = "".join(f"{file.relative_to(path).as_posix()}\0{checksum(file)}\n" for file in files)
+        return hashlib.sha256(lines.encode()).hexdigest()
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -7,11 +7,10 @@ compared by their relative difference, |a - b| divided by the larger of |a| and 
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,58 +24,40 @@ from sts.run.store import Store, read
 
 #: Default tolerances, as relative differences. 32-bit floats hold seven digits. bf16 rounds by up to 0.4% each time.
 FLOAT32_TOLERANCE, HALF_TOLERANCE = 1e-6, 1e-2
+#: What stands for a name that a result does not have.
+NOTHING = numpy.empty(0, object)
 
 
 @dataclass
 class Comparison:
-    """What a comparison found.
-
-    Attributes:
-        tolerance: largest relative difference of two floats that counts as equal.
-        entries: how many single values were compared.
-        differing: how many of them differ, floats by more than the tolerance.
-        largest: the largest relative difference of two floats; infinite for NaN beside a number.
-        first: where the first differing entry stands and what its two values are; empty if none differs.
-    """
+    """How many single values were compared and how many differ, floats by more than the tolerance; the largest relative
+    difference of two floats; what differs first; and what else has changed since the result was stored."""
 
     tolerance: float
     entries: int = 0
     differing: int = 0
     largest: float = 0.0
     first: str = ""
-    surroundings: list[str] = field(default_factory=list)
-
-    @property
-    def agrees(self) -> bool:
-        return not self.differing
+    surroundings: str = ""
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, numpy.ndarray]]:
-    """The names and arrays of a result: plain values, a frame, tensors or a folder; columns without gaps stay whole."""
+    """The names and arrays of a result: plain values, a frame, tensors or a folder."""
     if isinstance(value, Path):
         for path in sorted(value.rglob("*")):
-            inside = path.relative_to(value).as_posix()
-            if path.name == "training.json":
-                yield from flat(json.loads(path.read_text(encoding="utf-8")), inside)
-            elif path.suffix == ".safetensors":
-                yield from flat(read(path, "tensors"), inside)
+            if path.name == "training.json" or path.suffix == ".safetensors":
+                kind = "tensors" if path.suffix == ".safetensors" else "json"
+                yield from flat(read(path, kind), path.relative_to(value).as_posix())
+    elif hasattr(value, "columns"):
+        yield from flat(value.astype(object).where(value.notna(), None).to_dict("list"))
     elif isinstance(value, Mapping):
         for key, own in value.items():
             yield from flat(own, f"{name}.{key}" if name else str(key))
-    elif hasattr(value, "columns"):
-        for column in value.columns:
-            own = value[column].to_numpy()
-            yield from flat(own.tolist() if own.dtype == object else own, str(column))
     elif isinstance(value, list | tuple):
         for place, own in enumerate(value):
             yield from flat(own, f"{name}[{place}]")
     elif hasattr(value, "is_floating_point"):
-        yield f"type of {name}", numpy.array(str(value.dtype).removeprefix("torch."))
         yield name, (value.double() if value.is_floating_point() else value).numpy()
-    elif isinstance(value, numpy.ndarray) and value.dtype == object:
-        yield from flat(value.tolist(), name)
-    elif value is None or type(value).__name__ in ("NAType", "NaTType"):
-        yield name, numpy.array(None)
     else:
         yield name, numpy.asarray(value)
 
@@ -98,31 +79,21 @@ def compare(stored: Any, computed: Any, tolerance: float) -> Comparison:
     """
     if not 0 <= tolerance < math.inf:
         raise StsError(f"The tolerance is a relative difference, 0 or more, such as 1e-6; got {tolerance!r}.")
-    found, sides = Comparison(tolerance), [dict(flat(one)) for one in (stored, computed)]
-    only = [[name for name in one if name not in other] for one, other in (sides, sides[::-1])]
-    if any(only):
-        found.entries = found.differing = 1
-        found.first = "; ".join(f"only in the {side} result: {', '.join(names[:5])}"
-                                for side, names in zip(("stored", "computed"), only, strict=True) if names)
-        return found
-    for name, one in sides[0].items():
-        other, relative = sides[1][name], None
-        kinds = {one.dtype.kind, other.dtype.kind}
-        if one.shape != other.shape:
-            found.entries, found.differing = found.entries + 1, found.differing + 1
-            found.first = found.first or f"{name}: stored {one.shape}, computed {other.shape}"
-            continue
-        if "f" in kinds and kinds <= set("fiu"):
-            relative = relative_difference(one.astype(float), other.astype(float))
+    found, (before, after) = Comparison(tolerance), (dict(flat(one)) for one in (stored, computed))
+    for name in dict.fromkeys((*before, *after)):
+        one, other, at = before.get(name, NOTHING), after.get(name, NOTHING), []
+        if like := (one.shape, one.dtype.kind) == (other.shape, other.dtype.kind):
+            relative = relative_difference(one, other) if one.dtype.kind == "f" else numpy.zeros(1)
             found.largest = max(found.largest, float(relative.max(initial=0.0)))
-        wrong = ((one != other) | (len(kinds) > 1)) if relative is None else relative > tolerance
-        found.entries, found.differing = found.entries + one.size, found.differing + int(numpy.sum(wrong))
-        if numpy.any(wrong) and not found.first:
-            at = tuple(int(place) for place in numpy.argwhere(wrong)[0]) if one.ndim else ()
-            was, now = (f"{own:.9g}" if isinstance(own, float) else repr(own)
-                        for own in (one.item(*at), other.item(*at)))
-            found.first = (f"{name}{list(at) if at else ''}: stored {was}, computed {now}"
-                           + (f" (relative difference {relative[at]:.2g})" if relative is not None else ""))
+            wrong = relative > tolerance if one.dtype.kind == "f" else one != other
+            at = numpy.argwhere(wrong)[:1].ravel().tolist()
+            found.entries, found.differing = found.entries + one.size, found.differing + int(numpy.sum(wrong))
+        else:
+            found.entries, found.differing = found.entries + 1, found.differing + 1
+        if found.differing and not found.first:
+            was, now = ("nothing" if own is NOTHING else repr(own.item(*at)) if like or not own.ndim else
+                        f"{own.dtype} {own.shape}" for own in (one, other))
+            found.first = f"{name}{at or ''}: stored {was}, computed {now}"
     return found
 
 
@@ -137,48 +108,36 @@ def verify(run: OpenRun, name: str, tolerance: float | None = None) -> Compariso
 
     Of a recorded result, what is recorded of it is compared.
 
-    Args:
-        tolerance: relative, for floats; None for `default_tolerance`.
-
-    Returns:
-        What the comparison found; `surroundings` lists what differs between the machine and software of then and now.
-
     Raises:
         StsError: the stage, or one that it needs, is not stored under these settings.
     """
-    spec, path = run.spec(name), run.find(name)
-    if path is None:
-        raise StsError(f"Stage {name!r} cannot be verified: run {run.settings.name!r} has no undamaged result of it "
-                       f"under these settings. Compute it first, by the same command without --verify.")
-    if missing := [need for need in run.needs(name) if not run.stored(need)]:
-        raise StsError(f"Stage {name!r} cannot be verified: it is computed from {', '.join(missing)}, of which run "
-                       f"{run.settings.name!r} has no undamaged result. Compute that first: sts stage {missing[0]}")
-    tolerance = default_tolerance(run, name) if tolerance is None else tolerance
+    path = run.find(name)
+    missing = [need for need in run.needs(name) if not run.stored(need)]
+    if path is None or missing:
+        raise StsError(f"Stage {name!r} cannot be verified: run {run.settings.name!r} has no undamaged result of "
+                       f"{', '.join(missing) or 'it'} under these settings. Compute that first: sts stage "
+                       f"{missing[0] if missing else name}")
+    kind = run.spec(name).kind
     run.folder.mkdir(parents=True, exist_ok=True)  # what is stored may come with the book, in another folder
     with tempfile.TemporaryDirectory(prefix=".verify-", dir=run.folder) as scratch:
         # Nothing in memory, and a store that finds what is stored and writes elsewhere.
         store = Store(Path(scratch), (run.store.folder, *run.store.recorded))
-        computed = read(OpenRun(run.settings, results=run.results, store=store).compute(name), spec.kind)
+        computed = read(OpenRun(run.settings, results=run.results, store=store).compute(name), kind)
         if path.parent in run.store.recorded:  # which leaves texts, weights and large sums out
-            part = Path(scratch) / "as-recorded"
-            part.mkdir()
-            computed = as_recorded(name, spec.kind, computed, part)
-        found = compare(read(path, spec.kind), computed, tolerance)
+            computed = as_recorded(name, kind, computed, store.scratch(name, "as-recorded"))
+        found = compare(read(path, kind), computed, default_tolerance(run, name) if tolerance is None else tolerance)
     then, now = ({**one, **one.get("versions", {})} for one in (run.provenance(name), environment(run.device)))
-    found.surroundings = [f"{key} {then.get(key)}, now {value}" for key, value in now.items()
-                          if key != "versions" and then.get(key) != value]
+    found.surroundings = ", ".join(f"{key} {then.get(key)}, now {now[key]}" for key in now
+                                   if key not in ("versions", "process_peak_memory_mb") and then.get(key) != now[key])
     return found
 
 
 def report(name: str, found: Comparison) -> str:
     """A comparison in words: the verdict, the first differing entry, the tolerance, and what else has changed."""
-    lines = [f"{name}: computed again from its inputs as stored, it " + (
-        "agrees with the stored result." if found.agrees else
-        f"differs from the stored result in {found.differing:,} of {found.entries:,} entries.")]
-    if found.first:
-        lines.append(f"First difference: {found.first}.")
-    lines.append(f"{found.entries:,} entries compared; largest relative difference of two floats {found.largest:.2g}, "
-                 f"tolerance {found.tolerance:g} (--tolerance).")
-    if found.surroundings:
-        lines.append(f"Changed since it was stored: {'; '.join(found.surroundings)}.")
-    return "\n".join(lines)
+    verdict = f"differs in {found.differing:,} entries from" if found.differing else "agrees with"
+    return "\n".join(filter(None, (
+        f"{name}: computed again from its inputs as stored, it {verdict} the stored result.",
+        found.first and f"First difference: {found.first}.",
+        f"{found.entries:,} entries compared; largest relative difference of two floats {found.largest:.2g}, tolerance "
+        f"{found.tolerance:g} (--tolerance).",
+        found.surroundings and f"Changed since it was stored: {found.surroundings}.")))
