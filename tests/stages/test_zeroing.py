@@ -18,7 +18,7 @@ def solution_prompts(lm, held_out):
     return [solution_prompt(lm.tokenizer, example) for example in held_out]
 
 
-KINDS = ("most_shifted", "most_active", "random", "matched")
+KINDS = ("most_shifted", "most_active", "random", "matched", "like_rate")
 
 
 @pytest.fixture(scope="module")
