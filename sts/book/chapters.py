@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import nbformat
+import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 
 from sts.errors import ROOT, StsError, one_of
 from sts.run.log import terminal
@@ -28,8 +31,6 @@ CHAPTERS = tuple(page["file"].removeprefix("notebooks/")
                  for page in part["chapters"] if page["file"].startswith("notebooks/"))
 #: Built from what the other chapters stored, so executed after them, wherever it stands.
 LAST = "scorecard"
-#: Tag of Markdown cells that discuss the published run (setting `published`); no other run shows them.
-PUBLISHED = "published"
 #: glibc gives large blocks back to the system and fetches them again, page by page, for every tensor; keeping them
 #: makes training on a CPU faster. Read when a process starts, so it is set for the notebooks' kernels.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**33),
@@ -46,8 +47,6 @@ def chapter_source(chapter: str) -> Path:
 
 def check_parameters(chapter: str, run: str, parameters: Mapping[str, Any]) -> Run:
     """The run with these parameters; `StsError` where the notebook declares none of that name or type."""
-    import papermill
-
     declared = {name: str(item["inferred_type_name"]) for name, item in papermill.inspect_notebook(
         str(chapter_source(chapter))).items() if name != "run"}
     valid = ", ".join(f"{name} ({kind})" for name, kind in declared.items())
@@ -60,15 +59,8 @@ def check_parameters(chapter: str, run: str, parameters: Mapping[str, Any]) -> R
 
 
 def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any] | None = None) -> Path:
-    """Execute a chapter; results/<run>/notebooks/<chapter>[-<parameter>=<value>...].ipynb.
-
-    Raises:
-        StsError: wrong parameters, or the chapter failed; what it had computed stays stored.
-    """
-    import nbformat
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-
+    """Execute a chapter; results/<run>/notebooks/<chapter>[-<parameter>=<value>...].ipynb. `StsError` for wrong
+    parameters, or where the chapter fails; what it had computed stays stored."""
     source, given = chapter_source(chapter), dict(sorted((parameters or {}).items()))
     settings = check_parameters(chapter, run, given)
     # Other parameters go to a file of their own, so that two settings can be compared.
@@ -87,15 +79,17 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
     except papermill.PapermillExecutionError as error:
         raise StsError(f"Chapter {source.stem!r} stopped in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
                        f"Finished stages stay stored; the notebook so far: {target}") from error
-    if given or not settings.published:
+    if given or not settings.published:  # cells of that tag discuss the published run
         content = nbformat.read(target, as_version=4)
-        content.cells = [cell for cell in content.cells if PUBLISHED not in cell.metadata.get("tags", [])]
+        content.cells = [cell for cell in content.cells if "published" not in cell.metadata.get("tags", [])]
         nbformat.write(content, target)
     return target
 
 
 def _render(source: Path, *options: str) -> None:
-    """Have Jupyter Book render a folder or a notebook; what it says goes to results/<run>/book-build.log."""
+    """Have Jupyter Book render a folder or a notebook, with the prose pages beside it; book-build.log is its log."""
+    prose = (source if source.is_dir() else source.parent) / "book"
+    shutil.copytree(ROOT / "book", prose, ignore=shutil.ignore_patterns("_build"), dirs_exist_ok=True)
     builder, log = Path(sys.executable).with_name("jupyter-book"), source.parent / "book-build.log"
     result = subprocess.run([str(builder), "build", str(source), *options], capture_output=True, text=True)
     log.write_text(result.stdout + result.stderr, encoding="utf-8")
@@ -104,13 +98,8 @@ def _render(source: Path, *options: str) -> None:
         raise StsError(f"Jupyter Book stopped ({len(problems)} problems; all in {log}):\n" + "\n".join(problems[:10]))
 
 
-def _copy_prose(folder: Path) -> None:
-    shutil.copytree(ROOT / "book", folder / "book", ignore=shutil.ignore_patterns("_build"), dirs_exist_ok=True)
-
-
 def quick_page(notebook: Path) -> Path:
     """One executed notebook as a page of its own that looks as in the book; its links to other pages lead nowhere."""
-    _copy_prose(notebook.parent)
     _render(notebook, "--config", str(ROOT / "_config.yml"))
     return notebook.parent / "_build" / "_page" / notebook.stem / "html" / f"{notebook.stem}.html"
 
@@ -125,8 +114,7 @@ def build_book(run: str = "laptop") -> Path:
     executed.append(run_chapter(LAST, run))
     source, built = results_folder() / name / "book-source", ROOT / "book" / "_build" / name
     shutil.rmtree(source, ignore_errors=True)
-    _copy_prose(source)
-    (source / "notebooks").mkdir()
+    (source / "notebooks").mkdir(parents=True)
     for path in (ROOT / "_config.yml", ROOT / "_toc.yml", *executed):
         shutil.copy2(path, source / ("notebooks" if path in executed else ""))
     _render(source, "-W", "-n", "--keep-going")

@@ -165,6 +165,6 @@ def read_claims() -> tuple[dict[str, dict[str, str]], dict[str, Claim]]:
 def together(words: Sequence[str]) -> str:
     """The verdict on a result from those of its claims that could be tested: held if all are, in part if some are."""
     tested = {word for word in words if word in (HELD, IN_PART, NOT_HELD)}
-    if not tested:
-        return NOT_TESTABLE if NOT_TESTABLE in words else NOT_DONE
-    return tested.pop() if len(tested) == 1 else IN_PART
+    if len(tested) > 1:
+        return IN_PART
+    return tested.pop() if tested else NOT_TESTABLE if NOT_TESTABLE in words else NOT_DONE

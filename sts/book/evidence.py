@@ -9,14 +9,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from sts.book.claims import NOT_DONE, Claim, Evidence
 from sts.book.figures import rows_of, value_of
 from sts.errors import StsError
 from sts.measure import cost, paper
 from sts.measure.items import crossed_mean_interval, paired_mean_interval
-from sts.measure.overlap import concentrations, overlap_rows, same_fraction
-from sts.measure.score import concentration, overlap, shifted_dimensions
+from sts.measure.score import (
+    concentration,
+    concentrations,
+    overlap,
+    overlap_rows,
+    same_fraction,
+    shifted_dimensions,
+)
 from sts.measure.training_sets import list_lead
 
 if TYPE_CHECKING:
@@ -34,34 +41,7 @@ CHANCE = "before training the model is right no more often than by chance"
 CODES = {"sae": "SAE latents", "raw": "raw dimensions", "random": "random sparse code"}
 
 
-class Stored:
-    """A run of which nothing is computed: what is not stored raises `StsError`."""
-
-    def __init__(self, run: OpenRun):
-        self.run = run
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.run, name)
-
-    def get(self, stage: str) -> Any:
-        """The stage's stored result."""
-        if not is_stored(self.run, stage):
-            raise StsError(f"Stage {stage} of run {self.run.settings.name!r} is not there.")
-        return self.run.get(stage)
-
-    def variant(self, **changes: Any) -> Stored:
-        return Stored(self.run.variant(**changes))
-
-
-def is_stored(run: OpenRun, stage: str) -> bool:
-    """Whether the stage's result is there; nothing is computed."""
-    try:
-        return run.stored(stage)
-    except StsError:  # neither recorded nor the model and the data at hand
-        return False
-
-
-def weigh(run: OpenRun | Stored, claim: Claim) -> tuple[Evidence | None, str, str]:
+def weigh(run: OpenRun, claim: Claim) -> tuple[Evidence | None, str, str]:
     """The evidence on a claim, the verdict, and why there is none."""
     try:
         found: Evidence = globals()[claim.evidence](run, **claim.arguments)
@@ -71,7 +51,7 @@ def weigh(run: OpenRun | Stored, claim: Claim) -> tuple[Evidence | None, str, st
     return found, claim.judge(found, unable), unable
 
 
-def _learned(run: OpenRun | Stored, claim: Claim) -> bool:
+def _learned(run: OpenRun, claim: Claim) -> bool:
     """Whether training taught something: with the run's seed, with every seed, or on the training sets of the claim."""
     if claim.learned == "sets":
         sets, own = run.get("training_matrix"), claim.arguments.get("where", {}).get("training_set")
@@ -176,12 +156,8 @@ def sae(run: OpenRun, field: str) -> Evidence:
 
 
 def shares(run: OpenRun, against: Sequence[str] = (), paper_fraction: bool = False) -> Evidence:
-    """Share of the change in the N most shifted latents, chosen on other questions than measured on (Figures 1a, 2b).
-
-    Args:
-        against: other codes, at the same fraction; or "activity", the share of the activity in the N most active.
-        paper_fraction: of as many latents as the paper's 100 of 28,672, in place of the run's N.
-    """
+    """Share of the change in the N most shifted latents, or in the paper's fraction of them, chosen on other questions
+    than measured on (Figures 1a, 2b); beside it other codes, or the share of "activity" in the N most active."""
     def share(code: str) -> Evidence:
         change_FL = moved[f"{code}/fold_squared_difference_FL"]
         count = same_fraction(*fraction, change_FL.shape[1])
@@ -210,49 +186,44 @@ def zeroing(run: OpenRun) -> Evidence:
     return replace(leads.pop(""), n=len(most), of="problems", against=leads)
 
 
-def _naming(run: OpenRun, code: str = "sae"):
-    """A function: the share of the actual top N that the top N of some values per latent name; N as a fraction."""
+def _named(run: OpenRun, values_RL: torch.Tensor, code: str = "sae") -> np.ndarray:
+    """Shares of the actual top N that the top N of each row of values name; of other codes N as a fraction."""
     moved = run.get("sft_shift")
     actual_L, width = moved[f"{code}/squared_difference_L"], len(moved["sae/squared_difference_L"])
     count = same_fraction(run.settings.top_n, width, len(actual_L))
     goal = shifted_dimensions(actual_L, count)
-    return lambda values_L: overlap(shifted_dimensions(values_L, count), goal) / count
+    return np.array([overlap(shifted_dimensions(values_L, count), goal) / count for values_L in values_RL])
 
 
-def _lead(run: OpenRun, shares_R: Sequence[float], others_R: Sequence[float] | float) -> Evidence:
-    differences = np.subtract(shares_R, others_R)
-    found = paired_mean_interval(differences, resamples=run.settings.bootstrap, seed=run.settings.seed)
-    return _estimate(vars(found), "mean", "")
+def _lead(run: OpenRun, differences_R: np.ndarray) -> Evidence:
+    found = paired_mean_interval(differences_R, resamples=run.settings.bootstrap, seed=run.settings.seed)
+    return replace(_estimate(vars(found), "mean", ""), n=found.n, of="sets of demonstrations")
 
 
 def foreseen(run: OpenRun) -> Evidence:
     """Share of the actual top N among the N that demonstrations move most, and its lead over lists that need none."""
-    named, stats = _naming(run), run.get("shift_by_draw")
+    stats, top_n = run.get("shift_by_draw"), run.settings.top_n
     found = overlap_rows(run.get("shift")["squared_difference_L"], run.get("sft_shift")["sae/squared_difference_L"],
-                         [run.settings.top_n])[0]
-    sets = [*map(named, stats["sae/squared_difference_RL"])]
-    lists = {"by firing rate": named(stats["sae/base_fired_L"]), "by energy": named(stats["sae/base_square_sum_L"]),
-             "demonstrations of other domains": [
-                 *map(named, run.get("shift_by_other_domain")["sae/squared_difference_RL"])]}
-    return Evidence(found["share"], p=found["active_p"], n=len(sets), of="sets of demonstrations", against={
-        f"more than {name}": _lead(run, sets, others) for name, others in lists.items()})
+                         [top_n])[0]
+    own_R = _named(run, stats["sae/squared_difference_RL"])
+    lists = {"by firing rate": stats["sae/base_fired_L"][None], "by energy": stats["sae/base_square_sum_L"][None],
+             "demonstrations of other domains": run.get("shift_by_other_domain")["sae/squared_difference_RL"]}
+    return Evidence(found["share"], p=found["active_p"], n=len(own_R), of="sets of demonstrations", against={
+        f"more than {name}": _lead(run, own_R - _named(run, values_RL)) for name, values_RL in lists.items()})
 
 
 def better_than_raw(run: OpenRun) -> Evidence:
     """What demonstrations add to activity alone for latents, less what they add for other codes (Figure 2a)."""
     gain, stats = {}, run.get("shift_by_draw")
     for code in CODES:
-        named = _naming(run, code)
-        alone = max(named(stats[f"{code}/{name}"]) for name in ("base_fired_L", "base_square_sum_L"))
-        gain[code] = [named(own_L) - alone for own_L in stats[f"{code}/squared_difference_RL"]]
-    raw, random = (_lead(run, gain["sae"], gain[code]) for code in ("raw", "random"))
-    return replace(raw, n=len(gain["sae"]), of="sets of demonstrations",
-                    against={"more than a random code": random})
+        alone = torch.stack([stats[f"{code}/{name}"] for name in ("base_fired_L", "base_square_sum_L")])
+        gain[code] = _named(run, stats[f"{code}/squared_difference_RL"], code) - _named(run, alone, code).max()
+    raw, random = (_lead(run, gain["sae"] - gain[code]) for code in ("raw", "random"))
+    return replace(raw, against={"more than a random code": random})
 
 
 def more_demonstrations(run: OpenRun) -> Evidence:
     """Share foreseen behind the most demonstrations less that behind the fewest."""
-    found = {int(name.partition("/")[2]): [*map(_naming(run), values_RL)]
-             for name, values_RL in run.get("shift_by_demonstrations").items() if name.startswith("sae/")}
-    return replace(_lead(run, found[max(found)], found[min(found)]), n=len(found[max(found)]),
-                    of="sets of demonstrations")
+    stats = {int(name.partition("/")[2]): values_RL for name, values_RL in run.get("shift_by_demonstrations").items()
+             if name.startswith("sae/")}
+    return _lead(run, _named(run, stats[max(stats)]) - _named(run, stats[min(stats)]))

@@ -57,20 +57,15 @@ def domain_style(domain: str) -> tuple[str, str]:
     return COLOURS[place % len(COLOURS)], MARKERS[place // len(COLOURS) % len(MARKERS)]
 
 
-def _axes(panels: Sequence[Any], height: float, names: Names = None, across: int = 9, xlabel: str = "",
-          ylabel: str = "") -> tuple[Figure, dict[Any, Axes]]:
-    """A figure with a titled axis for each panel, row by row."""
+def _axes(panels: Sequence[Any], height: float, names: Names = None, **labels: str) -> tuple[Figure, dict[Any, Axes]]:
+    """A figure with a titled axis for each panel, side by side."""
     seaborn.set_theme(style="whitegrid", rc=THEME)
-    across = min(across, len(panels))
-    down = -(-len(panels) // across)
-    figure, grid = plt.subplots(down, across, figsize=(7 if across > 1 else 6.5, height * down), sharey="row",
+    figure, grid = plt.subplots(1, len(panels), figsize=(7 if len(panels) > 1 else 6.5, height), sharey=True,
                                 squeeze=False, layout="constrained")
-    for axis in grid.flat[len(panels):]:
-        axis.set_axis_off()
-    axes = dict(zip(panels, grid.flat, strict=False))
-    for panel, axis in axes.items():
-        axis.set(title=_name(panel, names), xlabel=xlabel, ylabel=ylabel if axis in grid[:, 0] else "")
-    return figure, axes
+    for panel, axis in zip(panels, grid.flat, strict=True):
+        axis.set(title=_name(panel, names), **labels)
+        axis.label_outer()
+    return figure, dict(zip(panels, grid.flat, strict=True))
 
 
 def _closed(figure: Figure) -> Figure:
@@ -144,7 +139,7 @@ def scatter(rows: Any, x: str = "score", y: str = "change", *, panel: str | None
             fit: bool = True, xlabel: str = "", ylabel: str = "", names: Names = None) -> Figure:
     """A named point for every row's `domain`, hollow where the field `filled` is false, with the least-squares line."""
     rows = [row for row in rows_of(rows) if None not in (value_of(row, x), value_of(row, y))]
-    figure, axes = _axes(_kinds(rows, panel), 3.6, names, 2, xlabel, ylabel)
+    figure, axes = _axes(_kinds(rows, panel), 3.6, names, xlabel=xlabel, ylabel=ylabel)
     texts, halo = {axis: [] for axis in axes.values()}, [patheffects.withStroke(linewidth=2, foreground="white")]
     for row in rows:
         axis, (colour, marker) = axes[value_of(row, panel)], domain_style(row["domain"])
@@ -225,11 +220,8 @@ def _cell(row: dict, column: Column) -> str:
 
 
 def table(rows: Any, columns: Mapping[str, Column] | None = None, fold: str | None = None) -> HTML:
-    """A table that scrolls inside its own box; folded under a title, if there is one.
-
-    Args:
-        columns: by heading: a field, a format (anything with a brace) or a function of the row. HTML stays HTML.
-    """
+    """A table that scrolls inside its own box, folded under a title if there is one. Columns by heading: a field, a
+    format (anything with a brace) or a function of the row; HTML stays HTML."""
     listed = rows_of(rows)
     columns = columns or {name: name for name in (listed[0] if listed else ())}
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)

@@ -9,38 +9,29 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from IPython.display import HTML
 from matplotlib.figure import Figure
 
+import sts
 from sts.book import claims, evidence, figures
-from sts.errors import ROOT, StsError, one_of
-
-if TYPE_CHECKING:
-    from sts.run.run import OpenRun
+from sts.errors import ROOT, StsError
+from sts.run.recorded import texts_withheld
+from sts.run.run import OpenRun
 
 #: Measures of change, the finest first.
 MEASURES = ("bits", "p_right", "accuracy", "accuracy_generated")
-#: What is shown of a stage's provenance.
-SHOWN = ("key", "settings", "inputs", "seed", "finished", "seconds", "work", "process_peak_memory_mb", "device",
-         "withheld", "python", "versions", "commit")
 #: Tokens of chat templates, and the roles that follow one of them.
 TEMPLATE = re.compile(r"<\|[\w-]+\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad)>")
 ROLES = ("system", "user", "assistant", "model")
 
 
 class Page:
-    """What the cells of a chapter ask for; every method's result is the last expression of its cell.
-
-    Args:
-        run: a profile's name, a YAML file, or an open run.
-        parameters: settings to change; None leaves the profile's own.
-    """
+    """What the cells of a chapter ask for; every method's result is the last expression of its cell. The run is a
+    profile's name, a YAML file or open; parameters are settings to change, where None leaves the profile's own."""
 
     def __init__(self, chapter: str, run: str | OpenRun = "laptop", **parameters: Any):
-        import sts
-
         self.run = sts.open_run(run, **parameters) if isinstance(run, str) else run
         self.chapter, self.settings, self._tabs = chapter, self.run.settings, 0
 
@@ -50,8 +41,7 @@ class Page:
     @property
     def measures(self) -> list[str]:
         """What was evaluated, the finest first."""
-        found = set(self["domain_shift"]["measure"])
-        return [measure for measure in MEASURES if measure in found]
+        return sorted(set(self["domain_shift"]["measure"]), key=MEASURES.index)
 
     @property
     def primary(self) -> str:
@@ -83,8 +73,6 @@ class Page:
     def claims(self, *ids: str) -> HTML:
         """Cards of claims, by their ids in book/claims.yaml."""
         known = claims.read_claims()[1]
-        if unknown := set(ids) - set(known):
-            raise one_of("Claim", unknown.pop(), known)
         return HTML(f'<div class="sts-cards">{"".join(self._card(known[name]) for name in ids)}</div>')
 
     def _card(self, claim: claims.Claim) -> str:
@@ -106,10 +94,10 @@ class Page:
 
     def scorecard(self) -> HTML:
         """A row for each of the paper's results, from the records of claims and what is stored; counted at the top."""
-        results, known = claims.read_claims()
-        run, rows, words = evidence.Stored(self.run), [], []
+        (results, known), rows, words = claims.read_claims(), [], []
+        self.run = self.run.only_stored()
         for name, result in results.items():
-            own = [(claim, *evidence.weigh(run, claim)[:2]) for claim in known.values() if claim.result == name]
+            own = [(claim, *evidence.weigh(self.run, claim)[:2]) for claim in known.values() if claim.result == name]
             words.append(claims.together([word for *_, word in own]))
             ours = "".join(f"<div>{escape(claim.label)}: {self._number(claim, found)} {_pill(word, 'sts-small')}</div>"
                            for claim, found, word in own if found)
@@ -125,29 +113,25 @@ class Page:
         note = str(self.texts_note("latent_examples").data)
         found = {card["latent"]: card for card in self["latent_examples"][:count]}
         for stage in ("latent_logits", "latent_strengths"):
-            for row in self[stage] if not note or evidence.is_stored(self.run, stage) else ():
+            for row in self[stage] if not note or self.run.stored(stage) else ():
                 if row["latent"] in found:
-                    found[row["latent"]] = {**row, **found[row["latent"]]}
+                    found[row["latent"]] = row | found[row["latent"]]
         address = _neuronpedia(self.settings.sae)
         cards = "".join(_latent_card(card, address, texts=not note) for card in found.values())
         return HTML(f'{note}<div class="sts-cards">{cards}</div>')
 
     def others(self, *stages: str) -> dict[str, OpenRun]:
         """The book's other recorded runs that have these stages; nothing of them is computed."""
-        import sts
-
         found = {}
         for name in sorted(folder.name for folder in (ROOT / "data" / "recorded").iterdir()):
             with contextlib.suppress(StsError):  # a profile out of date must not stop the pages of all others
-                other = sts.open_run(name).only_recorded()
+                other = sts.open_run(name).only_stored(reading=False)
                 if name != self.settings.name and all(other.stored(stage) for stage in stages):
                     found[name] = other
         return found
 
     def texts_note(self, stage: str) -> HTML:
         """That the texts of a recorded result are not recorded, and how to read them; nothing where they are there."""
-        from sts.run.recorded import texts_withheld
-
         name = escape(self.settings.name)
         return HTML("" if not texts_withheld(self[stage]) else
                     "<p><strong>The texts are not here.</strong> Recorded results hold no texts of data sets. With the "
@@ -161,7 +145,7 @@ class Page:
             if record := self.run.provenance(stage):
                 blocks.append(str(figures.table(
                     [{"": name, "recorded": value if isinstance(value, str) else json.dumps(value)}
-                     for name in SHOWN if (value := record.get(name)) not in (None, "", {})], fold=stage).data))
+                     for name, value in record.items()], fold=stage).data))
         return HTML(figures.folded(f"Where the numbers come from: run {self.settings.name}, {len(blocks)} stages",
                                   "".join(blocks), "sts-provenance"))
 

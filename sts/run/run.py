@@ -1,8 +1,7 @@
 """An open run: a profile with its results, each a stage computed once and found again.
 
-`run.get("scores")` loads the stage if it is stored, else computes it, and first whatever it needs. A stage's key is
-made of the settings it uses, the keys of the stages it needs, the digests of its data and weights, and a version
-that its author raises when its meaning changes; so a changed setting recomputes what depends on it and nothing else.
+A stage's key is made of the settings it uses, the keys of the stages it needs, the digests of its data and weights, and
+a version that its author raises when its meaning changes; a changed setting recomputes what depends on it, no more.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class OpenRun:
         self.store = store or Store(self.folder / "stages", (ROOT / "data" / "recorded" / settings.name,))
         self.changed: dict[str, Any] = {}
         self.used: dict[str, None] = {}
-        self._recorded_alone, self._sae_seed = False, settings.seed
+        self._computes, self._reads, self._sae_seed = True, True, settings.seed
         #: Everything read, loaded or computed, by what decides it.
         self._memory: dict[tuple, Any] = {}
         self._variants: dict[str, OpenRun] = {}
@@ -69,34 +68,30 @@ class OpenRun:
         """Something read or loaded once for all variants whose settings `decided_by` are equal."""
         place = (what, *(repr(getattr(self.settings, name)) for name in decided_by), *more)
         if place not in self._memory:
-            self._refuse(what)
+            if not self._reads:
+                raise StsError(f"Of run {self.settings.name!r} recorded results alone are asked for, not its {what}.")
             self._memory[place] = make()
         return self._memory[place]
-
-    def _refuse(self, what: str) -> None:
-        if self._recorded_alone:
-            raise StsError(f"Of run {self.settings.name!r} the recorded results alone are asked for, not its {what}.")
 
     # --- variants
 
     def _like(self, **own: Any) -> OpenRun:
-        """The same with other attributes, sharing the store, and models, data and results where they are equal."""
         other = copy.copy(self)
         vars(other).update(own, used={}, _variants={}, _keys={})
         return other
 
     def variant(self, **changes: Any) -> OpenRun:
-        """The same run with other settings, of which nothing is read or computed twice that is equal; `StsError` for an
-        unknown setting, or a value that it does not take."""
+        """The same run with other settings, sharing the store, and models, data and results where they are equal;
+        `StsError` for an unknown setting, or a value that it does not take."""
         changes = {name: value for name, value in changes.items() if value != getattr(self.settings, name, ...)}
         if changes and (place := repr(sorted(changes.items()))) not in self._variants:
             self._variants[place] = self._like(settings=load_run(self.settings, changes),
                                                changed=self.changed | changes)
         return self._variants[place] if changes else self
 
-    def only_recorded(self) -> OpenRun:
-        """The same run with nothing but what is there of it: no stage is computed, no model or data read."""
-        return self._like(_recorded_alone=True, _memory={})
+    def only_stored(self, *, reading: bool = True) -> OpenRun:
+        """The same run, of which no stage is computed; nor is any model or data read unless `reading`."""
+        return self._like(_computes=False, _reads=reading)
 
     def _owner(self, name: str) -> OpenRun:
         """The run that computes a stage: of a trained SAE the one first opened, whatever the seed of this variant."""
@@ -131,18 +126,22 @@ class OpenRun:
     def _key(self, spec: Stage) -> str:
         from sts.data.load import without_hub
 
-        uses = {setting: getattr(self.settings, setting) for setting in spec.uses}
-        needs = {need: self.key(need) for need in self.needs(spec.name)}
+        about = self._about(spec)
         with without_hub():  # recorded results need neither the model nor the data
             known = {what: self.known(what) for what in spec.inputs}
         if None in known.values() and (found := recorded_key(
-                provenances(self.store.recorded, spec.name), spec, uses, needs, known,
+                provenances(self.store.recorded, spec.name), spec, *about, known,
                 resources.drawn(self.settings, spec.inputs))):
             return found
         try:
-            return key_of(spec, uses, needs, {what: resources.identity(self, what) for what in spec.inputs})
+            return key_of(spec, *about, {what: resources.identity(self, what) for what in spec.inputs})
         except StsError as error:
             raise self._beyond_recorded(spec.name, error) from error
+
+    def _about(self, spec: Stage) -> tuple[dict[str, Any], dict[str, str]]:
+        """The settings that a stage uses, and the keys of those that it needs."""
+        return ({setting: getattr(self.settings, setting) for setting in spec.uses},
+                {need: self.key(need) for need in self.needs(spec.name)})
 
     def known(self, what: str) -> str | None:
         """A digest of what a stage reads from outside (`resources.identity`), or None where it is not here."""
@@ -157,17 +156,19 @@ class OpenRun:
 
     def stored(self, name: str) -> bool:
         """Whether the stage's result is there under the present settings."""
-        return self.find(name) is not None
+        try:
+            return self.find(name) is not None
+        except StsError:  # what decides its key is neither recorded nor at hand
+            return False
 
     def provenance(self, name: str) -> dict[str, Any]:
         """What is recorded about the stage's stored result; empty if there is none."""
         return self.store.provenance(name, self.key(name), self.spec(name).kind)
 
     def _use(self, name: str) -> None:
-        if name not in self.used:
-            for need in self.needs(name):
-                self._use(need)
-            self.used[name] = None
+        for need in self.needs(name) if name not in self.used else ():
+            self._use(need)
+        self.used[name] = None
 
     def get(self, name: str) -> Any:
         """The stage's result: from memory, from the store, or computed now and stored."""
@@ -185,21 +186,18 @@ class OpenRun:
         """Compute the stage, and first what it needs and is not there; the path of the result, which is stored.
 
         Of two processes at one stage the second waits for the first, and takes its result unless told to compute it
-        `again`.
-
-        Raises:
-            StsError: several processes were launched for a stage that one computes.
+        `again`. `StsError` if several processes were launched for a stage that one computes.
         """
         from sts.engine import work as processes
 
         if (owner := self._owner(name)) is not self:
             return owner.compute(name, again=again)
-        self._refuse(f"stage {name} anew")
         spec, key = self.spec(name), self.key(name)
+        if not self._computes:
+            raise StsError(f"Stage {name!r} of run {self.settings.name!r} is not there.")
         if processes.count() > 1 and not spec.parallel:
-            together = ", ".join(one.name for one in STAGES.values() if one.parallel)
-            raise StsError(f"Stage {name!r} runs in one process and {processes.count()} were launched. Start it "
-                           f"without accelerate launch; several processes compute these stages: {together}.")
+            raise StsError(f"Stage {name!r} runs in one process and {processes.count()} were launched; several compute "
+                           f"only: {', '.join(one.name for one in STAGES.values() if one.parallel)}.")
         for need in self.needs(name):
             if not self.stored(need):
                 self.get(need)
@@ -211,13 +209,11 @@ class OpenRun:
                 return found  # computed by another process while this one waited
             report = Reporter(name, shown=processes.is_main())
             value = spec.compute(**values(self, spec, report))
-            seconds = report.done()
+            seconds, (uses, needs) = report.done(), self._about(spec)
             if processes.is_main():
                 self.store.write(name, key, spec.kind, value, {
-                    "stage": name, "key": key, "version": spec.version, "run": self.settings.name,
-                    "settings": {setting: getattr(self.settings, setting) for setting in spec.uses},
-                    "needs": {need: self.key(need) for need in self.needs(name)},
-                    "inputs": {what: resources.identity(self, what) for what in spec.inputs},
+                    "stage": name, "key": key, "version": spec.version, "run": self.settings.name, "settings": uses,
+                    "needs": needs, "inputs": {what: resources.identity(self, what) for what in spec.inputs},
                     "seed": self.settings.seed, "seconds": round(seconds, 2), "work": report.work.to_dict(),
                     "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment(self.device)})
             if together:
@@ -233,26 +229,22 @@ class OpenRun:
         if "is not recorded" in str(error) or not any(folder.is_dir() for folder in self.store.recorded):
             return error
         shown = ", ".join(f"{key} = {value}" for key, value in self.changed.items() if value not in ([], None))
-        changed = f" with {shown}" if shown else ""
-        return StsError(f"Of run {self.settings.name!r}, the result of stage {name!r}{changed} is not recorded, or not "
-                        f"whole; computing it needs the model and the data. {error}")
+        return StsError(f"Of run {self.settings.name!r}, the result of stage {name!r}{' with ' if shown else ''}{shown} "
+                        f"is not recorded, or not whole; computing it needs the model and the data. {error}")
 
 
 def open_run(run: str | Run = "laptop", *, results: Path | None = None, **overrides: Any) -> OpenRun:
-    """Open a run profile.
+    """Open a run profile; `StsError` for wrong settings, or an unknown SAE.
 
     Args:
         run: a name in runs/, the path of a YAML file, or a validated `Run`.
         results: folder for results; STS_RESULTS or results/ by default.
         overrides: settings to change; None leaves the profile's own value.
-
-    Raises:
-        StsError: wrong settings, or an unknown SAE.
     """
     overrides = {name: value for name, value in overrides.items() if value is not None}
     profile, opened = load_run(run), OpenRun(load_run(run, overrides), results=results)
-    opened.changed = {name: getattr(opened.settings, name) for name in overrides
-                      if getattr(opened.settings, name) != getattr(profile, name)}
+    opened.changed = {name: own for name in overrides
+                      if (own := getattr(opened.settings, name)) != getattr(profile, name)}
     if opened.settings.sae != "train":
         resources.identity(opened, "sae")  # a wrong name is said now, not after minutes of work
     return opened
