@@ -24,8 +24,6 @@ def trained_domains(examples: Iterable[Example]) -> set[str]:
     return {DOMAIN_OF.get(example.domain, example.domain) for example in examples}
 
 
-# --- questions behind demonstrations ------------------------------------------------------------------------------
-
 def demonstration_draws(examples: list[Example], count: int, draws: int, *, seed: int, what: str,
                         set_aside: bool = False) -> list[tuple[list[Example], list[Example]]]:
     """`draws` pairs of `count` demonstrations and all other examples, by a moving window over a seeded shuffle;
@@ -128,8 +126,6 @@ def benchmark_questions(names: Sequence[str], held_out: list[Example], questions
             found[name] = name, load_examples(name, split="test", limit=limit, seed=seed), []
     return found
 
-
-# --- text for SAEs ------------------------------------------------------------------------------------------------
 
 def token_chunks(documents: Iterable[list[int]], context: int, limit: int) -> list[list[int]]:
     """Cut tokenised documents into pieces of at most `context` tokens until `limit` tokens are gathered."""

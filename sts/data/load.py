@@ -1,8 +1,5 @@
-"""Data sets: questions with worked solutions, and plain text.
-
-Every question set is read into `Example`s, whether it comes from a local folder (`STS_DATA_DIR`), from the hub at a
-pinned revision, or from an installed package. One reader serves local files and the hub alike; `check` holds each row.
-"""
+"""Data sets, read into `Example`s from a local folder (`STS_DATA_DIR`), the hub at a pinned revision or an installed
+package alike, every row checked; and plain text."""
 
 from __future__ import annotations
 
@@ -26,8 +23,6 @@ from sts.errors import MissingData, StsError, one_of
 #: Whether data sets that are not here may be asked from the hub.
 _HUB: ContextVar[bool] = ContextVar("hub", default=True)
 
-
-# --- question sets ------------------------------------------------------------------------------------------------
 
 def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) -> list[Example]:
     """A question set of `SOURCES` or `GENERATED`, of its first split unless one is named.
@@ -151,8 +146,6 @@ def by_domain(examples: list[Example], domains: Iterable[str] = ()) -> dict[str,
     return {domain: groups[domain] for domain in sorted(domains or groups)}
 
 
-# --- from installed packages --------------------------------------------------------------------------------------
-
 def gsm_symbolic(count: int, *, seed: int) -> list[Example]:
     """Grade-school arithmetic problems with worked solutions from reasoning-gym's templates of GSM-Symbolic."""
     import reasoning_gym
@@ -187,8 +180,6 @@ def split_options(text: str) -> tuple[str, tuple[str, ...]]:
         raise StsError(f"No options (A), (B), ... in: {text[:80]!r}")
     return question.strip(), tuple(" ".join(option.split()) for option in re.split(r"\([B-J]\)", options))
 
-
-# --- plain text ---------------------------------------------------------------------------------------------------
 
 def load_texts(name: str) -> list[str]:
     """Documents of plain text: one of `CORPORA` from STS_DATA_DIR, or a .txt (one document) or .jsonl ("text") file."""

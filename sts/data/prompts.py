@@ -27,6 +27,9 @@ MARKER = "\ue000"
 DATE = datetime.datetime(2024, 7, 26)
 _TODAY = "{% macro strftime_now(format) %}{{ format" + "".join(
     f"|replace('%{code}', '{DATE.strftime('%' + code)}')" for code in "aAdbBmyYHIMSpj") + " }}{% endmacro %}"
+#: The layout for a tokenizer without a chat template.
+LAYOUT = ("{% for message in messages %}{% if message.role == 'user' %}{{ '' if loop.first else '\\n\\n' }}Question: "
+          "{{ message.content }}{{ '\\nAnswer:' }}{% else %}{{ ' ' + message.content }}{% endif %}{% endfor %}")
 #: The end of a private use area, whose characters stand for the format's tokens where these are plain text.
 PLAIN, _PLAIN = 0x10E000, re.compile("([\U0010e000-\U0010fffd])")
 #: How an answer to a question with options opens where it has no worked solution.
@@ -47,8 +50,6 @@ class PromptGroup(NamedTuple):
     icl: tuple[Prompt, ...]
 
 
-# --- texts --------------------------------------------------------------------------------------------------------
-
 def question_text(example: Example) -> str:
     """The question as the user's turn: the question, then its options as "(A) ..." lines."""
     options = [f"({letter}) {option.strip()}" for letter, option in zip(LETTERS, example.options, strict=False)]
@@ -57,11 +58,8 @@ def question_text(example: Example) -> str:
 
 
 def solution_text(example: Example) -> str:
-    """The worked solution as the assistant's turn, ending with the right answer.
-
-    For a question with options the last sentence is "The answer is (C) <option>."; the solution's own closing
-    sentence of that form is replaced, so that every item ends alike.
-    """
+    """The worked solution as the assistant's turn. Where there are options, the last sentence is "The answer is (C)
+    <option>.", in place of one of that form of its own."""
     worked = example.solution.strip()
     if not example.options:
         return worked or example.answer.strip()
@@ -82,19 +80,16 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: Se
     """The prompt's text, for `encode`: demonstrations as earlier turns, the question last, ready for the answer; with
     `answer` the whole conversation, that answer included."""
     pairs = [(question_text(example), solution_text(example)) for example in demonstrations]
-    turns = [[_plain(tokenizer, text) for text in pair] for pair in (*pairs, (question, answer or ""))]
-    if tokenizer.chat_template:
-        messages = [{"role": role, "content": text} for turn in turns
-                    for role, text in zip(("user", "assistant"), turn, strict=True)]
-        return chat_text(tokenizer, messages[:-1] if answer is None else messages, awaiting=answer is None)
-    text = "\n\n".join(f"Question: {user}\nAnswer: {assistant}" for user, assistant in turns)
-    return text[:-1] if answer is None else text
+    pairs.append((question, answer or ""))
+    messages = [{"role": role, "content": _plain(tokenizer, text)} for pair in pairs
+                for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return chat_text(tokenizer, messages[:-1] if answer is None else messages, awaiting=answer is None)
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, awaiting: bool) -> str:
     """Messages by the chat template, the same on every day; `awaiting` an answer, or finished."""
-    template = _TODAY + tokenizer.get_chat_template()
-    return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False,
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else LAYOUT
+    return str(tokenizer.apply_chat_template(messages, chat_template=_TODAY + template, tokenize=False,
                                              add_generation_prompt=awaiting))
 
 
@@ -124,8 +119,6 @@ def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
             text = text.replace(token, chr(PLAIN + place))
     return text
 
-
-# --- token ids ----------------------------------------------------------------------------------------------------
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
     """Token ids of a rendered text, and each one's half-open range of characters in it (empty for a BOS added)."""
@@ -202,8 +195,8 @@ def paired_positions(base: Prompt, icl: Prompt, *, question_tokens_only: bool = 
         raise StsError("The two prompts of a pair hold different questions, so their tokens cannot be paired.")
     if question_tokens_only:
         first, last = max(first, base.question[0]), base.question[1]
-    kept = [position for position in range(first, last) if position >= drop_first_positions]
-    return kept, [position + shift for position in kept]
+    kept = range(max(first, drop_first_positions), last)
+    return list(kept), [position + shift for position in kept]
 
 
 def make_group(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Example], demonstrations: Sequence[Example], *,

@@ -41,8 +41,6 @@ class Source:
     hub_configs: tuple[str, ...] = ("default",)
 
 
-# --- readers: one row of a public data set -> Example -------------------------------------------------------------
-
 _PREAMBLE = re.compile(
     r"^(A:\s*)?(Let['’]s think step by step\.\s*)?(We refer to Wikipedia( articles on [^.]*?)? for help\.\s*)?"
     r"(Let['’]s solve this( problem)? step by step\.\s*)?", re.IGNORECASE)

@@ -12,9 +12,8 @@ from sts.measure.baselines import split_domains
 from sts.measure.compare import SCORES, Comparison, null
 from sts.measure.correlation import correlate, correlation_rows, plain, power_of_design
 from sts.measure.items import MEASURES, item_differences, reliability
-from sts.measure.overlap import same_fraction
 from sts.measure.paper import extremes, spread_ratio, with_selection
-from sts.measure.score import REVISION, VARIANTS
+from sts.measure.score import REVISION, VARIANTS, same_fraction
 from sts.run.stage import stage
 
 #: Domains at either end that the paper's Figure 3 keeps.
@@ -33,8 +32,6 @@ def _changes(domain_shift):
         if len(own):
             yield measure, own.assign(abs_shift_pct=own["shift"].abs())
 
-
-# --- the score ----------------------------------------------------------------------------------------------------
 
 def _correlated(scores, domain_shift, extreme: bool, **numbers: int) -> list[dict]:
     """r of every score with the absolute change in every measure, over all domains or over those at either end."""
@@ -83,8 +80,6 @@ def correlations_by_seed(each_seed):
             for own in each_seed for which, stored in (("all", "correlations"), ("extremes", "extreme_correlations"))
             for row in own.get(stored)]
 
-
-# --- the baselines, of one seed -----------------------------------------------------------------------------------
 
 @stage("parquet")
 def text_baselines(tokenizer, train, questions):
@@ -141,8 +136,6 @@ def probe_predictions(domain_stats, domain_raw_stats, domain_shift, baseline_dra
     return plain(rows)
 
 
-# --- over seeds ---------------------------------------------------------------------------------------------------
-
 def _differences(each_seed) -> dict[str, dict[str, np.ndarray]]:
     return item_differences({own.settings.seed: (own.get("evaluation_before"), own.get("evaluation_after"))
                              for own in each_seed})
@@ -184,7 +177,7 @@ def baseline_correlations(each_seed, bootstrap, permutations, seed):
 def baseline_nulls(baseline_correlations, each_seed):
     """What chance gives: random sets of latents against the score's, shuffled targets against the probes'.
 
-    Rows of `compare.Null`; of random sets also matched and chosen (mean rate or energy of the sets and of D_N) and
+    Rows of `compare.null`; of random sets also matched and chosen (mean rate or energy of the sets and of D_N) and
     shared (share of latents that two sets have in common), of probes r_squared (out of sample).
     """
     observed = {(row["measure"], row["predictor"]): row.get("pearson") for row in baseline_correlations}

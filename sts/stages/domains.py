@@ -15,8 +15,7 @@ from sts.data.groups import trained_domains
 from sts.errors import StsError
 from sts.measure.correlation import plain
 from sts.measure.items import MEASURES
-from sts.measure.overlap import overlap_rows
-from sts.measure.score import overlap, shifted_dimensions
+from sts.measure.score import overlap, overlap_rows, shifted_dimensions
 from sts.measure.training_sets import cube, list_lead, specificity
 from sts.run.resources import train
 from sts.run.stage import stage

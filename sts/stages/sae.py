@@ -18,7 +18,7 @@ from sts.engine.sae_quality import (
     strengths,
     top_contexts,
 )
-from sts.engine.sae_training import SaeTraining, collect_activations, save_sae, train_sae
+from sts.engine.sae_training import collect_activations, save_sae, train_sae
 from sts.engine.saes import load_sae
 from sts.errors import StsError
 from sts.run.stage import stage
@@ -43,8 +43,8 @@ def sae(lm, layer, sae_texts, sae_latents, sae_k, sae_samples, sae_lr, splice_to
     collect_activations(lm, {layer: scratch / "held_out"}, held_out, work=work)
     collect_activations(lm, {layer: scratch / "train"}, train, work=work, report=lambda f: report(0.5 * f))
     trained, curve = train_sae(
-        scratch / "train", SaeTraining(sae_latents, sae_k, sae_samples, lr=sae_lr, seed=seed), model_name=lm.name,
-        layer=layer, device=device, report=lambda f: report(0.5 + 0.5 * f))
+        scratch / "train", sae_latents, sae_k, sae_samples, lr=sae_lr, seed=seed, model_name=lm.name, layer=layer,
+        device=device, report=lambda f: report(0.5 + 0.5 * f))
     save_sae(trained, scratch, dtype="bfloat16")
     quality = _quality(lm, load_sae(str(scratch), device=device), layer, scratch / "held_out", held_out, splice_tokens)
     (scratch / "training.json").write_text(json.dumps({
@@ -79,8 +79,8 @@ def text_activations(lm, layer, texts, context, seed, report, work, scratch):
 def small_sae(text_activations, lm, layer, small_sae_latents, small_sae_k, small_sae_samples, seed, report, scratch,
               device):
     """A small SAE trained live on chapter one's texts, with its loss curve."""
-    settings = SaeTraining(small_sae_latents, small_sae_k, small_sae_samples, batch=1024, lr=1e-3, seed=seed)
-    trained, curve = train_sae(text_activations / "train", settings, model_name=lm.name, layer=layer, device=device,
+    trained, curve = train_sae(text_activations / "train", small_sae_latents, small_sae_k, small_sae_samples,
+                               batch=1024, lr=1e-3, seed=seed, model_name=lm.name, layer=layer, device=device,
                                log_every=5, report=report)
     save_sae(trained, scratch)
     (scratch / "training.json").write_text(json.dumps({"curve": curve}, indent=1) + "\n", encoding="utf-8")

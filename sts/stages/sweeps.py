@@ -19,14 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from sts.engine.extract import paired_stats
 from sts.engine.sae_quality import reconstruction_quality
-from sts.engine.sae_training import SaeTraining, collect_activations, save_sae, train_sae
+from sts.engine.sae_training import collect_activations, save_sae, train_sae
 from sts.engine.saes import SideBySide, load_sae
 from sts.errors import StsError
 from sts.measure.baselines import chosen_by, split_domains
 from sts.measure.compare import AXES, SCORES, sweeps_compared
 from sts.measure.items import item_differences
-from sts.measure.overlap import same_fraction
-from sts.measure.score import REVISION, Stats, check_top_n, score_domain, sums_of
+from sts.measure.score import REVISION, Stats, check_top_n, same_fraction, score_domain, sums_of
 from sts.run.stage import stage, steps
 
 #: Seed of the sweep's text and SAEs, the same in every seed of a run.
@@ -90,8 +89,6 @@ def sweep_settings(variant, top_n, demonstrations, shift_demonstrations, score_t
     return pandas.DataFrame(rows, columns=COLUMNS)
 
 
-# --- other SAEs ---------------------------------------------------------------------------------------------------
-
 class SaeSpec(NamedTuple):
     """An SAE of the sweep: its site and size."""
 
@@ -136,10 +133,10 @@ def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_te
                                 pieces_per_shard=max(32, 512 // len(layers)),
                                 report=lambda f, share=share: report(share * f))
     for spec, told in steps(missing, lambda f: report(0.2 + 0.8 * f)):
-        folder, settings = scratch / spec.name, SaeTraining(spec.latents, spec.k, sweep_sae_samples, lr=sae_lr,
-                                                            seed=SAE_SEED)
-        trained, _ = train_sae(activations / "train" / str(spec.layer), settings, model_name=lm.name, layer=spec.layer,
-                               device=device, report=told)
+        folder = scratch / spec.name
+        trained, _ = train_sae(activations / "train" / str(spec.layer), spec.latents, spec.k, sweep_sae_samples,
+                               lr=sae_lr, seed=SAE_SEED, model_name=lm.name, layer=spec.layer, device=device,
+                               report=told)
         norms_L = trained.W_dec.detach().norm(dim=-1).float().cpu()  # saving folds them
         folder.mkdir(exist_ok=True)
         save_sae(trained, folder, dtype="bfloat16")

@@ -12,7 +12,7 @@ from sts.data.load import by_domain, load_examples
 from sts.engine.finetune import FineTuning, fine_tune
 from sts.engine.models import load_model
 from sts.errors import StsError
-from sts.stages import generation
+from sts.stages import training
 
 DOMAINS = {name: own[:4] for name, own in by_domain(load_examples("mmlu_exemplars")).items() if name in ("law", "math")}
 HELD_OUT = load_examples("gsm_symbolic", limit=2)
@@ -35,8 +35,8 @@ def test_both_models_answer_the_same_questions(tiny_models, tmp_path):
     load = partial(load_model, str(tiny_models["llama"]), dtype="float32")
     asked = benchmark_questions(["mmlu_pro", "sft_held_out"], HELD_OUT, DOMAINS, {}, 1, 1, 0)
     fine_tune(load(), HELD_OUT, HELD_OUT, FineTuning(2, 0.05, 2, 2, 256, 4, 8, 0), tmp_path)
-    before = generation.generation_before(load, asked, **HOW)
-    after = generation.generation_after(load, tmp_path, asked, **HOW, lora_rank=4)
+    before = training.generation_before(load, asked, **HOW)
+    after = training.generation_after(load, tmp_path, asked, **HOW, lora_rank=4)
     assert before["benchmark"].tolist() == ["mmlu_pro"] * 2 + ["sft_held_out"] * 2
     assert before["example_id"].tolist() == after["example_id"].tolist() == [
         one.example_id for _, questions, _ in asked.values() for one in questions]
@@ -49,7 +49,7 @@ def test_the_change_is_that_of_right_answers():
                                  "correct": right, "benchmark": "mmlu_pro"})
 
     before, after = answers([True] * 3 + [False] * 17), answers([False] + [True] * 12 + [False] * 7)
-    row, = generation.generation_shift(before, after, 500, 0).to_dict("records")
+    row, = training.generation_shift(before, after, 500, 0).to_dict("records")
     assert (row["benchmark"], row["measure"], row["n"]) == ("mmlu_pro", "accuracy_generated", 20)
     assert (row["before"], row["after"], row["shift"]) == pytest.approx((15, 60, 45))
     assert row["mcnemar_p"] == pytest.approx(stats.binomtest(10, 11).pvalue)  # ten turned right, one wrong
@@ -57,7 +57,7 @@ def test_the_change_is_that_of_right_answers():
 
 def test_nothing_to_answer_is_said_before_a_model_is_loaded():
     with pytest.raises(StsError, match="eval_generate is empty"):
-        generation.generation_before(None, {}, **HOW)
+        training.generation_before(None, {}, **HOW)
 
 
 def test_keys_follow_what_is_asked(tmp_path):
