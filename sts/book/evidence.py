@@ -16,14 +16,7 @@ from sts.book.figures import rows_of, value_of
 from sts.errors import StsError
 from sts.measure import cost, paper
 from sts.measure.items import crossed_mean_interval, paired_mean_interval
-from sts.measure.score import (
-    concentration,
-    concentrations,
-    overlap,
-    overlap_rows,
-    same_fraction,
-    shifted_dimensions,
-)
+from sts.measure.score import concentration, concentrations, overlap, overlap_rows, same_fraction, shifted_dimensions
 from sts.measure.training_sets import list_lead
 
 if TYPE_CHECKING:
@@ -126,7 +119,7 @@ def own_lists(run: OpenRun) -> Evidence:
     rows = run.get("training_overlap")["rows"]
     own, beyond = list_lead(rows, "foreseen"), list_lead(rows, "foreseen", "by_rate")
     return replace(_estimate(own, "lead"), n=len({one["trained"] for one in rows}), of="training sets",
-                    unable=own.get("undefined", ""), against={"more than by firing rate": _estimate(beyond, "lead")})
+                   unable=own.get("undefined", ""), against={"more than by firing rate": _estimate(beyond, "lead")})
 
 
 def cost_ratio(run: OpenRun) -> Evidence:
@@ -158,18 +151,17 @@ def sae(run: OpenRun, field: str) -> Evidence:
 def shares(run: OpenRun, against: Sequence[str] = (), paper_fraction: bool = False) -> Evidence:
     """Share of the change in the N most shifted latents, or in the paper's fraction of them, chosen on other questions
     than measured on (Figures 1a, 2b); beside it other codes, or the share of "activity" in the N most active."""
-    def share(code: str) -> Evidence:
-        change_FL = moved[f"{code}/fold_squared_difference_FL"]
-        count = same_fraction(*fraction, change_FL.shape[1])
-        found = concentrations(change_FL, count, seed=run.settings.seed).loc[count]
-        return _estimate(found.to_dict(), "held_out", "")
-
-    moved, top_n = run.get("sft_shift"), run.settings.top_n
+    moved, top_n, numbers = run.get("sft_shift"), run.settings.top_n, {}
     folds, width = moved["sae/fold_squared_difference_FL"].shape
-    fraction = PAPER_FRACTION if paper_fraction else (top_n, width)
-    active = Evidence(concentration(moved["sae/base_square_sum_L"])[top_n - 1].item())
-    return replace(share("sae"), n=folds, of="groups of questions", against={
-        CODES.get(code, code): active if code == "activity" else share(code) for code in against})
+    for code in ("sae", *against):
+        if code == "activity":
+            numbers[code] = Evidence(concentration(moved["sae/base_square_sum_L"])[top_n - 1].item())
+            continue
+        change_FL = moved[f"{code}/fold_squared_difference_FL"]
+        count = same_fraction(*(PAPER_FRACTION if paper_fraction else (top_n, width)), change_FL.shape[1])
+        found = concentrations(change_FL, count, seed=run.settings.seed).loc[count]
+        numbers[CODES[code]] = _estimate(found.to_dict(), "held_out", "")
+    return replace(numbers.pop(CODES["sae"]), n=folds, of="groups of questions", against=numbers)
 
 
 def zeroing(run: OpenRun) -> Evidence:

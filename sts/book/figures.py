@@ -32,7 +32,6 @@ THEME = {"figure.dpi": 110, "savefig.bbox": "tight"} | dict.fromkeys(
 #: The paper's domains in their order; others take what comes by their name.
 DOMAINS = ("biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history",
            "law", "math", "other", "philosophy", "physics", "psychology")
-Names = Mapping[Any, str] | None
 Column = str | Callable[[dict], Any]
 
 
@@ -57,13 +56,13 @@ def domain_style(domain: str) -> tuple[str, str]:
     return COLOURS[place % len(COLOURS)], MARKERS[place // len(COLOURS) % len(MARKERS)]
 
 
-def _axes(panels: Sequence[Any], height: float, names: Names = None, **labels: str) -> tuple[Figure, dict[Any, Axes]]:
+def _axes(panels: Sequence, height: float, names: Mapping = {}, **labels: str) -> tuple[Figure, dict[Any, Axes]]:
     """A figure with a titled axis for each panel, side by side."""
     seaborn.set_theme(style="whitegrid", rc=THEME)
     figure, grid = plt.subplots(1, len(panels), figsize=(7 if len(panels) > 1 else 6.5, height), sharey=True,
                                 squeeze=False, layout="constrained")
     for panel, axis in zip(panels, grid.flat, strict=True):
-        axis.set(title=_name(panel, names), **labels)
+        axis.set(title=names.get(panel, panel), **labels)
         axis.label_outer()
     return figure, dict(zip(panels, grid.flat, strict=True))
 
@@ -81,18 +80,14 @@ def _kinds(rows: Sequence[dict], field: str | None) -> list:
     return list(dict.fromkeys(value_of(row, field) for row in rows)) or [None]
 
 
-def _name(value: Any, names: Names) -> str:
-    return (names or {}).get(value, "" if value is None else str(value))
-
-
-def _listed(rows: Any, y: str, x: str, panel: str | None, hue: str | None, xlabel: str, names: Names,
+def _listed(rows: Any, y: str, x: str, panel: str | None, hue: str | None, xlabel: str, names: Mapping,
             room: float) -> tuple[Figure, list[tuple[Axes, dict, float, int, float]]]:
     """A figure with labels from the top, and for each row: axis, row, height, place of the hue, width."""
     rows = [row for row in rows_of(rows) if value_of(row, x) is not None]
     labels, hues = _kinds(rows, y), _kinds(rows, hue)
     figure, axes = _axes(_kinds(rows, panel), 1.1 + len(labels) * (0.2 + room * len(hues)), names, xlabel=xlabel)
     for axis in axes.values():
-        axis.set_yticks(range(len(labels)), [_name(label, names) for label in labels])
+        axis.set_yticks(range(len(labels)), [names.get(label, label) for label in labels])
         axis.set_ylim(len(labels) - 0.4, -0.6)
         axis.margins(x=0.1)
     drawn, width = [], 0.8 / len(hues)
@@ -105,7 +100,7 @@ def _listed(rows: Any, y: str, x: str, panel: str | None, hue: str | None, xlabe
 
 def intervals(rows: Any, y: str = "label", x: str = "value", low: str = "low", high: str = "high", *,
               panel: str | None = None, hue: str | None = None, xlabel: str = "", zero: float = 0.0,
-              names: Names = None) -> Figure:
+              names: Mapping[Any, str] = {}) -> Figure:
     """A point with its interval for every label; hollow where the interval includes `zero` or is missing."""
     figure, drawn = _listed(rows, y, x, panel, hue, xlabel, names, 0.1)
     for axis, row, at, place, _ in drawn:
@@ -115,7 +110,7 @@ def intervals(rows: Any, y: str = "label", x: str = "value", low: str = "low", h
             axis.plot(ends, [at, at], color=colour, linewidth=1.4)
         axis.plot(value_of(row, x), at, MARKERS[place], color=colour, markerfacecolor=colour if clear else "white")
         if hue:
-            axis.plot([], [], MARKERS[place], color=colour, label=_name(value_of(row, hue), names))
+            axis.plot([], [], MARKERS[place], color=colour, label=names.get(value_of(row, hue), value_of(row, hue)))
     for axis in figure.axes:
         axis.axvline(zero, color="black", linewidth=0.8)
         axis.locator_params(axis="x", nbins=5)
@@ -123,12 +118,12 @@ def intervals(rows: Any, y: str = "label", x: str = "value", low: str = "low", h
 
 
 def bars(rows: Any, y: str = "label", x: str = "value", *, panel: str | None = None, hue: str | None = None,
-         xlabel: str = "", names: Names = None, form: str | None = None, logx: bool = False) -> Figure:
+         xlabel: str = "", names: Mapping[Any, str] = {}, form: str | None = None, logx: bool = False) -> Figure:
     """A horizontal bar for every label, for numbers without an interval; `form` writes the number at its end."""
     figure, drawn = _listed(rows, y, x, panel, hue, xlabel, names, 0.18)
     for axis, row, at, place, width in drawn:
         bar = axis.barh(at, value_of(row, x), 0.9 * width, color=COLOURS[place], hatch=HATCHES[place % 4],
-                        edgecolor="white", label=_name(value_of(row, hue), names) or None)
+                        edgecolor="white", label=names.get(value_of(row, hue), value_of(row, hue)))
         if form:
             axis.bar_label(bar, fmt=f"{{:{form}}}", padding=3)
         axis.set_xscale("log" if logx else "linear")
@@ -136,7 +131,7 @@ def bars(rows: Any, y: str = "label", x: str = "value", *, panel: str | None = N
 
 
 def scatter(rows: Any, x: str = "score", y: str = "change", *, panel: str | None = None, filled: str | None = None,
-            fit: bool = True, xlabel: str = "", ylabel: str = "", names: Names = None) -> Figure:
+            fit: bool = True, xlabel: str = "", ylabel: str = "", names: Mapping[Any, str] = {}) -> Figure:
     """A named point for every row's `domain`, hollow where the field `filled` is false, with the least-squares line."""
     rows = [row for row in rows_of(rows) if None not in (value_of(row, x), value_of(row, y))]
     figure, axes = _axes(_kinds(rows, panel), 3.6, names, xlabel=xlabel, ylabel=ylabel)

@@ -151,7 +151,6 @@ class Page:
 
 
 def _pill(word: str, more: str = "") -> str:
-    """HTML: a verdict as a coloured word."""
     return f'<span class="sts-verdict sts-{word.replace(" ", "-")} {more}">{word}</span>'
 
 
