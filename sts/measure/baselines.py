@@ -17,55 +17,45 @@ import pandas
 import torch
 
 from sts.errors import StsError
-from sts.measure.score import Stats, score_domain, shifted_dimensions
+from sts.measure.score import Stats, score_domain, score_domains, shifted_dimensions
 from sts.measure.sets import matched_latents, random_latents
 
 #: What random sets of latents are matched to D_N in.
-RANDOM = {"uniform": "random latents", "rate": "random, like firing rates", "energy": "random, like energy"}
+RANDOM = ("uniform", "rate", "energy")
 SCORES = {"act": "sts_act", "icl": "sts_icl"}
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a run with one seed.
+    """What is known of a run with one seed."""
 
-    Attributes:
-        shift, raw_shift, moved: sums by latent or raw dimension of the training questions, without and behind
-            demonstrations, and (`moved`) before and after fine-tuning.
-        domains, raw, change: domain -> the same sums of its questions.
-        scores, texts, before: stages `scores` (the paper's formulas) and `text_baselines`, and bits before training.
-        count, raw_count: how many latents and raw dimensions are chosen.
-    """
-
-    shift: Stats
-    raw_shift: Stats
-    moved: Stats
-    domains: Mapping[str, Stats]
+    shift: Stats  # sums by latent of the training questions, without and behind demonstrations
+    raw_shift: Stats  # by raw dimension
+    moved: Stats  # before and after fine-tuning
+    domains: Mapping[str, Stats]  # the same sums of each domain's questions
     raw: Mapping[str, Stats]
     change: Mapping[str, Stats]
-    scores: pandas.DataFrame
-    texts: pandas.DataFrame
-    before: pandas.Series
-    count: int
-    raw_count: int
+    scores: pandas.DataFrame  # by the paper's formulas
+    texts: pandas.DataFrame  # stage `text_baselines`
+    before: pandas.Series  # bits before training
+    count: int  # of chosen latents
+    raw_count: int  # of chosen raw dimensions
 
     def scored(self, on: str, score: str) -> pandas.Series:
         """A score on "all" latents, on "raw" dimensions, or on the latents that fine-tuning "moved" most."""
         shift, domains, count = {"all": (self.shift, self.domains, len(self.shift["squared_difference_L"])),
                                  "raw": (self.raw_shift, self.raw, self.raw_count),
                                  "moved": (self.moved, self.domains, self.count)}[on]
-        return dimension_scores(shift, domains, count, score)
+        return pandas.Series({row["domain"]: row[score] for row in score_domains("paper", shift, domains, count)})
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Its label and group in tables, its values by domain (without: stage `probe_predictions`, as they differ between
-    measures), and whether it is known before fine-tuning."""
+    """Its label and group in tables, and its values by domain (none: see stage `probe_predictions`)."""
 
     label: str
     group: str
     values: Callable[[Known], Any] | None = None
-    forecast: bool = True
 
 
 def split_domains(flat: Stats) -> dict[str, dict[str, torch.Tensor]]:
@@ -80,12 +70,6 @@ def split_domains(flat: Stats) -> dict[str, dict[str, torch.Tensor]]:
 def chosen_by(shift: Stats, count: int) -> torch.Tensor:
     """The `count` dimensions (all, at most) that `shift` moves most, most first."""
     return shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], count)
-
-
-def dimension_scores(shift: Stats, domains: Mapping[str, Stats], count: int, score: str) -> pandas.Series:
-    """One of the paper's scores on the dimensions that `shift` moves most, by domain."""
-    chosen = chosen_by(shift, count)
-    return pandas.Series({domain: score_domain("paper", own, chosen)[score] for domain, own in domains.items()})
 
 
 def mean_square(run: Known) -> pandas.Series:
@@ -134,7 +118,9 @@ def change_size(domains: Mapping[str, Stats], field: str) -> pandas.Series:
 
 
 _SCORE, _LATENTS, _RAW, _TRAINING = "the score", "other latents", "raw dimensions", "likeness to the training set"
-_DOMAIN, _PROBE, _AFTER = "the domain itself", "optimised probes", "after fine-tuning"
+_DOMAIN, _PROBE = "the domain itself", "optimised probes"
+#: The group of those that are not known before fine-tuning.
+AFTER = "after fine-tuning"
 #: Everything that has one value a domain and seed, in the order of the table.
 PREDICTORS = {
     "sts_act": Predictor("STS_act", _SCORE, lambda run: run.scores["sts_act"]),
@@ -153,16 +139,13 @@ PREDICTORS = {
     "question_tokens": Predictor("length of the questions", _DOMAIN, lambda run: run.texts["question_tokens"]),
     "probe_raw": Predictor("probe on raw activations", _PROBE),
     "probe_sae": Predictor("probe on SAE activations", _PROBE),
-    "actual_act": Predictor("STS_act, latents training moved", _AFTER,
-                            lambda run: run.scored("moved", "sts_act"), False),
-    "actual_icl": Predictor("STS_ICL, latents training moved", _AFTER,
-                            lambda run: run.scored("moved", "sts_icl"), False),
-    "change_cosine": Predictor("1 - cosine, residual before and after", _AFTER,
-                               lambda run: change_cosine(run.change), False),
-    "change_rms": Predictor("change of the residual, RMS", _AFTER,
-                            lambda run: change_size(run.change, "squared_difference_L") ** 0.5, False),
-    "change_sae": Predictor("change of all latents, squared", _AFTER,
-                            lambda run: change_size(run.change, "latents_squared"), False),
+    "actual_act": Predictor("STS_act, latents training moved", AFTER, lambda run: run.scored("moved", "sts_act")),
+    "actual_icl": Predictor("STS_ICL, latents training moved", AFTER, lambda run: run.scored("moved", "sts_icl")),
+    "change_cosine": Predictor("1 - cosine, residual before and after", AFTER, lambda run: change_cosine(run.change)),
+    "change_rms": Predictor("change of the residual, RMS", AFTER,
+                            lambda run: change_size(run.change, "squared_difference_L") ** 0.5),
+    "change_sae": Predictor("change of all latents, squared", AFTER,
+                            lambda run: change_size(run.change, "latents_squared")),
 }
 
 
@@ -177,7 +160,8 @@ def random_set_scores(kind: str, shift: Stats, domains: Mapping[str, Stats], cou
     """Scores (act_RD, icl_RD) with random sets of latents in place of D_N, none of which holds a latent of D_N.
 
     By `kind` they imitate on the training questions its `rate` (share of tokens on which a latent fires), its `energy`
-    (mean square), or nothing (`uniform`). Also matched_R (each set's mean), chosen (that of D_N), and `shared_share`.
+    (mean square), or nothing (`uniform`). Also matched_R (each set's mean), chosen (that of D_N), and shared
+    (share of their latents that two sets have in common, mean over pairs; 1 for one set).
     """
     width, chosen = len(shift["squared_difference_L"]), chosen_by(shift, count)
     like_L = shift["base_square_sum_L" if kind == "energy" else "base_fired_L"] / shift["tokens"]
@@ -186,23 +170,16 @@ def random_set_scores(kind: str, shift: Stats, domains: Mapping[str, Stats], cou
     sets_RK = torch.stack([random_latents(width, chosen, own) if kind == "uniform"
                            else matched_latents(like_L, chosen, own) for own in seeds])
     scored = [[score_domain("paper", stats, own_K) for stats in domains.values()] for own_K in sets_RK]
+    times_L = torch.bincount(sets_RK.flatten(), minlength=width).double()  # in how many sets each latent is
+    shared = (times_L * (times_L - 1)).sum() / (draws * (draws - 1) * count) if draws > 1 else torch.ones(())
     return {f"{name}_RD": torch.tensor([[own[score] for own in row] for row in scored], dtype=torch.float64)
             for name, score in SCORES.items()} | {
-        "matched_R": like_L[sets_RK].mean(-1), "chosen": like_L[chosen].mean()[None],
-        "shared": torch.tensor([shared_share(sets_RK, width)])}
-
-
-def shared_share(sets_RK: torch.Tensor, width: int) -> float:
-    """Share of their latents that two of R sets have in common, mean over pairs; 1 if there is but one set."""
-    draws, count = sets_RK.shape
-    times_L = torch.bincount(sets_RK.flatten(), minlength=width).double()  # in how many sets each latent is
-    return (times_L * (times_L - 1)).sum().item() / (draws * (draws - 1) * count) if draws > 1 else 1.0
+        "matched_R": like_L[sets_RK].mean(-1), "chosen": like_L[chosen].mean()[None], "shared": shared.float()[None]}
 
 
 #: Penalties that the inner cross-validation chooses from, times the number of (standardised) features.
 ALPHAS = 10.0 ** np.arange(-4, 4.5, 0.5)
-#: With fewer domains, no domain can be left out twice and a line still be fitted.
-FEWEST_DOMAINS = 5
+FEWEST_DOMAINS = 5  # with fewer, no domain can be left out twice and a line still be fitted
 
 
 def held_out_predictions(features_DF: np.ndarray, targets_DP: np.ndarray, alphas: np.ndarray = ALPHAS) -> np.ndarray:

@@ -51,19 +51,6 @@ class Correlated:
     undefined: str | None = None
 
 
-@dataclass(frozen=True)
-class Null:
-    """Central 95% of r by chance, and the one-sided share of draws that reach the observed r, which counts as one."""
-
-    draws: int
-    observed: float | None
-    mean: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    undefined: str | None = None
-
-
 class Comparison:
     """Predictors (name -> values, seeds x domains in alphabetical order) beside the absolute change of one measure.
 
@@ -143,13 +130,15 @@ class Comparison:
         return rows
 
 
-def null(values_R: np.ndarray, observed: float | None) -> Null:
-    """What chance gives beside an observed r."""
+def null(values_R: np.ndarray, observed: float | None) -> dict[str, Any]:
+    """What chance gives beside an observed r: draws, observed; mean, low and high (central 95%) of r by chance, and p,
+    the one-sided share of draws that reach the observed r, which counts as one; or why it is undefined."""
     kept_R = values_R[np.isfinite(values_R)]
+    found = {"draws": len(kept_R), "observed": observed}
     if observed is None or not len(kept_R):
-        return Null(len(kept_R), observed, undefined="no correlation is defined")
-    low, high = np.quantile(kept_R, [0.025, 0.975])
-    return Null(len(kept_R), observed, float(kept_R.mean()), float(low), float(high), float(p_value(kept_R, observed)))
+        return found | {"undefined": "no correlation is defined"}
+    low, high = np.quantile(kept_R, [0.025, 0.975]).tolist()
+    return found | {"mean": float(kept_R.mean()), "low": low, "high": high, "p": float(p_value(kept_R, observed))}
 
 
 def best_of(scores_KSN: np.ndarray, change_SN: np.ndarray, *, orders: int = 10_000, seed: int = 0) -> dict[str, Any]:
@@ -197,10 +186,12 @@ def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], difference
                 if len(of := [key for key in keys if key[1] == axis]) > 1 and {of[0], of[-1]} <= compared.r.keys()}
         own, middle = (next((key for axis, key in own_of.items() if (axis in SAE_AXES) == sae), None)
                        for sae in (False, True))
-        tried = different({key: compared.values[key] for key in known})
-        best = best_of(np.stack([compared.values[key] for key in tried]), compared.change_SN, seed=compared.seed,
+        values_KSN = np.stack([compared.values[key] for key in known])
+        # The run's own value stands in several sweeps, and is one try.
+        tried = np.sort(np.unique(values_KSN, axis=0, return_index=True)[1])
+        best = best_of(values_KSN[tried], compared.change_SN, seed=compared.seed,
                        orders=min(compared.permutations, 20_000))
-        top = tried[best["index"]]
+        top = known[tried[best["index"]]]
         # A score that is the run's own under another name is not compared with itself.
         picked = bool(own) and not np.array_equal(compared.values[top], compared.values[own])
         less = compared.swapped(list(dict.fromkeys([
@@ -213,20 +204,10 @@ def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], difference
         if own and middle:
             found["saes"].append(about | {"own": rows[own].pearson, "middle": rows[middle].pearson,
                                           **plain(less[middle, own])})
+    tested = {key: row.less for key, row in rows.items() if isinstance(row.less, Difference)}
+    adjusted = np.asarray(multipletests([less.p for less in tested.values()], method="holm")[1] if tested else [])
+    rows |= {key: replace(rows[key], less=replace(less, p_holm=float(p)))
+             for (key, less), p in zip(tested.items(), adjusted, strict=True)}
     found["values"] = [{"measure": measure, "score": key[0], "axis": key[1], "value": key[2], "own": owns[key[1:]],
-                        **plain(row)} for key, row in holm(rows).items()]
+                        **plain(row)} for key, row in rows.items()]
     return found
-
-
-def holm(rows: dict[Any, Correlated]) -> dict[Any, Correlated]:
-    """The rows with p_holm: p of their differences, corrected by Holm's method for all of them together."""
-    own = {key: row.less for key, row in rows.items() if isinstance(row.less, Difference)}
-    adjusted = np.asarray(multipletests([less.p for less in own.values()], method="holm")[1] if own else [])
-    return rows | {key: replace(rows[key], less=replace(less, p_holm=float(p)))
-                   for (key, less), p in zip(own.items(), adjusted, strict=True)}
-
-
-def different(scores: Mapping[Any, np.ndarray]) -> list[Any]:
-    """Names of the scores without those that equal an earlier one: a run's own value stands in several sweeps."""
-    seen = {np.ascontiguousarray(scores[name], float).tobytes(): name for name in reversed(scores)}
-    return [name for name in scores if name in seen.values()]

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -38,8 +38,7 @@ class Interval:
     resamples: int
 
 
-@dataclass(frozen=True)
-class PermutationTest:
+class PermutationTest(NamedTuple):
     """A p value, whether every permutation was counted (`exact`), and how many were."""
 
     p: float
@@ -58,8 +57,6 @@ def plain(value: Any) -> Any:
         return [plain(own) for own in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-
-# --- correlations -------------------------------------------------------------------------------------------------
 
 def points(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Both as vectors of at least three numbers that pair up and are not constant; `StsError` otherwise."""
@@ -138,8 +135,6 @@ def leave_one_out(x_N: np.ndarray, y_N: np.ndarray, names: Sequence[str]) -> dic
             "high_without": str(names[high])}
 
 
-# --- permutations -------------------------------------------------------------------------------------------------
-
 def random_orders(n: int, count: int, seed: int | np.random.Generator) -> np.ndarray:
     """`count` random orders of n places, B x N."""
     return np.random.default_rng(seed).permuted(np.tile(np.arange(n), (count, 1)), axis=1)
@@ -211,8 +206,6 @@ def swap_tests(first_PSN: np.ndarray, second_PSN: np.ndarray, change_SN: np.ndar
     return [PermutationTest(float(p), exact, len(swaps_BN)) for p in p_P]
 
 
-# --- resamples ----------------------------------------------------------------------------------------------------
-
 def percentile_interval(values_B: np.ndarray) -> Interval | None:
     """The central 95% of the values that exist; None if hardly any does."""
     kept = values_B[np.isfinite(values_B)]
@@ -240,10 +233,8 @@ class Resamples:
 
     def correlations(self, x_SN: np.ndarray, controls_SNK: np.ndarray | None = None) -> np.ndarray:
         """Mean over the seeds drawn of the (partial) correlation in every resample, B; NaN where none is defined."""
-        x_BSN, controls = (None if own is None else np.asarray(own, float)[:, self.domains_BN].swapaxes(0, 1)
-                           for own in (x_SN, controls_SNK))
-        assert x_BSN is not None
-        rows_BS = correlation_rows(x_BSN, self.change_BSN, controls)
+        controls = None if controls_SNK is None else controls_SNK[:, self.domains_BN].swapaxes(0, 1)
+        rows_BS = correlation_rows(x_SN[:, self.domains_BN].swapaxes(0, 1), self.change_BSN, controls)
         # A seed that was not drawn must not spoil the mean.
         values_B = np.where(self.weights_BS > 0, self.weights_BS * rows_BS, 0).sum(1)
         different_B = 1 + (np.diff(np.sort(self.domains_BN, axis=1), axis=1) > 0).sum(1)
@@ -267,8 +258,6 @@ def hierarchical_resamples(differences_NIS: Sequence[np.ndarray], *, resamples: 
     weights_BS = np.stack([(drawn_BS == own).mean(1) for own in range(seeds)], axis=1)
     return Resamples(domains_BN, weights_BS, change_BNS.swapaxes(1, 2))
 
-
-# --- what a design can find ---------------------------------------------------------------------------------------
 
 def smallest_detectable_correlation(n: int) -> float:
     """The true correlation that a two-sided test on n points finds with probability `POWER`, by Fisher's z."""

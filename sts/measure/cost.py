@@ -35,10 +35,6 @@ class Architecture:
     sae_latents: int
 
     @property
-    def layers_read(self) -> int:
-        return self.sae_layer + 1
-
-    @property
     def layer_weights(self) -> int:
         """Weights in the matrices of one layer: query, key, value, output; gate, up, down."""
         return 2 * self.width * self.head_width * (self.heads + self.kv_heads) + 3 * self.width * self.mlp_width
@@ -129,7 +125,7 @@ def forecast_cost(one: Architecture, settings: Settings, assumed: Assumptions, *
         questions = tokens / length
         prefixes = min(assumed.demonstration_sets, questions) if cached else questions
         run += times * (2 * tokens + prefixes * max(0, min(prefix, one.context - length)))
-    return run * one.layers_read / one.layers
+    return run * (one.sae_layer + 1) / one.layers
 
 
 def training_cost(settings: Settings, assumed: Assumptions) -> float:
@@ -160,20 +156,13 @@ def plan(settings: Settings, assumed: Assumptions) -> pandas.DataFrame:
             ("training", training_cost(settings, assumed)), ("evaluation", evaluation_cost(settings, assumed)))])
 
 
-def _values(assumed: Assumptions, name: str, factor: float) -> set:
-    """An assumption, divided and multiplied by `factor`; both values of a yes or no."""
-    value = getattr(assumed, name)
-    return {value, not value} if isinstance(value, bool) else {
-        value, max(1, round(value / factor)), min(LARGEST, round(value * factor))}
-
-
 def sensitivity(settings: Settings, assumed: Assumptions, *, factor: float = 2.0) -> pandas.DataFrame:
-    """The ratio when an assumption is off by `factor` either way, one at a time, and all at once ("all").
-
-    One row a model and assumption: model, assumption, ratio (as assumed), low, high.
-    """
+    """The ratio when an assumption is off by `factor` either way (a yes or no: either), one at a time, and all at once
+    ("all"). One row a model and assumption: model, assumption, ratio (as assumed), low, high."""
     check_factor(factor)
-    values = {field.name: _values(assumed, field.name, factor) for field in fields(Assumptions)}
+    values = {name: {value, not value} if isinstance(value, bool) else {
+        value, max(1, round(value / factor)), min(LARGEST, round(value * factor))}
+        for name, value in vars(assumed).items()}
     cases = {name: [replace(assumed, **{name: value}) for value in own] for name, own in values.items()}
     cases["all"] = [Assumptions(*chosen) for chosen in itertools.product(*values.values())]
     rows = []

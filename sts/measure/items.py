@@ -16,15 +16,8 @@ from scipy import stats as scipy_stats
 
 from sts.errors import StsError
 
-#: What the domain shift is measured in -> label with units.
-MEASURES = {
-    "accuracy": "accuracy (percentage points)",
-    "p_right": "probability of the right option (percentage points)",
-    "bits": "bits per character of the right answer",
-    "accuracy_generated": "accuracy of generated answers (percentage points)",
-}
-#: The measures that say of an item only whether it is right.
-BINARY = ("accuracy", "accuracy_generated")
+#: What the domain shift is measured in: percentage points, and bits per character of the right answer.
+MEASURES = ("accuracy", "p_right", "bits", "accuracy_generated")
 #: Fewest items for a bootstrap interval of a mean. Resampling a few understates their spread: with five normal items, a
 #: nominal 95% interval leaves the true mean out in 16% of samples.
 BOOTSTRAP_FROM = 16
@@ -110,7 +103,7 @@ def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples:
                 seed: int = 0) -> pandas.DataFrame:
     """Change of every measure in every domain, paired by item (`item_measures` before and after), with an interval.
 
-    One row a domain and measure; `interval` is `MeanInterval.kind`, mcnemar_p NaN unless the measure is in `BINARY`.
+    One row a domain and measure; `interval` is `MeanInterval.kind`, mcnemar_p is of accuracies alone.
     """
     if set(first.index) != set(second.index):
         raise StsError("Before and after hold different items; evaluate the same examples with both models.")
@@ -126,7 +119,7 @@ def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples:
                          "after": new.mean(), "shift": change.mean, "low": change.low, "high": change.high,
                          "interval": change.kind, "standard_error": change.standard_error,
                          "mcnemar_p": mcnemar_p((old > 0).to_numpy(), (new > 0).to_numpy())
-                         if measure in BINARY else math.nan})
+                         if measure.startswith("accuracy") else math.nan})
     return pandas.DataFrame(rows)
 
 

@@ -25,13 +25,9 @@ MODELS = {"llama3-8b-instruct": "Llama3-8B-Instruct", "qwen2.5-7b-instruct": "Qw
 METRICS = {"act": "STS_act", "icl": "STS_ICL"}
 
 
-# --- the published numbers ----------------------------------------------------------------------------------------
-
 def accuracy_shifts() -> pd.DataFrame:
-    """Tables 2 to 4: change of MMLU-Pro accuracy by fine-tuning on LIMO, 14 domains for each of 3 models.
-
-    Columns: source, model, train_data, domain, shift_pct (percentage points, after minus before), abs_shift_pct.
-    """
+    """Tables 2 to 4, change of MMLU-Pro accuracy by fine-tuning on LIMO, 14 domains for each of 3 models: source,
+    model, train_data, domain, shift_pct (percentage points, after minus before), abs_shift_pct."""
     frame = pd.read_csv(FOLDER / "accuracy_shift_by_domain.csv")
     return frame.assign(abs_shift_pct=frame["shift_pct"].abs())
 
@@ -56,8 +52,6 @@ def disagreements() -> pd.DataFrame:
     return pd.read_csv(FOLDER / "disagreements.csv")
 
 
-# --- recomputed from the points -----------------------------------------------------------------------------------
-
 def recomputed_correlations(*, permutations: int = 100_000, resamples: int = 5_000, seed: int = 0) -> pd.DataFrame:
     """Figure 3's correlations from its digitised points, beside the published ones; one row a model and metric.
 
@@ -75,8 +69,6 @@ def recomputed_correlations(*, permutations: int = 100_000, resamples: int = 5_0
         columns={"pearson_interval_low": "low", "pearson_interval_high": "high"})
     return frame.assign(p_holm=multipletests(frame["p"], method="holm")[1])
 
-
-# --- what choosing the extremes does ------------------------------------------------------------------------------
 
 def extremes(shifts: pd.DataFrame, count: int = 4) -> pd.DataFrame:
     """Of one model's rows (domain, abs_shift_pct), those of the `count` domains of largest and the `count` of smallest
@@ -96,18 +88,13 @@ def spread_ratio(values: ArrayLike, count: int = 4) -> float:
 
 def with_selection(correlation: float, ratio: float) -> float:
     """The correlation after selecting on y so that y's spread grows by `ratio`; `1 / ratio` undoes the selection.
-
-    Thorndike's formula for selection on one variable, which assumes a linear relation with even noise: the slope and
-    the noise stay, only the spread of y changes.
-    """
+    Thorndike's formula assumes a linear relation with even noise: only the spread of y changes."""
     return correlation * ratio / math.sqrt(1 - correlation ** 2 + (correlation * ratio) ** 2)
 
 
 def correlations_without_selection(results: pd.DataFrame) -> pd.DataFrame:
-    """What each of `recomputed_correlations()` would be on all fourteen domains (calculated, not measured).
-
-    Columns: model, metric, pearson (eight extremes), spread_ratio (of |shift|, extremes over all), all_domains.
-    """
+    """What each of `recomputed_correlations()` would be on all fourteen domains (calculated, not measured): model,
+    metric, pearson (eight extremes), spread_ratio (of |shift|, extremes over all), all_domains."""
     shifts = accuracy_shifts().set_index("model")["abs_shift_pct"]
     ratios = [spread_ratio(list(shifts[model])) for model in results["model"]]
     return results[["model", "metric", "pearson"]].assign(spread_ratio=ratios, all_domains=[
@@ -116,15 +103,12 @@ def correlations_without_selection(results: pd.DataFrame) -> pd.DataFrame:
 
 def selection_effect(correlations: Sequence[float], *, domains: int = 14, count: int = 4, simulations: int = 10_000,
                      seed: int = 0) -> pd.DataFrame:
-    """*Simulated*: Pearson on all domains, on as many random ones, and on the `count` largest and smallest y.
+    """*Simulated*: Pearson on all domains, on as many random ones, and on the `count` largest and smallest y, where a
+    score x and an absolute shift y are bivariate normal with a known true correlation, from -1 to 1.
 
-    Each simulation draws a score x and an absolute shift y for every domain from a bivariate normal distribution with
-    a known true correlation, from -1 to 1.
-
-    Returns:
-        One row a true correlation: true, all_mean, random_mean, extremes_mean (mean Pearson), extremes_low and
-        extremes_high (central 95% of the simulations), formula (`with_selection`), and all_found, random_found,
-        extremes_found (share of simulations beyond the two-sided 5% threshold of the t test for that many points).
+    One row a true correlation: true, all_mean, random_mean, extremes_mean (mean Pearson), extremes_low and
+    extremes_high (central 95% of the simulations), formula (`with_selection`), and all_found, random_found,
+    extremes_found (share of simulations beyond the two-sided 5% threshold of the t test for that many points).
     """
     if count < 2 or 2 * count > domains:
         raise StsError(f"The {count} largest and smallest of {domains} domains were asked for; "

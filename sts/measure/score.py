@@ -1,19 +1,25 @@
-"""STS, the SAE-based transferability score: which latents a worked example shifts, and how much a domain uses them.
+"""STS, the SAE-based transferability score: which latents a worked example shifts, and how much a domain uses them; and
+how concentrated a shift is, and how far two shifts agree.
 
 Two named variants. `paper`: the formulas of arXiv 2603.02908, section 3: activations summed over the shifted latents
 and averaged over tokens; changes taken between the same token without and behind demonstrations. `official_code`: what
 the notebook of the official repository computes: squared activations averaged over tokens and latents; changes taken
 between row r of two separate runs. Whatever scores anything goes through `score_domain`; a changed formula is changed
 in this file alone.
+
+Shape suffixes: F folds (groups of questions), L latents, K numbers of latents, R random orders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
+import pandas
 import torch
+from scipy import stats as scipy_stats
 
-from sts.errors import StsError, one_of
+from sts.errors import StsError
 
 Stats = Mapping[str, torch.Tensor]
 #: Variant -> score -> the sum over tokens that it is made of, and whether the N latents are averaged and not summed.
@@ -67,8 +73,6 @@ def score_domain(variant: str, stats: Stats, dimensions: torch.Tensor) -> dict[s
     `stats` are the domain's `PairedStats.to_tensors()`: token-paired for `paper`, row-paired for `official_code`.
     Units: activation (the paper's act), squared activation (the others).
     """
-    if variant not in FORMULAS:
-        raise one_of("Score variant", variant, VARIANTS)
     tokens = stats["tokens"].item()
     return {score: stats[field][dimensions].sum().item() / tokens / (len(dimensions) if averaged else 1)
             for score, (field, averaged) in FORMULAS[variant].items()} | {"tokens": tokens}
@@ -80,3 +84,74 @@ def score_domains(variant: str, shift: Stats, domains: Mapping[str, Stats], top_
     dimensions = shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], top_n)
     return [{"variant": variant, "domain": domain, **score_domain(variant, stats, dimensions)}
             for domain, stats in domains.items()]
+
+
+def count_grid(width: int, *also: int) -> np.ndarray:
+    """About a hundred numbers from 1 to the width, evenly spaced in logarithm, and those in `also`."""
+    grid = np.unique(np.geomspace(1, width, 120).round().astype(int))
+    return np.union1d(grid, np.array([count for count in also if 1 <= count <= width], dtype=int))
+
+
+def ratio_interval(part_FK: np.ndarray, whole_F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95% interval, within 0 and 1, of sum(part) / sum(whole) over folds: delete-one jackknife with Student's t, as a
+    percentile bootstrap of eight folds is too narrow."""
+    folds = len(whole_F)
+    without_FK = (part_FK.sum(0) - part_FK) / (whole_F.sum() - whole_F)[:, None]
+    error_K = np.sqrt((folds - 1) / folds * ((without_FK - without_FK.mean(0)) ** 2).sum(0))
+    half_K = scipy_stats.t.ppf(0.975, folds - 1) * error_K
+    ratio_K = part_FK.sum(0) / whole_F.sum()
+    return np.clip(ratio_K - half_K, 0, 1), np.clip(ratio_K + half_K, 0, 1)
+
+
+def concentrations(change_FL: torch.Tensor, *also: int, random_orders: int = 200, seed: int = 0) -> pandas.DataFrame:
+    """How concentrated a change, summed per fold and latent, is on few latents (Figures 1a and 2b).
+
+    Indexed by numbers of latents, a grid and those in `also`, the shares of the total squared change that they carry:
+    `share`, most shifted first, chosen and measured on the same questions, which flatters them; `held_out`, chosen by
+    the other folds' change and measured on the fold left out, all folds together, with `low` and `high` (95% over
+    folds); `random_low` and `random_high`, central 95% of random orders. `StsError` without two folds or a change.
+    """
+    (folds, width), change_FL = change_FL.shape, change_FL.double()
+    if folds < 2:
+        raise StsError(f"{folds} fold(s) of questions; choosing on some and measuring on others needs two. "
+                       "More shift_tokens give more questions.")
+    change_L, counts_K = change_FL.sum(0), count_grid(width, *also)
+    share_K = concentration(change_L).numpy()[counts_K - 1]
+    carried_FK = torch.stack([own_L[shifted_dimensions(change_L - own_L, width)].cumsum(0)[counts_K - 1]
+                              for own_L in change_FL]).numpy()
+    total_F, generator = change_FL.sum(1).numpy(), np.random.default_rng(seed)
+    random_RK = np.stack([generator.permutation(change_L.numpy()).cumsum()[counts_K - 1] for _ in range(random_orders)])
+    low_K, high_K = ratio_interval(carried_FK, total_F)
+    random_low_K, random_high_K = np.quantile(random_RK / total_F.sum(), [0.025, 0.975], axis=0)
+    return pandas.DataFrame({
+        "share": share_K, "held_out": carried_FK.sum(0) / total_F.sum(), "low": low_K, "high": high_K,
+        "random_low": random_low_K, "random_high": random_high_K}, index=pandas.Index(counts_K, name="latents"))
+
+
+def same_fraction(count: int, of: int, width: int) -> int:
+    """How many of `width` dimensions are the fraction count / of, at least one."""
+    return max(1, round(count / of * width))
+
+
+def overlap_rows(first_L: torch.Tensor, second_L: torch.Tensor, counts: Sequence[int]) -> list[dict]:
+    """How far two rankings, by squared change per latent of two kinds, agree on their top N, against chance.
+
+    One dict an N: n, overlap, share (overlap / N), chance (N / L, the mean for random sets), chance_low and chance_high
+    (central 95% of the hypergeometric distribution, as shares), p (upper tail: random sets share at least as many), and
+    the same among active latents alone, a stricter null: active (latents with any change of the second kind),
+    active_chance and active_p (None where a set reaches beyond the active latents).
+    """
+    width, active = len(second_L), second_L > 0
+    first, second = (shifted_dimensions(change_L, width) for change_L in (first_L, second_L))
+    rows, number = [], int(active.sum())
+    for count in counts:
+        shared, random = overlap(first[:count], second[:count]), scipy_stats.hypergeom(width, count, count)
+        low, high = random.ppf([0.025, 0.975])
+        rows.append({"n": count, "overlap": shared, "share": shared / count, "chance": count / width,
+                     "chance_low": float(low) / count, "chance_high": float(high) / count,
+                     "p": float(random.sf(shared - 1)), "active": number, "active_chance": None, "active_p": None})
+        if count <= number:
+            own = int(active[first[:count]].sum())
+            rows[-1] |= {"active_chance": own / number,
+                         "active_p": float(scipy_stats.hypergeom.sf(shared - 1, number, own, count))}
+    return rows

@@ -15,12 +15,9 @@ import torch
 from sts.errors import StsError
 from sts.measure.score import shifted_dimensions
 
-#: How far a matched set's total may be from that of the set it imitates.
-TOLERANCE = 0.1
-#: A partner is drawn among at least so many nearest ones, so that the draws differ.
-NEAREST = 3
-#: Matched sets that must be within the tolerance: one alone does not tell how much sets differ.
-FEWEST = 2
+TOLERANCE = 0.1  # how far a matched set's total may be from that of the set it imitates
+NEAREST = 3  # a partner is drawn among at least so many nearest ones, so that the draws differ
+FEWEST = 2  # matched sets that must be within the tolerance: one alone does not tell how much sets differ
 
 
 @dataclass(frozen=True)

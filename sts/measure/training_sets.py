@@ -1,9 +1,8 @@
 """Does a forecast tell which training set moves a domain? Statistics over training sets and evaluation domains.
 
-Within one domain the questions are the same for every training set, so what is compared there is which set has the
-higher forecast and which caused the larger change. What belongs to a training set does not cancel: one may move
-everything, or all of the sciences, more. Domains are therefore no independent repetitions, and training sets are few:
-only `shuffled_sets`, which moves whole sets, allows for both.
+Within a domain all training sets meet the same questions, so forecasts and changes are compared there. What belongs to
+a training set does not cancel: one may move everything, or all of the sciences, more. Domains are therefore no
+independent repetitions, and training sets are few: only `shuffled_sets`, which moves whole sets, allows for both.
 
 Shape suffixes: S seeds, T training sets, D evaluation domains, B permutations, O orders.
 """
@@ -30,27 +29,15 @@ def _rank_units(values_STD: np.ndarray) -> np.ndarray:
     return ranks / np.where(length > 0, length, np.nan)
 
 
-def within_domains(forecast_STD: np.ndarray, change_STD: np.ndarray) -> np.ndarray:
-    """Spearman's correlation over training sets in every domain, mean over seeds, D; NaN where it is not defined."""
-    return (_rank_units(forecast_STD) * _rank_units(change_STD)).sum(1).mean(0)
+def products(forecast_STD: np.ndarray, change_STD: np.ndarray) -> np.ndarray:
+    """D x T x T: what forecast a beside change b adds to a domain's rank correlation over training sets, mean over
+    seeds; the traces are the correlations as measured. NaN where one is not defined in every seed."""
+    return np.einsum("sad,sbd->dab", _rank_units(forecast_STD), _rank_units(change_STD)) / len(forecast_STD)
 
 
-def _products(forecast_STD: np.ndarray, change_STD: np.ndarray) -> np.ndarray:
-    """D x T x T: what forecast a beside change b adds to a domain's rank correlation; the diagonals are as measured.
-    Only domains in which it is defined in every seed; `StsError` if there is none."""
-    found_DTT = np.einsum("sad,sbd->dab", _rank_units(forecast_STD), _rank_units(change_STD))
-    found_DTT = found_DTT[np.isfinite(found_DTT).all((1, 2))] / len(forecast_STD)
-    if not len(found_DTT):
-        raise StsError("In no domain do both forecast and change differ between training sets, so there is nothing to "
-                       "compare.")
-    return found_DTT
-
-
-def shuffled_within_domains(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: int = 20_000,
-                            seed: int = 0) -> PermutationTest:
+def shuffled_within_domains(products_DTT: np.ndarray, *, resamples: int = 20_000, seed: int = 0) -> PermutationTest:
     """Two-sided p of the mean within-domain rank correlation, training sets shuffled in each domain by itself, alike in
     all seeds. Exact where there are no more combinations than `resamples`."""
-    products_DTT = _products(forecast_STD, change_STD)
     domains, sets = products_DTT.shape[:2]
     orders_OT, exact = orders(sets, resamples, seed)
     found_DO, sums_B = products_DTT[:, orders_OT, np.arange(sets)].sum(-1), np.zeros(1)
@@ -65,13 +52,8 @@ def shuffled_within_domains(forecast_STD: np.ndarray, change_STD: np.ndarray, *,
     return PermutationTest(float(p_value(np.abs(sums_B / domains), observed, exact)), exact, len(sums_B))
 
 
-def shuffled_sets(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: int = 20_000,
-                  seed: int = 0) -> PermutationTest:
-    """One-sided p of the same with whole training sets shuffled, alike in all domains; never below 1 / orders."""
-    return _shuffled_trace(_products(forecast_STD, change_STD).mean(0), resamples, seed)
-
-
-def _shuffled_trace(products_TT: np.ndarray, resamples: int, seed: int) -> PermutationTest:
+def shuffled_sets(products_TT: np.ndarray, *, resamples: int = 20_000, seed: int = 0) -> PermutationTest:
+    """One-sided p of the trace of mean `products`, whole training sets shuffled; never below 1 / orders."""
     orders_OT, exact = orders(len(products_TT), resamples, seed)
     found_O = products_TT[orders_OT, np.arange(len(products_TT))].sum(-1)
     return PermutationTest(float(p_value(found_O, products_TT.trace(), exact)), exact, len(orders_OT))
@@ -87,17 +69,13 @@ def hits(forecast_STD: np.ndarray, change_STD: np.ndarray) -> float:
 
 
 def interaction(forecast_STD: np.ndarray, change_STD: np.ndarray) -> float:
-    """Correlation of the `interaction_ranks` of forecast and change over all cells, mean over seeds; NaN if undefined:
-    is a domain foreseen to be hit by *this* set of all? Without p, as domains are not exchangeable."""
-    x_STD, y_STD = (interaction_ranks(values) for values in (forecast_STD, change_STD))
+    """Is a domain foreseen to be hit by *this* set of all? Correlation of forecast and change over all cells, mean over
+    seeds, as ranks of domains within each training set, less their mean over training sets; NaN if undefined. Without
+    p, as domains are not exchangeable."""
+    ranks = (scipy_stats.rankdata(values_STD, axis=2) for values_STD in (forecast_STD, change_STD))
+    x_STD, y_STD = (own_STD - own_STD.mean(1, keepdims=True) for own_STD in ranks)
     length_S = np.sqrt((x_STD**2).sum((1, 2)) * (y_STD**2).sum((1, 2)))
     return float(((x_STD * y_STD).sum((1, 2)) / np.where(length_S > 0, length_S, np.nan)).mean())
-
-
-def interaction_ranks(values_STD: np.ndarray) -> np.ndarray:
-    """Ranks of domains within each training set, less their mean over training sets; they sum to zero both ways."""
-    ranks_STD = scipy_stats.rankdata(values_STD, axis=2)
-    return ranks_STD - ranks_STD.mean(1, keepdims=True)
 
 
 def specificity(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: int = 20_000, bootstrap: int = 5000,
@@ -114,13 +92,17 @@ def specificity(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: 
                        "of them and three domains are needed.")
     if not np.isfinite([forecast_STD, change_STD]).all():
         raise StsError("Forecasts and changes hold NaN or infinite values; every training set needs all domains.")
-    by_domain_D, numbers = within_domains(forecast_STD, change_STD), {"resamples": resamples, "seed": seed}
-    whole, opposite = (shuffled_sets(sign * forecast_STD, change_STD, **numbers) for sign in (1, -1))
-    defined_D = by_domain_D[np.isfinite(by_domain_D)]
-    mean = paired_mean_interval(defined_D, resamples=bootstrap, seed=seed)
-    return {"training_sets": sets, "domains": domains, "seeds": seeds, "defined": len(defined_D),
+    found_DTT, numbers = products(forecast_STD, change_STD), {"resamples": resamples, "seed": seed}
+    by_domain_D = found_DTT.trace(axis1=1, axis2=2)
+    defined_D = np.isfinite(by_domain_D)
+    if not defined_D.any():
+        raise StsError("In no domain do both forecast and change differ between training sets, so there is nothing to "
+                       "compare.")
+    mean = paired_mean_interval(by_domain_D[defined_D], resamples=bootstrap, seed=seed)
+    whole, opposite = (shuffled_sets(sign * found_DTT[defined_D].mean(0), **numbers) for sign in (1, -1))
+    return {"training_sets": sets, "domains": domains, "seeds": seeds, "defined": int(defined_D.sum()),
             "by_domain": by_domain_D.tolist(), "within": mean.mean, "low": mean.low, "high": mean.high,
-            "p_within": shuffled_within_domains(forecast_STD, change_STD, **numbers).p, "p_sets": whole.p,
+            "p_within": shuffled_within_domains(found_DTT[defined_D], **numbers).p, "p_sets": whole.p,
             "p_opposite": opposite.p, "orders": whole.resamples, "hits": hits(forecast_STD, change_STD),
             "interaction": interaction(forecast_STD, change_STD)}
 
@@ -132,15 +114,13 @@ def list_lead(rows: list[dict], *kinds: str, seed: int = 0) -> dict[str, Any]:
     other (latents shared with the list that training on the same set moves, and on others), lead (own - other) and p
     (one-sided, over orders of the sets); or `undefined`, with one training set.
     """
-    sets = len({row["trained"] for row in rows})
-    if sets < 2:
-        return {"undefined": "One training set given; its own fine-tuning can only be told apart from another's with "
-                             "two."}
+    if (sets := len({row["trained"] for row in rows})) < 2:
+        return {"undefined": "One training set given; only with two can its own fine-tuning be told apart."}
     first, *less = (np.array([row[kind] for row in rows], float).reshape(-1, sets, sets) for kind in kinds)
     shared_TT = (first - sum(less)).mean(0)
     own = float(shared_TT.trace() / sets)
     other = float((shared_TT.sum() - shared_TT.trace()) / (sets * (sets - 1)))
-    return {"own": own, "other": other, "lead": own - other, "p": _shuffled_trace(shared_TT, 20_000, seed).p}
+    return {"own": own, "other": other, "lead": own - other, "p": shuffled_sets(shared_TT, seed=seed).p}
 
 
 def cube(cells: pandas.DataFrame, column: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from sklearn.linear_model import Ridge
 
 from sts.errors import StsError
 from sts.measure import baselines
-from sts.measure.score import shifted_dimensions
+from sts.measure.score import score_domains, shifted_dimensions
 from sts.measure.sets import matched_latents
 
 
@@ -36,7 +36,7 @@ DOMAINS = {name: stats(seed)[0] for seed, name in enumerate(("art", "law", "math
 
 def test_all_dimensions_give_total_activation_and_total_change():
     _, base, icl = stats(2)
-    act, changed = (baselines.dimension_scores(SHIFT, DOMAINS, 40, score)["law"] for score in ("sts_act", "sts_icl"))
+    act, changed = (known().scored("all", score)["law"] for score in ("sts_act", "sts_icl"))
     assert act == pytest.approx(base.sum(1).mean().item())
     assert changed == pytest.approx(((icl - base)**2).sum(1).mean().item())
 
@@ -44,7 +44,7 @@ def test_all_dimensions_give_total_activation_and_total_change():
 def test_fewer_dimensions_are_those_that_the_training_set_moves_most():
     _, base, _ = stats(1)
     most = np.argsort(-SHIFT["squared_difference_L"].numpy())[:5]
-    assert baselines.dimension_scores(SHIFT, DOMAINS, 5, "sts_act")["art"] == pytest.approx(
+    assert known(raw_shift=SHIFT, raw=DOMAINS, raw_count=5).scored("raw", "sts_act")["art"] == pytest.approx(
         base[:, most.copy()].sum(1).mean().item())
     assert baselines.mean_square(known(raw_shift=SHIFT, raw=DOMAINS, raw_count=5))["art"] == pytest.approx(
         (base[:, most.copy()]**2).sum(1).mean().item())
@@ -113,9 +113,10 @@ def test_every_predictor_but_the_probes_has_a_value_in_every_domain():
     assert np.isfinite(found.drop(columns="base_bits").to_numpy()).all()
     assert found["base_bits"].tolist()[1:] == [1.5, 2.5] and np.isnan(found["base_bits"].iloc[0])  # not evaluated
     assert found["sts_icl"].tolist() == [4, 5, 6] and found["question_tokens"].tolist() == [7, 8, 9]
-    assert found["all_icl"].tolist() == baselines.dimension_scores(SHIFT, DOMAINS, 40, "sts_icl").tolist()
+    assert found["all_icl"].tolist() == run.scored("all", "sts_icl").tolist()
     assert found["raw_square"].tolist() == baselines.mean_square(run).tolist()
-    assert found["actual_act"].tolist() == baselines.dimension_scores(run.moved, DOMAINS, 6, "sts_act").tolist()
+    assert found["actual_act"].tolist() == [
+        row["sts_act"] for row in score_domains("paper", run.moved, DOMAINS, 6)]
     size = baselines.change_size(run.change, "squared_difference_L")
     assert found["change_rms"].tolist() == pytest.approx([math.sqrt(one) for one in size])
 
@@ -152,8 +153,7 @@ def test_sets_that_imitate_the_few_most_active_latents_are_known_to_share_latent
     imitated, even = (baselines.random_set_scores(kind, rare, DOMAINS, 4, 20, seed=0)["shared"].item()
                       for kind in ("rate", "uniform"))
     assert even < 0.2 and imitated > 2 * even
-    assert baselines.shared_share(torch.tensor([[1, 2]] * 3), 4) == 1 == baselines.shared_share(torch.tensor([[1]]), 4)
-    assert baselines.shared_share(torch.tensor([[1, 2], [0, 3]]), 4) == 0
+    assert baselines.random_set_scores("uniform", SHIFT, DOMAINS, 4, 1, seed=0)["shared"].item() == 1  # a single set
 
 
 def test_uniform_sets_cover_all_other_latents_and_differ_between_seeds():

@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 
 from sts.errors import StsError
-from sts.measure.overlap import concentrations, overlap_rows, ratio_interval, same_fraction
+from sts.measure.score import concentrations, overlap_rows, ratio_interval, same_fraction
 
 CHANGE_FL = torch.tensor([[8.0, 1, 0, 1], [6, 2, 1, 1], [1, 9, 0, 0]])
 

@@ -78,11 +78,6 @@ def test_nan_change_is_an_error():
         shifted_dimensions(torch.tensor([1.0, float("nan")]), 1)
 
 
-def test_unknown_variant_lists_the_valid_ones():
-    with pytest.raises(StsError, match="official_code, paper"):
-        score_domain("median", stats(TRAIN_BASE, TRAIN_ICL), torch.tensor([0]))
-
-
 def test_concentration_by_hand():
     torch.testing.assert_close(concentration(torch.tensor([1.0, 6.0, 3.0])), torch.tensor([0.6, 0.9, 1.0]))
     with pytest.raises(StsError, match="No latent changed"):

@@ -21,7 +21,7 @@ def naive_within(x, y):
 
 
 def test_the_correlation_within_a_domain_is_scipys_over_training_sets():
-    assert training_sets.within_domains(X, Y) == pytest.approx(naive_within(X, Y))
+    assert training_sets.products(X, Y).trace(axis1=1, axis2=2) == pytest.approx(naive_within(X, Y))
 
 
 def test_scales_of_domains_and_of_ranks_do_not_matter():
@@ -40,14 +40,14 @@ def test_all_orders_in_each_domain_are_counted_where_they_are_few():
     for combination in itertools.product(orders, repeat=3):
         shuffled = np.stack([x[:, order, d] for d, order in enumerate(combination)], axis=2)
         extreme += abs(naive_within(shuffled, y).mean()) >= observed - 1e-12
-    found = training_sets.shuffled_within_domains(x, y)
+    found = training_sets.shuffled_within_domains(training_sets.products(x, y))
     assert found.exact and found.p == pytest.approx(extreme / 216)
 
 
 def test_a_sample_of_orders_comes_close_to_all_of_them():
     x, y = X[:1, :3, :4], Y[:1, :3, :4]
-    exact = training_sets.shuffled_within_domains(x, y, resamples=2000)
-    drawn = training_sets.shuffled_within_domains(x, y, resamples=1000)
+    exact = training_sets.shuffled_within_domains(training_sets.products(x, y), resamples=2000)
+    drawn = training_sets.shuffled_within_domains(training_sets.products(x, y), resamples=1000)
     assert exact.exact and not drawn.exact and drawn.resamples == 1000
     assert drawn.p == pytest.approx(exact.p, abs=0.06)
 
@@ -56,7 +56,7 @@ def test_whole_sets_change_places_in_all_domains_at_once():
     observed = naive_within(X, Y).mean()
     extreme = [naive_within(X[:, list(order)], Y).mean() >= observed - 1e-12
                for order in itertools.permutations(range(4))]
-    found = training_sets.shuffled_sets(X, Y)
+    found = training_sets.shuffled_sets(training_sets.products(X, Y).mean(0))
     assert found.exact and found.resamples == 24 and found.p == pytest.approx(np.mean(extreme))
     opposite = [naive_within(X[:, list(order)], Y).mean() <= observed + 1e-12
                 for order in itertools.permutations(range(4))]
@@ -64,11 +64,9 @@ def test_whole_sets_change_places_in_all_domains_at_once():
     assert (both["p_sets"], both["p_opposite"]) == pytest.approx((np.mean(extreme), np.mean(opposite)))
 
 
-def test_interaction_ranks_sum_to_zero_both_ways_and_ignore_levels():
-    ranks = training_sets.interaction_ranks(X)
-    assert ranks.sum(1) == pytest.approx(0) and ranks.sum(2) == pytest.approx(0)
+def test_the_interaction_ignores_levels_of_training_sets():
     shifted = X * np.array([1, 5, 0.1, 2])[None, :, None] + np.array([0, 100, -3, 8])[None, :, None]
-    assert training_sets.interaction_ranks(shifted) == pytest.approx(ranks)
+    assert training_sets.interaction(shifted, Y) == pytest.approx(training_sets.interaction(X, Y))
 
 
 def test_the_interaction_is_the_correlation_of_what_levels_leave():
@@ -125,8 +123,9 @@ def test_domains_that_move_in_any_case_say_nothing_of_training_sets():
 
 
 def test_noise_is_seldom_significant():
-    p = np.array([[getattr(training_sets, name)(*GENERATOR.normal(size=(2, 1, 3, 5)), resamples=199).p
-                   for name in ("shuffled_within_domains", "shuffled_sets")] for _ in range(200)])
+    found = [training_sets.products(*GENERATOR.normal(size=(2, 1, 3, 5))) for _ in range(200)]
+    p = np.array([[training_sets.shuffled_within_domains(own_DTT, resamples=199).p,
+                   training_sets.shuffled_sets(own_DTT.mean(0)).p] for own_DTT in found])
     assert (p[:, 0] <= 0.1).mean() < 0.17 and (p[:, 1] <= 0.1).mean() == 0  # six orders give no p below 1/6
 
 
