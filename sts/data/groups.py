@@ -127,26 +127,19 @@ def benchmark_questions(names: Sequence[str], held_out: list[Example], questions
     return found
 
 
-def token_chunks(documents: Iterable[list[int]], context: int, limit: int) -> list[list[int]]:
-    """Cut tokenised documents into pieces of at most `context` tokens until `limit` tokens are gathered."""
-    pieces, total = [], 0
-    for document in documents:
-        for start in range(0, len(document), context):
-            piece = document[start:start + context][: limit - total]
-            if len(piece) > 8:
-                pieces.append(piece)
-                total += len(piece)
-            if total >= limit:
-                return pieces
-    return pieces
-
-
 def token_pieces(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Example | str], context: int,
                  tokens: int) -> list[list[int]]:
-    """Token ids of about as many tokens as asked for, in pieces of at most `context` tokens, BOS in front of each."""
-    start = start_ids(tokenizer)  # a position that is not trained on
-    encoded = (document_ids(tokenizer, document) for document in documents)
-    return [[*start, *piece] for piece in token_chunks(encoded, context - len(start), tokens)]
+    """Token ids of as many tokens as asked for, in pieces of at most `context` tokens, BOS in front of each."""
+    start, pieces, total = start_ids(tokenizer), [], 0  # BOS is a position that is not trained on
+    for ids in (document_ids(tokenizer, document) for document in documents):
+        for first in range(0, len(ids), context - len(start)):
+            piece = ids[first:first + context - len(start)][:tokens - total]
+            if len(piece) > 8:
+                pieces.append([*start, *piece])
+                total += len(piece)
+            if total >= tokens:
+                return pieces
+    return pieces
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,8 @@ from sts.errors import ROOT
 
 @dataclass(frozen=True)
 class Example:
-    """One question.
-
-    `options` is empty for an open question, then `answer_index` is -1. `answer` is the right option's text, or the
-    final answer of an open question. `solution` is the worked solution ("" where the data set has none).
-    """
+    """One question; without options an open one, whose `answer_index` is -1. `answer`: the right option's text, or the
+    final answer; `solution`: the worked one, "" where the data set has none."""
 
     example_id: str
     domain: str

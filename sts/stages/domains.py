@@ -1,8 +1,4 @@
-"""Stages of the chapter on training domains: several training sets, the same evaluation domains (Table 1).
-
-Every training set is a run of its own, whose stages are those of the other chapters, stored one by one; a killed
-comparison goes on where it stopped.
-"""
+"""Several training sets, the same evaluation domains (Table 1); every training set is a run of its own."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
-"""Stages of the chapter on ablations: the score with other values of single settings, and what they change.
-
-What was forecast, the absolute change of each domain, stays the same. `sweep_latents` works from stored sums,
-`sweep_settings` reads the domains again for each value, `sweep_saes` with SAEs that `sweep_sae_training` trains on the
-same text; the last two are empty where the run lists no values.
-"""
+"""The score with other values of single settings, beside the same changes of the domains: from stored sums, read again
+for each value, and with SAEs of the sweep's own, trained on the same text; empty where the run lists no values."""
 
 from __future__ import annotations
 

@@ -113,8 +113,7 @@ def generation_after(fresh_lm, sft, benchmarks, demonstrations, eval_max_tokens,
 @stage("parquet", version=3)
 def generation_shift(generation_before, generation_after, bootstrap, seed):
     """Change of the accuracy of generated answers, by benchmark and domain, with intervals and McNemar's test."""
-    before, after = (dict(list(
-        frame.assign(accuracy_generated=100.0 * frame["correct"]).set_index("example_id").groupby("benchmark"))) for
-        frame in (generation_before, generation_after))
-    return pandas.concat([item_shifts(own, after[name], resamples=bootstrap, seed=seed).assign(benchmark=name)
-                          for name, own in before.items()], ignore_index=True)
+    before, after = (frame.assign(accuracy_generated=100.0 * frame["correct"]).set_index(["benchmark", "example_id"])
+                     for frame in (generation_before, generation_after))
+    return pandas.concat([item_shifts(before.loc[name], after.loc[name], resamples=bootstrap, seed=seed).assign(
+        benchmark=name) for name in before.index.unique("benchmark")], ignore_index=True)

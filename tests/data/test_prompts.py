@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
-from sts.data.groups import demonstration_draws, own_questions
+from sts.data.groups import demonstration_draws, own_questions, token_pieces
 from sts.data.load import Example, load_examples, split_options
 from sts.data.prompts import (
     document_ids,
@@ -364,3 +364,10 @@ def test_outer_blanks_of_options_are_neither_shown_nor_scored():
     example = Example("x", "chemistry", "How much?", ("0.1", " 0.2", "0.3 "), 1, " 0.2", "")
     assert question_text(example) == "How much?\n(A) 0.1\n(B) 0.2\n(C) 0.3"
     assert solution_text(example) == "The answer is (B) 0.2."
+
+
+def test_pieces_of_text_respect_context_and_budget(chatml):
+    ids = document_ids(chatml, "one two three " * 400)
+    pieces = token_pieces(chatml, ["one two three " * 400, "never read"], 300, 640)
+    assert [len(piece) for piece in pieces] == [300, 300, 40] and sum(pieces, []) == ids[:640]
+    assert token_pieces(chatml, ["too short", "one two three " * 400], 300, 640) == pieces

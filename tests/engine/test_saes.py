@@ -10,11 +10,9 @@ import torch
 from helpers import topk_sae
 from safetensors.torch import load_file
 
-from sts.data.groups import token_chunks
 from sts.engine import saes
 from sts.engine.sae_quality import reconstruction_quality, spliced_loss
 from sts.engine.sae_training import (
-    SaeTraining,
     collect_activations,
     count_activations,
     save_sae,
@@ -38,8 +36,7 @@ def activations(lm_of, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(activations, tmp_path_factory):
-    sae, curve = train_sae(activations, SaeTraining(d_sae=96, k=12, samples=60_000, batch=512, lr=3e-3),
-                           model_name="llama", layer=0, log_every=10)
+    sae, curve = train_sae(activations, 96, 12, 60_000, batch=512, lr=3e-3, model_name="llama", layer=0, log_every=10)
     folder = tmp_path_factory.mktemp("sae")
     save_sae(sae, folder)
     return folder, curve, sae
@@ -241,13 +238,7 @@ def test_errors_say_what_would_work(lm_of, trained, tmp_path):
     with pytest.raises(StsError, match="no sae_weights.safetensors"):
         saes.load_sae(str(tmp_path))
     with pytest.raises(StsError, match="No activations"):
-        train_sae(tmp_path, SaeTraining(8, 2, 100), model_name="x", layer=0)
-
-
-def test_token_chunks_respect_context_and_budget():
-    pieces = token_chunks(iter([list(range(1000)), list(range(50))]), context=300, limit=640)
-    assert [len(piece) for piece in pieces] == [300, 300, 40]
-    assert pieces[1][0] == 300
+        train_sae(tmp_path, 8, 2, 100, model_name="x", layer=0)
 
 
 def test_the_committed_sae_is_what_its_card_says():
