@@ -20,23 +20,18 @@ from sts.run.settings import Run, available_runs, load_run, read_yaml
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Forecast which domains of a language model move when it is fine-tuned.")
 RunOption = Annotated[str, typer.Option("--run", help="run profile: a name in runs/, or a YAML file")]
-ParameterOption = Annotated[list[str] | None, typer.Option(
-    "-p", "--parameter", metavar="NAME VALUE", help="a setting to change; may be repeated")]
-#: Kind of a stage's result -> what Python gets.
-READS_AS = {"json": "lists and dicts", "parquet": "a pandas DataFrame", "tensors": "a dict of PyTorch tensors",
-            "folder": "the path of a folder"}
+ParameterOption = Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME VALUE",
+                                                           help="a setting to change; may be repeated")]
 
 
 def _values(parameters: list[str] | None) -> dict[str, Any]:
     """NAME=VALUE pairs; a value is read as YAML, so 50 is a number and {a.txt: 100} a mapping."""
-    found = {}
-    for name, _, value in (pair.partition("=") for pair in parameters or []):
-        try:
-            found[name] = read_yaml(value)
-        except yaml.YAMLError as error:
-            raise StsError(f"The value of -p {name} could not be read: {error}") from error
-        if found[name] is None:
-            raise StsError(f"-p {name} has no value. Write for example: -p {name} 1")
+    try:
+        found = {name: read_yaml(value) for name, _, value in (pair.partition("=") for pair in parameters or [])}
+    except yaml.YAMLError as error:
+        raise StsError(f"A value after -p could not be read: {error}") from error
+    for name in (name for name, value in found.items() if value is None):
+        raise StsError(f"-p {name} has no value. Write for example: -p {name} 1")
     return found
 
 
@@ -59,13 +54,10 @@ def run_one(chapter: str, run: RunOption = "laptop", parameter: ParameterOption 
 
 @app.command()
 def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = None,
-          verify: Annotated[bool, typer.Option("--verify", help="compute it again and compare with what is stored; "
-                                                                "exit status 0 if they agree, 1 if not")] = False,
-          tolerance: Annotated[float | None, typer.Option(help="with --verify: largest relative difference of two "
-                                                               "floats that counts as equal")] = None,
-          again: Annotated[bool, typer.Option("--again", help="compute it although it is stored or recorded")] = False,
-          ) -> None:
-    """Compute (or load) the stage NAME and say where its result lies, or verify the stored one."""
+          verify: Annotated[bool, typer.Option("--verify", help="compare; exit status 0 or 1")] = False,
+          tolerance: Annotated[float | None, typer.Option(min=0, help="largest relative difference")] = None,
+          again: Annotated[bool, typer.Option("--again", help="compute it anew")] = False) -> None:
+    """Compute (or load) the stage NAME and say where its result lies, or compare the stored one with a new one."""
     from sts.engine import work as processes
 
     values = _values(parameter)
@@ -74,8 +66,9 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
         from sts.run import verify as verification
 
         found = verification.verify(opened, name, tolerance)
-        print(verification.report(name, found))
-        raise typer.Exit(1 if found.differing else 0)
+        print(f"{name}: computed again from its inputs as stored, it {'differs from' if found else 'agrees with'} the "
+              f"stored result{':' if found else '.'}", *found[:20], sep="\n  ")
+        raise typer.Exit(1 if found else 0)
     if again:
         opened.compute(name)
     opened.get(name)
@@ -83,8 +76,7 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
     if processes.is_main():
         record, arguments = opened.provenance(name), "".join(f", {key}={value!r}" for key, value in values.items())
         print(f"{name} [{opened.key(name)}], computed {record['finished']} in {record['seconds']} s")
-        print(f"In Python: import sts; {name} = sts.open_run({run!r}{arguments}).get({name!r})  "
-              f"# {READS_AS[opened.spec(name).kind]}")
+        print(f"In Python: import sts; {name} = sts.open_run({run!r}{arguments}).get({name!r})")
         print(opened.find(name))
 
 
@@ -127,8 +119,6 @@ def doctor() -> None:
             row(False, package, "pip install -c constraints.txt -e '.[book,test]'")
     gpu = torch.cuda.is_available()
     row(gpu or None, "GPU", torch.cuda.get_device_name() if gpu else f"none; {torch.get_num_threads()} CPU threads")
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    row(bool(browser), "browser for tests", browser or "apt-get install chromium; needed by `make test` only")
     print("Models")
     for name, packaged in PACKAGED.items():
         try:

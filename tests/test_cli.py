@@ -120,11 +120,11 @@ def test_verify_compares_and_says_so_by_its_exit_status(sts, echo):
     arguments = ("stage", "echo", "--run", "smoke", "-p", "seed", "7")
     assert sts(*arguments)[0] == 0
     code, output, _ = sts(*arguments, "--verify")
-    assert code == 0 and "agrees with the stored result" in output and "tolerance 1e-06" in output
+    assert code == 0 and "agrees with the stored result" in output
     own = STAGES["echo"]
     STAGES["echo"] = replace(own, compute=lambda **values: own.compute(**values) | {"seed": 8})
     code, output, _ = sts(*arguments, "--verify", "--tolerance", "0.5")
-    assert code == 1 and "First difference: seed: stored 7, computed 8" in output and "tolerance 0.5" in output
+    assert code == 1 and "differs from the stored result:\n  seed: stored 7, computed 8\n" in output
     assert echoed(sts(*arguments)[1])["seed"] == 7
 
 

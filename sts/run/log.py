@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, suppress
+from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
@@ -22,52 +23,38 @@ PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math
 class Reporter:
     """One stage's progress: call it with a fraction between 0 and 1. `work` counts what the stage runs.
 
-    A terminal shows one line that is rewritten; a file gets one at start and end and each minute. STS_PROGRESS names
-    the terminal or file for a notebook's kernel, whose own output belongs to the page.
-
-    Args:
-        shown: whether anyone is told; of several processes at one stage, one does.
+    A terminal, STS_PROGRESS or the process's own, shows one line that is rewritten; a file gets one a minute. Nobody is
+    told unless `shown`: of several processes at one stage, one reports.
     """
 
     def __init__(self, stage: str, *, shown: bool = True):
-        self.stage, self.shown, self.work = stage, shown, Work()
-        self.started = self.last = time.monotonic()
-        self._say("started")
+        self.stage, self.shown, self.work, self.started = stage, shown, Work(), time.monotonic()
+        self.terminal = bool(os.environ.get("STS_PROGRESS")) or os.isatty(2)
+        self._tell("started")
 
     def __call__(self, fraction: float) -> None:
-        if fraction > 0:
-            left = (time.monotonic() - self.started) * (1 - fraction) / fraction
-            self._say(f"{fraction:.0%}, {duration(left)} left", every=60)
+        now = time.monotonic()
+        if fraction > 0 and now - self.told > (1 if self.terminal else 60):
+            left = (now - self.started) * (1 - fraction) / fraction
+            self._tell(f"{fraction:.0%}, {timedelta(seconds=round(left))} left")
 
     def done(self) -> float:
         """Say that the stage is finished; returns its seconds."""
         seconds = time.monotonic() - self.started
-        self._say(f"done in {duration(seconds)}", end="\n")
+        self._tell(f"done in {timedelta(seconds=round(seconds))}", "\n")
         return seconds
 
-    def _say(self, said: str, *, every: int = 0, end: str = "") -> None:
-        """Tell it, to a terminal once a second at most, elsewhere `every` so many seconds."""
-        waited, target = time.monotonic() - self.last, os.environ.get("STS_PROGRESS")
-        if not self.shown or waited < min(every, 1):
-            return
-        with suppress(OSError), open(target, "a") if target else nullcontext(sys.__stderr__) as stream:
-            if stream and (stream.isatty() or waited >= every):
-                self.last = time.monotonic()
-                stream.write(f"\r\x1b[K  {self.stage}: {said}{end}" if stream.isatty() else f"  {self.stage}: {said}\n")
-                stream.flush()
+    def _tell(self, said: str, end: str = "") -> None:
+        self.told, target = time.monotonic(), os.environ.get("STS_PROGRESS")
+        start, end = ("\r\x1b[K", end) if self.terminal else ("", "\n")
+        if self.shown:
+            with suppress(OSError), open(target, "a") if target else nullcontext(sys.__stderr__) as stream:
+                print(f"{start}  {self.stage}: {said}", end=end, file=stream, flush=True)
 
 
 def terminal() -> str:
     """The path under which a child process finds this one's terminal; the null device without one."""
     return os.ttyname(2) if os.isatty(2) else os.devnull
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 8 s, 3 min 05 s, 2 h 10 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -83,7 +70,6 @@ def environment(device: str) -> dict[str, Any]:
 def _commit() -> str:
     """The repository's commit, with "+changes" if files differ from it; "" outside git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return ""

@@ -1,8 +1,6 @@
 """Recorded results: small files in data/recorded/<run>/ from which pages render without model, data or hours.
 
-`record` copies what runs have stored. Texts of data sets, weights and large sums are left out; the provenance of what
-is left out is recorded all the same, as keys rest on it. `recorded_key` finds a stage's key by that provenance where
-the model or the data are missing.
+Texts of data sets, weights and large sums are left out; of these the provenance is recorded, as keys rest on it.
 """
 
 from __future__ import annotations
@@ -16,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 from sts.errors import StsError
 from sts.run.resources import MADE_OF_KEYS, drawn, seeds_of, trainings_of
 from sts.run.stage import STAGES, Stage
-from sts.run.store import PROVENANCE, Store, beside, read
+from sts.run.store import PROVENANCE, Store, read
 
 if TYPE_CHECKING:
     from sts.run.run import OpenRun
 
 #: What stands for a token, and for a text, that is not recorded.
 BLANK, NO_TEXT = "□", "(texts of data sets are not recorded; compute this stage to read it)"
-#: Most a recorded run may take up, in bytes.
-LIMIT = 10_000_000
 #: Of a folder, this file alone is recorded: weights are large.
 KEPT_OF_FOLDERS = "training.json"
 
@@ -51,8 +47,7 @@ def _sums(variant: str) -> Callable[[Mapping], dict]:
     def kept(sums: Mapping) -> dict:
         from sts.measure.score import sums_of
 
-        return {field: value for field, value in sums.items()
-                if field.rpartition("/")[2] in ("tokens", *sums_of(variant))}
+        return {name: own for name, own in sums.items() if name.rpartition("/")[2] in ("tokens", *sums_of(variant))}
     return kept
 
 
@@ -67,8 +62,8 @@ CHANGED: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
 
 
 def as_recorded(name: str, kind: str, value: Any, scratch: Path) -> Any:
-    """What is recorded of a stage's result, as `store.read` gives it: no texts and large sums, tensors as 32-bit
-    floats; of a folder one file, copied to the folder `scratch`; None for nothing."""
+    """What is recorded of a result, as `store.read` gives it: tensors as 32-bit floats, of a folder one file, copied to
+    the folder `scratch`; None for nothing."""
     if name in CHANGED:
         change = CHANGED[name][1]
         value = change(value) if change else None
@@ -91,16 +86,11 @@ def _withheld(name: str, kind: str, one: OpenRun, run: OpenRun) -> tuple[str, bo
 
 
 def record(run: OpenRun, target: Path) -> list[str]:
-    """Copy the run's stored results to `target`, those of its further seeds as well; sums of tensors as 32-bit floats.
+    """Copy the run's stored results to `target`, those of its further seeds as well; the names with keys, sorted.
 
     Of the further training sets, provenance alone is recorded; stage `training_matrix` holds what is made of them.
-    Results in `target` that the run no longer asks for, or of stages that are no more, are removed.
-
-    Returns:
-        The names with keys of what was recorded, sorted.
-
-    Raises:
-        StsError: nothing is stored, or the folder would take up more than `LIMIT`.
+    Results in `target` that the run no longer asks for, or of stages that are no more, are removed. `StsError` where
+    nothing is stored.
     """
     own, copy, others = Store(run.store.folder), Store(target), trainings_of(run)
     known = [one for one in others if one is run or one.known("sft_train")]
@@ -109,35 +99,20 @@ def record(run: OpenRun, target: Path) -> list[str]:
     found = {label: each for label, each in asked.items() if own.find(*each[0])}
     if not found:
         raise StsError(f"Run {run.settings.name!r} has no results in {own.folder}; compute some first.")
-    target.mkdir(parents=True, exist_ok=True)
+    for path in target.iterdir() if target.is_dir() else ():
+        # While a training set cannot be read, what it asks for is not known.
+        if (label := path.name.partition(".")[0]) in found or (label not in asked and len(known) == len(others)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for (name, key, kind), one in found.values():
         provenance = own.provenance(name, key, kind) | {"drawn": drawn(one.settings, STAGES[name].inputs)}
-        del provenance["checksum"]
         why, nothing = _withheld(name, kind, one, run)
         if why:
             provenance["withheld"] = why
-        (stored, *_), (path, *_) = (store.paths(name, key, kind) for store in (own, copy))
-        value = None if nothing else as_recorded(name, kind, read(stored, kind), copy.scratch(name, key))
-        _remove(path)
-        if value is None:
-            beside(path).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
-        else:
-            copy.write(name, key, kind, value, provenance)
-    for path in target.iterdir():  # while a training set cannot be read, what it asks for is not known
-        stale = path.name.partition(".")[0] not in asked and len(known) == len(others)
-        if stale or path.name == "unfinished":
-            _remove(path)
-    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    if size > LIMIT:
-        raise StsError(f"{target} takes up {size / 1e6:.1f} MB; at most {LIMIT / 1e6:.0f} MB are recorded. Leave "
-                       "stages out in sts.run.recorded.CHANGED.")
+        scratch, stored = copy.scratch(name, key), own.paths(name, key, kind)[0]
+        value = None if nothing else as_recorded(name, kind, read(stored, kind), scratch)
+        copy.write(name, key, kind, value, provenance)
+    shutil.rmtree(target / "unfinished")
     return sorted(found)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
 
 
 def provenances(folders: Sequence[Path], name: str) -> list[dict[str, Any]]:
@@ -150,14 +125,13 @@ def recorded_key(records: Iterable[Mapping[str, Any]], spec: Stage, uses: Mappin
                  inputs: Mapping[str, str | None], drawn: Mapping[str, Any]) -> str | None:
     """The key of a recorded result with these settings and needs; None if there is none.
 
-    For where an input's own digest cannot be worked out (None), as model or data are not here. Then the settings that
-    decide it must be those of the record (`resources.drawn`); what is known must be equal, and what is made of other
-    stages' keys must be known.
+    Where an input's digest is not known (None), the settings that decide it must be those of the record
+    (`resources.drawn`). What is known must be equal, and what is made of other stages' keys must be known.
     """
     for found in records:
-        same = (found["version"], found["settings"], found["needs"]) == (spec.version, uses, needs)
-        if same and found.get("drawn", {}) == drawn and found["inputs"].keys() == inputs.keys() and all(
-                inputs[what] == value or (inputs[what] is None and what not in MADE_OF_KEYS)
+        if (found["version"], found["settings"], found["needs"], found.get("drawn", {}), found["inputs"].keys()) == (
+                spec.version, uses, needs, drawn, inputs.keys()) and all(
+                inputs[what] in (value, None if what not in MADE_OF_KEYS else value)
                 for what, value in found["inputs"].items()):
             return found["key"]
     return None

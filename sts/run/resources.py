@@ -1,7 +1,7 @@
 """What stages are handed besides results and settings: models, the SAE, examples, prompts, other seeds.
 
-Each is one function of an open run; `RESOURCES` says what it brings into a key. What a run reads from outside (an
-*input*) is known by a digest. What imports torch is imported where it is used: keys and records take a second.
+Each is one function of an open run; `RESOURCES` says what it brings into a key. An *input*, which is read from outside,
+is known by a digest. What imports torch is imported where it is used: keys and records take a second.
 """
 
 from __future__ import annotations
@@ -51,10 +51,15 @@ def drawn(settings: Run, inputs: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(settings, name) for what in inputs if what in DRAWN for name in INPUTS[what][0]}
 
 
-# --- models
+def fresh_lm(run):
+    """A function of a dtype ("" for the run's own) that loads a copy of the model, for stages that change it."""
+    def fresh(dtype: str = ""):
+        from sts.engine.models import load_model
 
-def tokenizer(run):
-    return lm(run).tokenizer
+        own, cache = run.settings, run.results / "models"
+        return load_model(own.model, revision=own.model_revision, dtype=dtype or own.dtype, device=run.device,
+                          cache=cache)
+    return fresh
 
 
 def lm(run):
@@ -62,17 +67,8 @@ def lm(run):
     return run.once("model", (*_MODEL, "dtype", "device"), fresh_lm(run))
 
 
-def fresh_lm(run):
-    """A function of a dtype ("" for the run's own) that loads a copy of the model, for stages that change it."""
-    def loaded(dtype: str = ""):
-        from sts.engine.models import check_layer, load_model
-
-        own = run.settings
-        found = load_model(own.model, revision=own.model_revision, dtype=dtype or own.dtype, device=run.device,
-                           cache=run.results / "models")
-        check_layer(found.model, own.layer)
-        return found
-    return loaded
+def tokenizer(run):
+    return lm(run).tokenizer
 
 
 def tuned(run):
@@ -83,11 +79,16 @@ def tuned(run):
 
 
 def reader(run):
-    """The run's SAE, checked to fit the model and the layer."""
+    """The run's SAE, trained first where the run says so, and checked to fit the model and the layer."""
     from sts.engine.saes import check_fits, load_sae
     from sts.measure.score import check_top_n
 
-    name, own = sae_name(run), run.settings
+    own = run.settings
+    folder = run.get("sae") if own.sae == "train" else None
+    if folder and not (folder / "cfg.json").is_file():
+        raise StsError(f"{folder.name} was recorded without its weights. To train it here: sts stage sae --again, with "
+                       "the same run and parameters.")
+    name = str(folder or own.sae)
     found = run.once("SAE", ("fold_norms", "sae_dtype", "device"), lambda: load_sae(
         name, device=run.device, dtype=own.sae_dtype, fold_norms=own.fold_norms), name)
     check_fits(found, lm(run), own.layer)
@@ -95,26 +96,11 @@ def reader(run):
     return found
 
 
-def sae_name(run: OpenRun) -> str:
-    """What `engine.saes.load_sae` takes, trained first where the run says so; `StsError` without recorded weights."""
-    from sts.engine.saes import sae_folder
-
-    if run.settings.sae != "train":
-        return str(sae_folder(run.settings.sae) or run.settings.sae)
-    folder = run.get("sae")
-    if not (folder / "cfg.json").is_file():
-        raise StsError(f"{folder.name} was recorded without its weights. To train it here: sts stage sae --again, with "
-                       "the same run and parameters.")
-    return str(folder)
-
-
 def masks(run):
     from sts.engine.extract import Masks
 
     return Masks(run.settings.question_tokens_only, run.settings.drop_first_positions, run.settings.outlier_norm)
 
-
-# --- examples and prompts
 
 def _training_set(run) -> tuple[list, list]:
     own = run.settings
@@ -159,7 +145,7 @@ def texts(run):
 
 
 def sae_texts(run):
-    """The text that SAEs are trained on: `.pieces(tokens, seed)` gives token ids, (train, held out)."""
+    """The text that SAEs are trained on."""
     return groups.SaeTexts(run.settings.sae_text, lm(run).tokenizer, run.settings.context)
 
 
@@ -178,21 +164,17 @@ def benchmarks(run):
 
 def shift_groups(run):
     """Questions of the training set behind each draw of demonstrations."""
-    own, model = run.settings, lm(run)
-    return groups.training_groups(
-        model.tokenizer, train(run), own.shift_demonstrations, own.demonstration_draws, tokens=own.shift_tokens,
-        seed=own.seed, name=own.sft_data)
+    own = run.settings
+    return groups.training_groups(tokenizer(run), train(run), own.shift_demonstrations, own.demonstration_draws,
+                                  tokens=own.shift_tokens, seed=own.seed, name=own.sft_data)
 
 
 def domain_groups(run):
     """Domain -> its questions behind each draw of demonstrations from the same domain."""
-    own, model = run.settings, lm(run)
-    return groups.groups_of_domains(
-        model.tokenizer, questions(run), examples_set_aside(run), own.demonstrations, own.demonstration_draws,
-        tokens=own.score_tokens, seed=own.seed)
+    own = run.settings
+    return groups.groups_of_domains(tokenizer(run), questions(run), examples_set_aside(run), own.demonstrations,
+                                    own.demonstration_draws, tokens=own.score_tokens, seed=own.seed)
 
-
-# --- other seeds and training sets
 
 def _other(run: OpenRun, **changes: Any) -> OpenRun:
     """The run with another seed or training set, which has no others of its own."""
@@ -237,14 +219,13 @@ RESOURCES.update({
                               ("training_sets",))})
 
 
-# --- what is read, by digest
-
 def identity(run: OpenRun, what: str) -> str:
     """A digest of something that a stage reads from outside; `StsError` if it is not here."""
     if what == "sae":
         from sts.engine.saes import sae_identity
 
-        return f"trained:{run.key('sae')}" if run.settings.sae == "train" else sae_identity(sae_name(run))
+        own = run.settings.sae
+        return f"trained:{run.key('sae')}" if own == "train" else sae_identity(own)
     if what in MADE_OF_KEYS:
         others, names = (seeds_of(run)[1:], EVERY_SEED) if what == "seeds" else (trainings_of(run), EVERY_SET)
         keys = [one.key(name) for one in others for name in names]

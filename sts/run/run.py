@@ -30,12 +30,8 @@ def results_folder() -> Path:
 
 
 class OpenRun:
-    """A run profile with its store, models and data, loaded when first needed.
-
-    Attributes:
-        changed: settings that differ from the profile's own, for the page to say so.
-        used: names of the stages asked for so far and of all that they rest on, each after what it needs.
-    """
+    """A run profile with its store, models and data, loaded when first needed. `changed` holds settings that differ
+    from the profile's own; `used` names the stages asked for and all that they rest on, each after what it needs."""
 
     def __init__(self, settings: Run, *, results: Path | None = None, store: Store | None = None):
         self.settings, self.results = settings, Path(results) if results else results_folder()
@@ -185,8 +181,7 @@ class OpenRun:
     def compute(self, name: str, *, again: bool = True) -> Path:
         """Compute the stage, and first what it needs and is not there; the path of the result, which is stored.
 
-        Of two processes at one stage the second waits for the first, and takes its result unless told to compute it
-        `again`. `StsError` if several processes were launched for a stage that one computes.
+        Of two processes the second waits for the first, and takes its result unless told to compute it `again`.
         """
         from sts.engine import work as processes
 
@@ -196,8 +191,9 @@ class OpenRun:
         if not self._computes:
             raise StsError(f"Stage {name!r} of run {self.settings.name!r} is not there.")
         if processes.count() > 1 and not spec.parallel:
-            raise StsError(f"Stage {name!r} runs in one process and {processes.count()} were launched; several compute "
-                           f"only: {', '.join(one.name for one in STAGES.values() if one.parallel)}.")
+            several = ", ".join(one.name for one in STAGES.values() if one.parallel)
+            raise StsError(f"Stage {name!r} runs in one process and {processes.count()} were launched. Several "
+                           f"processes compute these stages: {several}.")
         for need in self.needs(name):
             if not self.stored(need):
                 self.get(need)
@@ -220,8 +216,7 @@ class OpenRun:
                 together.wait_for_everyone()
         self._memory.pop(("result", name, key), None)
         if not (found := self.find(name)):
-            raise StsError(f"Stage {name!r} was computed and is not in {self.store.folder}. Machines that compute "
-                           "together must share the folder for results (STS_RESULTS).")
+            raise StsError(f"Stage {name!r} is not in {self.store.folder}, which machines must share (STS_RESULTS).")
         return found
 
     def _beyond_recorded(self, name: str, error: StsError) -> StsError:
@@ -229,7 +224,7 @@ class OpenRun:
         if "is not recorded" in str(error) or not any(folder.is_dir() for folder in self.store.recorded):
             return error
         shown = ", ".join(f"{key} = {value}" for key, value in self.changed.items() if value not in ([], None))
-        return StsError(f"Of run {self.settings.name!r}, the result of stage {name!r}{' with ' if shown else ''}{shown} "
+        return StsError(f"Of run {self.settings.name!r}, the result of stage {name!r}{' with ' * bool(shown)}{shown} "
                         f"is not recorded, or not whole; computing it needs the model and the data. {error}")
 
 

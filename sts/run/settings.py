@@ -1,8 +1,4 @@
-"""Run profiles: one flat YAML file of settings, validated and frozen.
-
-Every setting may be overridden from a notebook, from `sts run CHAPTER -p KEY VALUE` or from Python. An unknown key, a
-wrong type or an impossible value is an error that names the key.
-"""
+"""Run profiles: one flat YAML file of settings, validated and frozen; each may be overridden."""
 
 from __future__ import annotations
 
@@ -15,34 +11,24 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
-from sts.data.sources import CORPORA, GENERATED, SOURCES
+from sts.data.sources import GENERATED, SOURCES
 from sts.errors import ROOT, StsError, one_of
 
 
-def _different(values: list) -> list:
-    if len(set(values)) < len(values):
-        raise ValueError(f"{values} names a value twice")
-    return values
-
-
 def _question_sets(names: str) -> str:
-    for name in _different(names.split("+")):
-        if name not in SOURCES and name not in GENERATED:
-            raise ValueError(one_of("data set", name, [*SOURCES, *GENERATED]))
+    parts, known = names.split("+"), (*SOURCES, *GENERATED)
+    if unknown := [name for name in parts if name not in known]:
+        raise ValueError(one_of("data set", unknown[0], known))
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"{names!r} names a set twice")
     return names
-
-
-def _text(name: str) -> str:
-    if not name.endswith((".txt", ".jsonl")) and name.partition(":")[0] not in (*SOURCES, *GENERATED, *CORPORA):
-        raise ValueError(f"{name!r} is no corpus ({', '.join(CORPORA)}), question set or text file")
-    return name
 
 
 def _located(name: str, info: ValidationInfo) -> str:
     """The absolute path of a model, an SAE or a text that lies in the folder of its setting; else the name."""
-    folder = (info.context or {}).get(info.field_name)
+    folder: Path | None = (info.context or {}).get(info.field_name)
     there = folder and any((folder / name / mark).is_file() for mark in ("", "config.json", "cfg.json"))
-    return os.path.abspath(folder / name) if there else name
+    return os.path.abspath(folder / name) if folder and there else name
 
 
 def _is(meaning: str, default: Any = ..., **limits: Any) -> Any:
@@ -53,11 +39,8 @@ def _is(meaning: str, default: Any = ..., **limits: Any) -> Any:
 Index = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
-Indices = Annotated[list[Index], AfterValidator(_different)]
-Counts = Annotated[list[Count], AfterValidator(_different)]
 QuestionSet = Annotated[str, AfterValidator(_question_sets)]
 Located = Annotated[str, AfterValidator(_located)]
-Text = Annotated[Located, AfterValidator(_text)]
 Mask = Literal["whole_prompt", "first_positions", "outliers", "none"]
 
 
@@ -80,7 +63,7 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     sae: Located = _is("folder in sae-lens format, release/sae_id of its registry, or 'train'")
     sae_dtype: Literal["float32", "bfloat16"] = _is("precision in which the SAE encodes", "float32")
     fold_norms: bool = _is("scale latents so that decoder norms are one", True)
-    sae_text: dict[Text, Count] = _is("text to train on: data set, corpus or file -> tokens", {})
+    sae_text: dict[Located, Count] = _is("text to train on: data set, corpus or file -> tokens", {})
     sae_latents: Count = _is("width of the SAE to train", 4608)
     sae_k: Count = _is("active latents per token (TopK)", 32)
     sae_samples: Count = _is("training samples, repeats counted", 6_000_000)
@@ -114,10 +97,10 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     # how well demonstrations foresee training, zeroing
     overlap_draws: Count = _is("sets of demonstrations behind which the shift is estimated one by one", 4)
     overlap_tokens: Count = _is("question tokens behind each of those sets, at most", 2_000)
-    overlap_demonstrations: Counts = _is("numbers of demonstrations to compare", [1, 2, 4, 8], min_length=1)
+    overlap_demonstrations: list[Count] = _is("numbers of demonstrations to compare", [1, 2, 4, 8], min_length=1)
     ablation_model: Literal["tuned", "base"] = _is("model whose latents are zeroed", "tuned")
     ablation_examples: Count = _is("held-out training-domain problems scored with latents zeroed", 16)
-    ablation_latents: Counts = _is("numbers of latents to zero", [10, 100, 500], min_length=1)
+    ablation_latents: list[Count] = _is("numbers of latents to zero", [10, 100, 500], min_length=1)
     ablation_draws: int = _is("random sets of latents of each kind and number", 5, ge=2)
     # fine-tuning
     sft_examples: Count = _is("training examples", 300)
@@ -142,24 +125,24 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     eval_backend: Literal["hf", "vllm"] = _is("what generates answers: transformers, or vLLM", "hf")
     eval_tensor_parallel: Count = _is("GPUs that vLLM splits one copy of the model over", 1)
     # further runs, resampling
-    seeds: Indices = _is("seeds of further runs to compare with; all but the SAE is done again for each", [])
+    seeds: list[Index] = _is("seeds of further runs to compare with; all but the SAE is done again for each", [])
     training_sets: list[QuestionSet] = _is("further values of sft_data; all but the SAE is done again for each", [])
-    training_seeds: Indices = _is("further seeds at which training sets are compared, sft_data among them", [])
+    training_seeds: list[Index] = _is("further seeds at which training sets are compared, sft_data among them", [])
     bootstrap: int = _is("bootstrap resamples", 5000, ge=100)
     permutations: int = _is("Monte Carlo permutations where exact ones are too many", 100_000, ge=100)
     baseline_draws: int = _is("random sets of latents of each kind, and shuffled targets of the probes", 500, ge=19)
     # sweeps
-    sweep_seeds: Indices | None = _is("those of `seeds` that the ablations are repeated at; by default all", None)
+    sweep_seeds: list[Index] | None = _is("those of `seeds` that the ablations are repeated at; by default all", None)
     sweep_bands: Count = _is("rank bands of top_n latents each that are scored by themselves", 5)
-    sweep_top_n: Counts = _is("other numbers of latents N, as far as the SAE has so many", [10, 30, 100, 300, 1000])
-    sweep_demonstrations: Counts = _is("other numbers of worked examples before a domain's question", [])
-    sweep_shift_demonstrations: Counts = _is("other numbers of them before an SFT question", [])
-    sweep_tokens: Counts = _is("other values of score_tokens", [])
-    sweep_shift_tokens: Counts = _is("other values of shift_tokens", [])
+    sweep_top_n: list[Count] = _is("other numbers N of latents, as far as the SAE has them", [10, 30, 100, 300, 1000])
+    sweep_demonstrations: list[Count] = _is("other numbers of worked examples before a domain's question", [])
+    sweep_shift_demonstrations: list[Count] = _is("other numbers of them before an SFT question", [])
+    sweep_tokens: list[Count] = _is("other values of score_tokens", [])
+    sweep_shift_tokens: list[Count] = _is("other values of shift_tokens", [])
     sweep_masks: list[Mask] = _is("masks to switch off; none: all of them", [])
-    sweep_widths: Counts = _is("widths of SAEs to train beside sae_latents", [])
-    sweep_layers: Indices = _is("layers to train SAEs at beside layer", [])
-    sweep_k: Counts = _is("active latents per token of SAEs to train beside sae_k", [])
+    sweep_widths: list[Count] = _is("widths of SAEs to train beside sae_latents", [])
+    sweep_layers: list[Index] = _is("layers to train SAEs at beside layer", [])
+    sweep_k: list[Count] = _is("active latents per token of SAEs to train beside sae_k", [])
     sweep_sae_samples: Count = _is("training samples of each SAE of the sweep", 600_000)
     sweep_text_tokens: int = _is("tokens that they train on, sae_text's sources in proportion", 400_000, ge=1000)
 
@@ -184,11 +167,12 @@ class _Loader(yaml.SafeLoader):
     """YAML that reads 4e-4 as a number (YAML 1.1 alone takes it for a word), and in which no key stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:  # PyYAML would keep the last and say nothing
-                raise yaml.constructor.ConstructorError(problem=f"key {key!r} stands twice; keep one of them",
-                                                        problem_mark=node.value[place][0].start_mark)
+        seen = []
+        for key, _ in node.value:
+            if key.value in seen:  # PyYAML would keep the last and say nothing
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice; keep one of them",
+                                           problem_mark=key.start_mark)
+            seen.append(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -207,36 +191,30 @@ def available_runs() -> list[str]:
 
 
 def load_run(run: str | Run = "laptop", overrides: Mapping[str, Any] | None = None) -> Run:
-    """Read a run profile and apply overrides.
+    """A run profile, a name in runs/ or the path of a YAML file, or a `Run`, with overrides, key -> value.
 
-    Args:
-        run: a name in runs/, the path of a YAML file, or a `Run`. Paths in a file are relative to it.
-        overrides: key -> value. Paths among them are relative to the working directory.
-
-    Raises:
-        StsError: no such profile, an unknown key, a wrong type or an impossible value; names the key.
+    Paths in a file are relative to it, those among the overrides to the working directory. `StsError` for no such
+    profile, an unknown key, a wrong type or an impossible value; it names the key.
     """
-    folder, settings = (None, run.model_dump()) if isinstance(run, Run) else _profile(run)
-    changes = dict(overrides or {})
-    folders = dict.fromkeys(settings, folder) | dict.fromkeys(changes, Path())
+    folder, changes = None, dict(overrides or {})
+    if isinstance(run, Run):
+        settings = run.model_dump()
+    else:
+        path = Path(run).expanduser() if run.endswith((".yaml", ".yml")) else ROOT / "runs" / f"{run}.yaml"
+        if not path.is_file():
+            raise one_of("Run profile or YAML file", run, available_runs())
+        try:
+            written = read_yaml(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise StsError(f"{path.name} is not valid YAML in UTF-8: {error}") from error
+        if not isinstance(written, dict):
+            raise StsError(f"{path.name} must hold `key: value` lines.")
+        folder, settings = path.parent, {"name": path.stem, **written}
     try:
-        return Run.model_validate(settings | changes, context=folders)
+        return Run.model_validate(settings | changes,
+                                  context=dict.fromkeys(settings, folder) | dict.fromkeys(changes, Path()))
     except ValidationError as error:
         raise StsError("\n".join(_explain(problem) for problem in error.errors())) from error
-
-
-def _profile(run: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of a profile, and what it says."""
-    path = Path(run).expanduser() if run.endswith((".yaml", ".yml")) else ROOT / "runs" / f"{run}.yaml"
-    if not path.is_file():
-        raise one_of("Run profile or YAML file", run, available_runs())
-    try:
-        settings = read_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StsError(f"{path.name} is not valid YAML in UTF-8: {error}") from error
-    if not isinstance(settings, dict):
-        raise StsError(f"{path.name} must hold `key: value` lines.")
-    return path.parent, {"name": path.stem, **settings}
 
 
 def _explain(problem: Any) -> str:

@@ -20,13 +20,12 @@ if TYPE_CHECKING:
     from sts.run.run import OpenRun
 
 #: Handed to whoever asks, and part of no key: they change how a result is computed, not what it means.
-NEVER = frozenset({"report", "work", "passes", "scratch", "device", "tokens_per_batch", "variant"})
+NEVER = frozenset({"report", "work", "passes", "scratch", "device", "variant"})
 
 
 @dataclass(frozen=True)
 class Resource:
-    """Something a stage is handed that is neither stage nor setting: its value, of an open run, and what it brings into
-    the key: settings, digests of what is read, stages."""
+    """What a stage is handed that is neither stage nor setting, and what that brings into a key."""
 
     make: Callable[[Any], Any]
     uses: tuple[str, ...] = ()
@@ -60,20 +59,20 @@ def stage(kind: str, *, version: int = 1, also: tuple[str, ...] = (), inputs_wit
     Args:
         kind: how the result is stored: json, parquet, tensors or folder.
         version: raise it when the meaning of the result changes.
-        also, inputs_without: names to add to what the signature says, inputs to leave out of it, for keys recorded
-            before signatures were declarations, and for stages that are read of other seeds alone.
+        also, inputs_without: names to add to what the signature says, inputs to leave out of it.
         parallel: whether all processes of an `accelerate launch` compute it together; the main one's is stored.
     """
     def register(function: Callable) -> Callable:
-        name, parameters = function.__name__, tuple(inspect.signature(function).parameters)
-        asked = {*parameters, *also} - NEVER
-        own = [RESOURCES[one] for one in asked if one in RESOURCES]
-        uses = {one for one in asked if one in Run.model_fields and one not in ("sae", *RESOURCES)}
-        needs = asked - uses - RESOURCES.keys()
-        STAGES[name] = Stage(
-            name, function, kind, parameters, tuple(sorted(uses.union(*(one.uses for one in own)))),
-            tuple(sorted(needs.union(*(one.needs for one in own)))),
-            tuple(sorted(set().union(*(one.inputs for one in own)) - {*inputs_without})), version, parallel)
+        parameters = tuple(inspect.signature(function).parameters)
+        uses, needs, inputs = set(), set(), set()
+        for name in {*parameters, *also} - NEVER:
+            if own := RESOURCES.get(name):
+                uses, needs, inputs = uses | {*own.uses}, needs | {*own.needs}, inputs | {*own.inputs}
+            else:
+                (uses if name in Run.model_fields and name != "sae" else needs).add(name)
+        uses, needs, inputs = (tuple(sorted(own)) for own in (uses, needs, inputs - {*inputs_without}))
+        STAGES[function.__name__] = Stage(function.__name__, function, kind, parameters, uses, needs, inputs, version,
+                                          parallel)
         return function
     return register
 
@@ -96,8 +95,7 @@ def steps(items: Iterable, report: Callable[[float], None]) -> Iterator[tuple[An
 def values(run: OpenRun, spec: Stage, report: Reporter) -> dict[str, Any]:
     """The values of a stage's parameters."""
     own = {"report": report, "work": report.work, "device": run.device, "variant": run.variant,
-           "passes": {"tokens_per_batch": run.settings.tokens_per_batch, "work": report.work},
-           "tokens_per_batch": run.settings.tokens_per_batch}
+           "passes": {"tokens_per_batch": run.settings.tokens_per_batch, "work": report.work}}
 
     def value(name: str) -> Any:
         if name == "scratch":

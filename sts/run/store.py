@@ -1,8 +1,7 @@
 """Where stage results live: one small file each, written atomically, checksummed, with its provenance beside it.
 
 A result is `json` (plain values), `parquet` (a pandas frame), `tensors` (a dict of torch tensors) or `folder` (files
-that the stage wrote itself), and lies in `<stage>-<key>.<ext>`; beside it, `.provenance.json` holds its checksum. One
-whose checksum does not match counts as missing and is computed again.
+that the stage wrote itself). One whose checksum does not match counts as missing and is computed again.
 """
 
 from __future__ import annotations
@@ -51,45 +50,45 @@ class Store:
 
     @contextmanager
     def lease(self, stage: str, key: str) -> Iterator[None]:
-        """While it is held, no other process computes this result; a second one waits until it is given back.
+        """While it is held, another process that would compute this result waits.
 
         The lock is the operating system's own: that of a process that died is free at once.
         """
-        path = self.folder / "unfinished" / f"{stage}-{key}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self.scratch(stage, key).with_suffix(".lock")
         with FileLock(path):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)  # who waits for it sees that, and makes it anew
+            yield
+            path.unlink(missing_ok=True)  # who waits for it sees that, and makes it anew
 
     def write(self, stage: str, key: str, kind: str, value: Any, provenance: dict[str, Any]) -> Path:
-        """Store a result, of kind `folder` the folder to move into place; to temporary names, then renamed."""
+        """Store a result, of kind `folder` the folder to move into place; of None, the provenance alone.
+
+        To temporary names, then renamed: killed between the two, the checksum does not match.
+        """
         path = self.paths(stage, key, kind)[0]
         self.folder.mkdir(parents=True, exist_ok=True)
         note, new = (path.with_name(f".{path.name}.{os.getpid()}.{part}") for part in ("note", "new"))
         if kind == "folder":
             new = value
-        else:
+        elif value is not None:
             _dump(value, kind, new)
-        record = {**provenance, "checksum": checksum(new)}
+        record = {**provenance, "checksum": None if value is None else checksum(new)}
         note.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-        os.replace(note, beside(path))  # killed behind this line, the checksum does not match
+        os.replace(note, _beside(path))
         if path.is_dir():  # a folder cannot be renamed over another one
             shutil.rmtree(path)
-        os.replace(new, path)
+        if value is not None:
+            os.replace(new, path)
         shutil.rmtree(self.folder / "unfinished" / f"{stage}-{key}", ignore_errors=True)
         return path
 
 
-def beside(path: Path) -> Path:
-    """Where the provenance of a result lies."""
+def _beside(path: Path) -> Path:
     return path.with_name(path.name + PROVENANCE)
 
 
 def _note(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(beside(path).read_text(encoding="utf-8"))
+        return json.loads(_beside(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -122,9 +121,9 @@ def _dump(value: Any, kind: str, path: Path) -> None:
 
 def checksum(path: Path) -> str:
     """SHA-256 of a file, or of all file names and contents below a folder."""
-    if path.is_dir():
-        files = sorted(item for item in path.rglob("*") if item.is_file())
-        lines = "".join(f"{file.relative_to(path).as_posix()}\0{checksum(file)}\n" for file in files)
-        return hashlib.sha256(lines.encode()).hexdigest()
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    if path.is_file():
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    files = sorted(item for item in path.rglob("*") if item.is_file())
+    lines = "".join(f"{file.relative_to(path).as_posix()}\0{checksum(file)}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()

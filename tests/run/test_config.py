@@ -123,7 +123,6 @@ def test_a_wrong_type_is_an_error_that_names_key_meaning_and_value(key, value):
     ({"sft_data": "gsm9k"}, "sft_data", "gsm8k"),
     ({"domain_data": "mmlu_max"}, "domain_data", "mmlu_exemplars"),
     ({"text_data": ["gsm_symbolic", "nosuch"]}, "text_data", "gsm_symbolic"),
-    ({"sae_text": {"wab": 100}}, "sae_text", "web"),
     ({"sae_text": {"web": 0}}, "sae_text.web", "greater than or equal to 1; got 0"),
     ({"sae": "train", "sae_text": {}}, "sae_text names no text to train SAEs on", "sae: 'train'"),
     ({"dtype": "int8"}, "dtype", "'bfloat16'"),
@@ -232,9 +231,9 @@ def test_paths_in_a_profile_are_relative_to_its_file_and_overrides_to_where_one_
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"model": ["a"]}, r"'model' \(packaged name.*valid string; got \['a'\]"),
-    ({"sft_data": "gsm8k+gsm8k"}, "'sft_data'.*names a value twice"),
+    ({"sft_data": "gsm8k+gsm8k"}, "'sft_data'.*names a set twice"),
     ({"sft_data": "gsm8"}, "Did you mean 'gsm8k'"),
-    ({"top_n": 129}, "top_n: 129 latents of only 128"), ({"seeds": [1, 1]}, "'seeds'.*names a value twice"),
+    ({"top_n": 129}, "top_n: 129 latents of only 128"),
     ({"seeds": [1, -1]}, "'seeds.1'.*greater than or equal to 0"), ({"sweep_k": [0]}, "'sweep_k.0'.*equal to 1"),
     ({"sweep_seeds": [7]}, r"sweep_seeds: \[7\] must be among the run's seeds, \[1\]"),
     ({"sweep_widths": [4]}, "sweep_widths: 8 latents of only 4"),

@@ -374,7 +374,7 @@ def test_runs_of_other_seeds_and_training_sets_read_one_trained_sae_and_those_of
 
 def test_a_signature_declares_what_the_key_is_made_of(registry):
     @stage("json", also=("fold_norms",), inputs_without=("text_data",))
-    def declared(lm, texts, masks, scores, top_n, report, work, scratch, device, tokens_per_batch, variant):
+    def declared(lm, texts, masks, scores, top_n, report, work, scratch, device, passes, variant):
         """Declared."""
 
     spec = registry["declared"]
