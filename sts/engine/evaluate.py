@@ -28,7 +28,7 @@ from sts.data.sources import Example
 from sts.engine.models import LanguageModel, decoder_layers, logits_at
 from sts.engine.residuals import PADDING, Budget, batches, common_prefix, why_not_reusable
 from sts.engine.work import Work
-from sts.errors import StsError, one_of
+from sts.errors import StsError
 
 KINDS = ("letter", "solution")
 Ids = tuple[int, ...]
@@ -47,12 +47,9 @@ def evaluate(lm: LanguageModel, examples: list[Example], *, kinds: Sequence[str]
         for a solution), loglikelihood (nats), characters (of the target), is_right.
 
     Raises:
-        StsError: an unknown kind, nothing to score, a prompt longer than the model's context, or a log-likelihood that
+        StsError: nothing to score, a prompt longer than the model's context, or a log-likelihood that
             is not finite.
     """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise one_of("Kind of evaluation", kind, KINDS)
     rows, targets = [], []
     for row, (context, target) in (one for example in examples for one in requests(lm, example, kinds)):
         if len(context) + len(target) > lm.context_length:
@@ -110,13 +107,6 @@ class Row:
     def __len__(self) -> int:
         return self.shared + sum(len(ids) - self.shared for ids in self.sequences)
 
-    def branches(self) -> Iterator[tuple[int, Ids]]:
-        """(place of the first token that is its own, sequence) of each."""
-        start = self.shared
-        for ids in self.sequences:
-            yield start, ids
-            start += len(ids) - self.shared
-
 
 def pack(sequences: Iterable[Ids]) -> list[Row]:
     """Rows of different sequences, in lexical order."""
@@ -135,16 +125,8 @@ def pack(sequences: Iterable[Ids]) -> list[Row]:
 
 def loglikelihoods(lm: LanguageModel, requests: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch: int = 8,
                    report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> list[float]:
-    """Log-likelihood (nats) of each (context, target), token ids, neither of them empty.
-
-    Args:
-        batch: packed rows in one forward pass, at most.
-        report: called with the fraction done.
-        work: counts what is run.
-
-    Raises:
-        StsError: a request that memory has no room for.
-    """
+    """Log-likelihood (nats) of each (context, target), token ids, neither of them empty; at most `batch` packed rows in
+    one forward pass. `StsError` for a request that memory has no room for."""
     work = Work() if work is None else work
     work.of_layers = len(decoder_layers(lm.model))
     wanted: dict[Ids, list[tuple[int, Ids]]] = {}  # the last target token is predicted, not read
@@ -183,7 +165,8 @@ def _run(lm: LanguageModel, rows: list[Row], kept: dict, work: Work) -> list[tup
     branch_BP = torch.full((len(rows), longest), -1)  # of padding; what is shared is 0
     requests, tokens, targets = [], [], []
     for number, row in enumerate(rows):
-        for branch, (start, ids) in enumerate(row.branches(), 1):
+        start = row.shared
+        for branch, ids in enumerate(row.sequences, 1):
             own = slice(start, start + len(ids) - row.shared)
             for part, first, last, name in ((slice(0, row.shared), 0, row.shared, 0),
                                             (own, row.shared, len(ids), branch)):
@@ -196,6 +179,7 @@ def _run(lm: LanguageModel, rows: list[Row], kept: dict, work: Work) -> list[tup
                            for place in places]
                 targets += target
                 requests += [index] * len(target)
+            start = own.stop
     needed_T, row_N = torch.tensor(tokens, device=lm.device).unique(return_inverse=True)
     inputs = {"position_ids": position_BP.to(lm.device), "attention_mask": _masks(lm, position_BP, branch_BP)} \
         if any(len(row.sequences) > 1 for row in rows) else {}

@@ -39,7 +39,7 @@ class Masks:
         return max(self.drop_first_positions, first), last
 
 
-def _add(stats: PairedStats, sae, base_TD: torch.Tensor, icl_TD: torch.Tensor, limit: float = float("inf")) -> None:
+def _add(stats: PairedStats, sae, base_TD: torch.Tensor, icl_TD: torch.Tensor, limit: float) -> None:
     """Add token pairs; a token that is a sink on either side counts on neither."""
     kept_T = is_content(base_TD, limit) & is_content(icl_TD, limit)
     for _, (base_TL, icl_TL) in encode_chunks(sae, base_TD[kept_T], icl_TD[kept_T]):
@@ -70,10 +70,10 @@ def _sides(group: PromptGroup, masks: Masks) -> tuple[list[Side], list[Side]]:
 def paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], masks: Masks, *,
                  tokens_per_batch: int = 4096, report: Callable[[float], None] = lambda fraction: None,
                  work: Work | None = None) -> PairedStats:
-    """Token-paired statistics of questions without and behind demonstrations (the paper's definition).
+    """Token-paired statistics of questions without and behind demonstrations (the paper's definition). A group's
+    questions share one set of demonstrations; a question in several groups counts in each.
 
     Args:
-        groups: each holds the questions that share one set of demonstrations; a question in several counts in each.
         tokens_per_batch: padded tokens in one forward pass; halved when memory runs out.
         report: called with the fraction done.
         work: counts what is run.
@@ -90,9 +90,10 @@ def paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], 
         # Run once: the template before the questions, and the demonstrations, but for tokens that are paired.
         fronts = [_share(extractor, side) for side in sides]
         for batch in extractor.batches([last for _, (_, last) in sides[1]], fronts[1]):
-            residuals_TD = [extractor.tokens([side[index][0] for index in batch], [side[index][1] for index in batch],
-                                             front) for side, front in zip(sides, fronts, strict=True)]
-            _add(stats, sae, *residuals_TD, limit)
+            base_TD, icl_TD = (extractor.tokens([side[index][0] for index in batch],
+                                                [side[index][1] for index in batch], front)
+                               for side, front in zip(sides, fronts, strict=True))
+            _add(stats, sae, base_TD, icl_TD, limit)
             done += len(batch)
             report(done / len(every))
     return _checked([stats])[0]
@@ -113,7 +114,8 @@ def row_paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGrou
     extractor, stats = Extractor(lm, layer, tokens_per_batch, work), PairedStats(sae.cfg.d_sae, sae.device)
     runs = [[prompt.ids for group in groups for prompt in getattr(group, side)] for side in ("base", "icl")]
     rows = min([rows, *(sum(map(len, prompts)) for prompts in runs)])
-    _add(stats, sae, *(_first_rows(extractor, prompts, rows) for prompts in runs))
+    base_TD, icl_TD = (_first_rows(extractor, prompts, rows) for prompts in runs)
+    _add(stats, sae, base_TD, icl_TD, float("inf"))
     return stats
 
 
@@ -136,16 +138,9 @@ def model_paired_folds(lm: LanguageModel, tuned: LanguageModel, sae, layer: int,
                        folds: int = 1, *, tokens_per_batch: int = 4096,
                        report: Callable[[float], None] = lambda fraction: None,
                        work: Work | None = None) -> list[PairedStats]:
-    """Token-paired statistics of every `folds`-th prompt, from the first, the second and so on, in two models.
-
-    Args:
-        lm: the base model; its values are the statistics' `base`.
-        tuned: the same architecture with other weights, in memory of its own; its values are in the place of `icl`.
-            A token whose norm is an outlier in either model counts in neither; the threshold is the base model's.
-
-    Raises:
-        StsError: NaN activations, or masks that leave a fold without a token.
-    """
+    """Token-paired statistics of every `folds`-th prompt, from the first, the second and so on, in two models: `base`
+    is `lm`, whose median norm sets the threshold of sinks, and in the place of `icl` stands `tuned`, which has its own
+    memory. `StsError` for NaN activations, or masks that leave a fold without a token."""
     work = Work() if work is None else work
     here, there = (Extractor(one, layer, tokens_per_batch, work) for one in (lm, tuned))
     chosen = [(prompt.ids, masks.span(prompt), place % folds) for place, prompt in enumerate(prompts)

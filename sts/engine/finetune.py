@@ -159,7 +159,7 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         work.add(settings.epochs * trained, settings.epochs * trained, layers * (2 if settings.lora_rank else 3))
         work.add(2 * scored, 2 * scored, layers)
     if main:
-        (trainer.model if settings.lora_rank else model).save_pretrained(folder / "adapter")
+        (trainer.model if settings.lora_rank else model).save_pretrained(str(folder / "adapter"))
     meet()
     history = trainer.state.log_history
     return {} if not main else {

@@ -115,21 +115,15 @@ def load_model(name: str, *, revision: str = "", dtype: str = "float32", device:
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=DTYPES[dtype], **options)
-    except OSError as error:
-        if not on_hub:
-            raise StsError(f"Model folder {name!r} could not be read: {first_line(error)}") from error
-        raise StsError(f"Model {name!r} was asked from the Hugging Face hub, which could not be reached or does not "
-                       f"have it ({first_line(error)}). What works without a network: a local folder, or a packaged "
-                       f"model ({', '.join(PACKAGED)}).") from error
-    except (ValueError, SafetensorError) as error:  # a missing tokenizer, a truncated weights file
-        raise StsError(f"Model {name!r} could not be read: {first_line(error)}") from error
+    except (OSError, ValueError, SafetensorError) as error:  # no such model, no tokenizer, a truncated weights file
+        hint = f" from the Hugging Face hub. What works without a network: a local folder, or {', '.join(PACKAGED)}"
+        raise StsError(f"Model {name!r} could not be read{hint if on_hub else ''}: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise StsError(f"Model {name!r}: its tokenizer ({type(tokenizer).__name__}) cannot say which characters a "
                        "token stands for. Use a model with a tokenizer.json, a \"fast\" tokenizer.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.eval().requires_grad_(False)
-    return LanguageModel(name=name, model=model.to(torch.device(device)), tokenizer=tokenizer, identity=identity)
+    return LanguageModel(name, model.eval().requires_grad_(False).to(device), tokenizer, identity)
 
 
 def first_line(error: BaseException) -> str:
@@ -143,8 +137,7 @@ def bf16_is_fast(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if platform.machine().lower() in ("x86_64", "amd64"):
         # oneDNN takes bf16 on any AVX-512 processor and emulates it on those without the instructions.
-        tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, name, lambda: False)() for name in tests)
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every build of torch
     return bool(supported and supported())
 

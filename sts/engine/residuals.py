@@ -39,14 +39,9 @@ def is_content(residual_TD: torch.Tensor, limit: float) -> torch.Tensor:
 
 def batches(lengths: Sequence[int], budget: Callable[[], float] | float = float("inf"), *, extra: float = 0.0,
             most: float = float("inf"), padding: float = PADDING, slack: int = 0) -> Iterator[list[int]]:
-    """Indices grouped by length: rows x longest row within the budget.
-
-    Args:
-        budget: tokens in a batch; a function is asked anew for each batch.
-        extra: what each row costs besides its own tokens (a cached prefix).
-        most: rows in a batch.
-        padding: at most this share of a batch's positions, or `slack` positions.
-    """
+    """Indices grouped by length: rows x longest row within a budget of tokens, which as a function is asked anew for
+    each batch. A row costs `extra` besides its own tokens (a cached prefix), a batch has at most so many rows, and
+    padding is at most a share of its positions, or `slack` positions."""
     batch, real = [], 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         positions = (len(batch) + 1) * lengths[index]
@@ -96,11 +91,8 @@ class Budget:
 # --- leading tokens that many prompts share -----------------------------------------------------------------------
 
 class _SharedLayer(DynamicLayer):
-    """One layer's keys and values of a prefix, put before those of every row of a batch.
-
-    transformers' own layers would copy the prefix for each row and keep it for all layers at once; here a layer's copy
-    lives as long as that layer's attention, and the prefix is never changed.
-    """
+    """One layer's keys and values of a prefix, put before those of every row of a batch. A copy lives as long as the
+    layer's attention, where transformers' own would be kept for all layers at once; the prefix is never changed."""
 
     def __init__(self, prefix: Any):
         super().__init__()
@@ -144,11 +136,8 @@ def common_prefix(prompts: Sequence[Sequence[int]], limit: int) -> int:
 
 
 def why_not_reusable(model: Any) -> str:
-    """Why a prefix's key-value cache would not give what the whole prompt gives; "" if it would.
-
-    Reusable are full and sliding-window attention with positions that do not depend on the prompt's length. State
-    space, convolution and chunked layers, and rotary embeddings that rescale with the length, are not.
-    """
+    """Why a prefix's key-value cache would not give what the whole prompt gives: layers other than full and
+    sliding-window attention, or rotary positions that depend on the prompt's length; "" if it would."""
     config = model.config.get_text_config()
     kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
     other = kinds - {"full_attention", "sliding_attention"}
@@ -163,13 +152,8 @@ def why_not_reusable(model: Any) -> str:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 class Extractor:
-    """Runs prompts up to one layer or several, within a token budget that halves when memory runs out.
-
-    Attributes:
-        layers: those that are read, side by side in the last dimension of what `tokens` returns.
-        budget: padded tokens in one forward pass.
-        work: what has been run.
-    """
+    """Runs prompts up to one layer or several, which are read side by side, with a budget of padded tokens in one
+    forward pass, and counts in `work` what is run."""
 
     def __init__(self, lm: LanguageModel, layers: int | Sequence[int], tokens_per_batch: int,
                  work: Work | None = None):
@@ -201,16 +185,9 @@ class Extractor:
 
     def tokens(self, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]],
                prefix: Prefix = NO_PREFIX) -> torch.Tensor:
-        """The residual stream at chosen tokens, T x D, prompt after prompt.
-
-        Args:
-            prompts: whole prompts, each beginning with the prefix.
-            spans: for each prompt a half-open range of positions, none empty or before the end of a cached prefix. What
-                follows the range is not run: attention is causal.
-
-        Raises:
-            StsError: NaN or infinite values, or a prompt that does not fit the context or the memory.
-        """
+        """The residual stream at chosen tokens, T x D, prompt after prompt; of whole prompts, each beginning with the
+        prefix, half-open ranges of positions, none empty or before the prefix' end. What follows a range is not run, as
+        attention is causal. `StsError` for NaN or infinite values, or what fits neither context nor memory."""
         if (longest := max(map(len, prompts))) > self.lm.context_length:
             raise StsError(f"A prompt of {longest} tokens does not fit the model's context of "
                            f"{self.lm.context_length}. Use fewer demonstrations or shorter questions.")

@@ -53,14 +53,10 @@ def reconstruction_quality(sae, activations: Path) -> dict[str, Any]:
 
 def spliced_loss(lm: LanguageModel, sae, layer: int, pieces: list[list[int]], *, mean_D: torch.Tensor, tokens: int,
                  tokens_per_batch: int = 1024, report: Callable[[float], None] = lambda fraction: None) -> dict:
-    """The model's next-token loss with the residual stream as it is, reconstructed by the SAE, and set to its mean.
+    """The model's next-token loss with the residual stream as it is, reconstructed by the SAE, and set to its mean, on
+    about so many tokens; `tokens_per_batch` at once, as the logits of 1,024 take 3 GB with a vocabulary of 262,144.
 
     Only content is replaced: not the first token of a piece, nor attention sinks (`Extractor.sink_norms`).
-
-    Args:
-        mean_D: the mean activation (see `activation_mean`).
-        tokens: about how many tokens to measure on.
-        tokens_per_batch: tokens at once; the logits of 1,024 and their copies take 3 GB with a vocabulary of 262,144.
 
     Returns:
         {"tokens", "clean", "spliced", "mean_ablated"} in nats a token, and "recovered", the share of the damage of
@@ -100,11 +96,8 @@ def latent_statistics(sae, activations: Path) -> LatentStats:
 
 
 def spread_by_rate(stats: LatentStats, count: int, *, lowest: float = 0.0005, highest: float = 0.05) -> list[int]:
-    """Latents at evenly spaced ranks of firing rate between `lowest` and `highest`: a rule, not a choice.
-
-    Raises:
-        StsError: fewer than `count` latents fire that often.
-    """
+    """Latents at evenly spaced ranks of firing rate between `lowest` and `highest`: a rule, not a choice. `StsError`
+    where fewer than `count` latents fire that often."""
     rate_L = stats.fired_L / stats.tokens
     eligible = [index for index in torch.argsort(rate_L, stable=True).tolist() if lowest <= rate_L[index] <= highest]
     if len(eligible) < count:

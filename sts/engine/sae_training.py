@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -45,9 +44,9 @@ def collect_activations(lm: LanguageModel, folders: Mapping[int, Path], pieces: 
                     keep_T = is_content(layer_TD, limit)
                     part.append((layer_TD[keep_T].bfloat16().cpu(), piece_T[keep_T.cpu()], position_T[keep_T.cpu()]))
             for path, part in zip(paths, parts, strict=True):
-                tensors = dict(zip(("activations_TD", "piece_T", "position_T"),
-                                   map(torch.cat, zip(*part, strict=True)), strict=True))
-                save_file(tensors, path.with_suffix(".partial"))
+                activations_TD, piece_T, position_T = map(torch.cat, zip(*part, strict=True))
+                save_file({"activations_TD": activations_TD, "piece_T": piece_T, "position_T": position_T},
+                          path.with_suffix(".partial"))
                 path.with_suffix(".partial").rename(path)
         report(end / len(pieces))
 
@@ -59,11 +58,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 def count_activations(folder: Path) -> int:
     """How many activation vectors a folder of shards holds, without reading them."""
-    total = 0
-    for path in shard_paths(folder):
-        with safe_open(path, "pt") as shard:
-            total += shard.get_slice("activations_TD").get_shape()[0]
-    return total
+    return sum(len(safe_open(path, "pt").get_tensor("piece_T")) for path in shard_paths(folder))
 
 
 def _epochs(paths: list[Path], seed: int) -> Iterator[torch.Tensor]:
@@ -81,20 +76,9 @@ def _epochs(paths: list[Path], seed: int) -> Iterator[torch.Tensor]:
 BUFFER, DEAD_STEPS = 262_144, 200
 
 
-@dataclass(frozen=True)
-class SaeTraining:
-    """Settings of one SAE training run (TopK, sae-lens' `SAETrainer`)."""
-
-    d_sae: int
-    k: int
-    samples: int
-    batch: int = 2048
-    lr: float = 4e-4
-    seed: int = 0
-
-
-def train_sae(activations: Path, settings: SaeTraining, *, model_name: str, layer: int, device: str = "cpu",
-              log_every: int = 25, report: Callable[[float], None] = lambda fraction: None):
+def train_sae(activations: Path, d_sae: int, k: int, samples: int, *, model_name: str, layer: int, batch: int = 2048,
+              lr: float = 4e-4, seed: int = 0, device: str = "cpu", log_every: int = 25,
+              report: Callable[[float], None] = lambda fraction: None):
     """Train a TopK SAE on stored activations.
 
     Inputs are scaled to an average norm of sqrt(width) (sae-lens' "expected_average_only_in", folded back into the
@@ -114,21 +98,21 @@ def train_sae(activations: Path, settings: SaeTraining, *, model_name: str, laye
         raise StsError(f"No activations to train on in {str(activations)!r}.")
     sample_TD = load_file(paths[0])["activations_TD"].float()
     d_in = sample_TD.shape[1]
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(seed)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(
-        d_in=d_in, d_sae=settings.d_sae, k=settings.k, device=device, apply_b_dec_to_input=True,
+        d_in=d_in, d_sae=d_sae, k=k, device=device, apply_b_dec_to_input=True,
         normalize_activations="expected_average_only_in", rescale_acts_by_decoder_norm=True, decoder_init_norm=0.1))
     sae.cfg.metadata.model_name = model_name
     sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_post"
     sae.b_dec.data = (sample_TD.mean(0) * d_in**0.5 / sample_TD.norm(dim=-1).mean()).to(device)
 
     # The buffer must not outgrow the data, or sae-lens would yield nothing until it is full.
-    provider = mixing_buffer(max(settings.batch, min(BUFFER, count)), settings.batch, _epochs(paths, settings.seed))
-    steps = max(1, settings.samples // settings.batch)
+    provider = mixing_buffer(max(batch, min(BUFFER, count)), batch, _epochs(paths, seed))
+    steps = max(1, samples // batch)
     trainer = SAETrainer(
         SAETrainerConfig(
-            total_training_samples=steps * settings.batch, train_batch_size_samples=settings.batch, lr=settings.lr,
-            lr_end=settings.lr / 10, lr_warm_up_steps=min(100, steps // 10), lr_decay_steps=steps // 4,
+            total_training_samples=steps * batch, train_batch_size_samples=batch, lr=lr,
+            lr_end=lr / 10, lr_warm_up_steps=min(100, steps // 10), lr_decay_steps=steps // 4,
             # Matrix products in bf16 where the hardware has them: three times as fast on a recent CPU.
             device=device, autocast=bf16_is_fast(device), dead_feature_window=DEAD_STEPS,
             feature_sampling_window=steps + 1, n_batches_for_norm_estimate=16,

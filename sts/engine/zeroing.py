@@ -49,15 +49,9 @@ def changed(lm: LanguageModel, layer: int, change: Callable[[torch.Tensor], torc
 
 def zeroed(lm: LanguageModel, sae, layer: int, latents: Sequence[int] | torch.Tensor, *, drop_first_positions: int = 1,
            norm_limit: float = float("inf")) -> AbstractContextManager[None]:
-    """A context in which latents are zero at every token that counts (see `changed`): x becomes
-    x - (decode(h) - decode(h')), where h = encode(x), and h' is h with the chosen latents at zero.
-
-    Args:
-        latents: indices into the SAE's latents; with none the model is not touched at all.
-
-    Raises:
-        StsError: a latent that the SAE does not have.
-    """
+    """A context in which latents, by index, are zero at every token that counts (see `changed`): x becomes
+    x - (decode(h) - decode(h')), where h = encode(x), and h' is h with these latents at zero. With none the model is
+    not touched at all; `StsError` for one that the SAE does not have."""
     chosen = torch.as_tensor(latents, dtype=torch.long).flatten().to(sae.device)
     if not len(chosen):
         return nullcontext()
@@ -84,14 +78,11 @@ def without(sae, residual_TD: torch.Tensor, latents: torch.Tensor) -> torch.Tens
 
 @contextmanager
 def lower_layers_once(lm: LanguageModel, layer: int, work: Work | None = None) -> Iterator[None]:
-    """A context in which layers 0 to `layer` run once for every batch of token ids; later passes over it start above.
+    """A context in which layers 0 to `layer` run once for every batch of token ids, whose output is kept; later passes
+    over it start above, and `work`, in which whoever runs the model counts all layers, loses those that did not run.
 
     Hooks on layer `layer` see and may change its output at every pass, as `changed` does. The weights and hooks of the
     layers below must stay as they are. Passes with a mask, a key-value cache or positions of their own run in full.
-
-    Args:
-        layer: zero-based; its output is kept for each batch, B x P x D in the model's precision.
-        work: whoever runs the model counts all layers; those that did not run are taken off again.
     """
     lower = list(decoder_layers(lm.model)[:layer + 1])
     kept: dict[tuple, torch.Tensor | tuple] = {}

@@ -250,7 +250,7 @@ def test_saes_that_were_trained_before_a_kill_are_kept(tmp_path, monkeypatch):
     trained = []
 
     def killed(*args, **more):
-        trained.append(args[1].k)
+        trained.append(args[2])
         if len(trained) == 2:
             raise KeyboardInterrupt
         return train(*args, **more)
