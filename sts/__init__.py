@@ -6,8 +6,7 @@
 import os
 import warnings
 
-# Progress goes to the terminal through sts.run.log; libraries' own bars would pollute notebooks and pages.
-# tqdm and transformers read these when they are imported, so they are set before anything else.
+# Libraries' own bars would pollute pages; tqdm and transformers read these when they are imported.
 for _name, _value in {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error",
                       "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
                       "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}.items():

@@ -85,9 +85,8 @@ def record(run: RunOption = "full") -> None:
     """Copy the run's results to data/recorded/, from which pages render without model and data."""
     from sts.run.recorded import record as record_results
 
-    opened = sts.open_run(run)
-    target = ROOT / "data" / "recorded" / opened.settings.name
-    print(f"{len(record_results(opened, target))} results recorded in {target}")
+    target = ROOT / "data" / "recorded" / load_run(run).name
+    print(f"{len(record_results(sts.open_run(run), target))} results recorded in {target}")
 
 
 @app.command()
@@ -117,8 +116,8 @@ def doctor() -> None:
             row(True, package, version(package))
         except PackageNotFoundError:
             row(False, package, "pip install -c constraints.txt -e '.[book,test]'")
-    gpu = torch.cuda.is_available()
-    row(gpu or None, "GPU", torch.cuda.get_device_name() if gpu else f"none; {torch.get_num_threads()} CPU threads")
+    gpu = torch.cuda.is_available() or None
+    row(gpu, "GPU", torch.cuda.get_device_name() if gpu else f"none; {torch.get_num_threads()} CPU threads")
     print("Models")
     for name, packaged in PACKAGED.items():
         try:
@@ -130,8 +129,8 @@ def doctor() -> None:
         row(True, name, "from an installed package")
     for name, source in SOURCES.items():
         found = ", ".join(split for split in source.splits if local_file(name, split))
-        row(bool(found) or None, name, found or (f"hub {source.hub}" if source.hub else
-                                                 f"put {name}/{source.splits[0]}.jsonl in STS_DATA_DIR"))
+        wanted = f"hub {source.hub}" if source.hub else f"put {name}/{source.splits[0]}.jsonl in STS_DATA_DIR"
+        row(bool(found) or None, name, found or wanted)
     for name in CORPORA:
         row(local_file("corpus", name) is not None or None, f"corpus {name}", "for training an SAE")
     print("Folders")

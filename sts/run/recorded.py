@@ -88,9 +88,8 @@ def _withheld(name: str, kind: str, one: OpenRun, run: OpenRun) -> tuple[str, bo
 def record(run: OpenRun, target: Path) -> list[str]:
     """Copy the run's stored results to `target`, those of its further seeds as well; the names with keys, sorted.
 
-    Of the further training sets, provenance alone is recorded; stage `training_matrix` holds what is made of them.
-    Results in `target` that the run no longer asks for, or of stages that are no more, are removed. `StsError` where
-    nothing is stored.
+    Of further training sets, provenance alone is recorded. What the run no longer asks for is removed from `target`.
+    `StsError` where nothing is stored.
     """
     own, copy, others = Store(run.store.folder), Store(target), trainings_of(run)
     known = [one for one in others if one is run or one.known("sft_train")]

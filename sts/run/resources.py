@@ -56,9 +56,9 @@ def fresh_lm(run):
     def fresh(dtype: str = ""):
         from sts.engine.models import load_model
 
-        own, cache = run.settings, run.results / "models"
+        own = run.settings
         return load_model(own.model, revision=own.model_revision, dtype=dtype or own.dtype, device=run.device,
-                          cache=cache)
+                          cache=run.results / "models")
     return fresh
 
 
@@ -221,11 +221,12 @@ RESOURCES.update({
 
 def identity(run: OpenRun, what: str) -> str:
     """A digest of something that a stage reads from outside; `StsError` if it is not here."""
+    if what == "sae" and run.settings.sae == "train":
+        return f"trained:{run.key('sae')}"
     if what == "sae":
         from sts.engine.saes import sae_identity
 
-        own = run.settings.sae
-        return f"trained:{run.key('sae')}" if own == "train" else sae_identity(own)
+        return sae_identity(run.settings.sae)
     if what in MADE_OF_KEYS:
         others, names = (seeds_of(run)[1:], EVERY_SEED) if what == "seeds" else (trainings_of(run), EVERY_SET)
         keys = [one.key(name) for one in others for name in names]

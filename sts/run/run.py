@@ -1,7 +1,7 @@
-"""An open run: a profile with its results, each a stage computed once and found again.
+"""An open run: a profile with its results, each a stage computed once and found again by its key.
 
-A stage's key is made of the settings it uses, the keys of the stages it needs, the digests of its data and weights, and
-a version that its author raises when its meaning changes; a changed setting recomputes what depends on it, no more.
+A key is made of the settings that the stage uses, the keys of the stages it needs, digests of its data and weights, and
+its version; a changed setting recomputes what depends on it, no more.
 """
 
 from __future__ import annotations
@@ -77,8 +77,7 @@ class OpenRun:
         return other
 
     def variant(self, **changes: Any) -> OpenRun:
-        """The same run with other settings, sharing the store, and models, data and results where they are equal;
-        `StsError` for an unknown setting, or a value that it does not take."""
+        """The same run with other settings, sharing the store, and models, data and results where they are equal."""
         changes = {name: value for name, value in changes.items() if value != getattr(self.settings, name, ...)}
         if changes and (place := repr(sorted(changes.items()))) not in self._variants:
             self._variants[place] = self._like(settings=load_run(self.settings, changes),
@@ -179,10 +178,8 @@ class OpenRun:
         return self._memory[place]
 
     def compute(self, name: str, *, again: bool = True) -> Path:
-        """Compute the stage, and first what it needs and is not there; the path of the result, which is stored.
-
-        Of two processes the second waits for the first, and takes its result unless told to compute it `again`.
-        """
+        """Compute the stage, first what it needs and is not there, and store it; its path. Of two processes the second
+        waits for the first, and takes its result unless told to compute it `again`."""
         from sts.engine import work as processes
 
         if (owner := self._owner(name)) is not self:
@@ -229,12 +226,9 @@ class OpenRun:
 
 
 def open_run(run: str | Run = "laptop", *, results: Path | None = None, **overrides: Any) -> OpenRun:
-    """Open a run profile; `StsError` for wrong settings, or an unknown SAE.
+    """Open a run profile (see `load_run`), its results in folder `results` (by default `results_folder()`).
 
-    Args:
-        run: a name in runs/, the path of a YAML file, or a validated `Run`.
-        results: folder for results; STS_RESULTS or results/ by default.
-        overrides: settings to change; None leaves the profile's own value.
+    `overrides` are settings to change; None leaves the profile's own. `StsError` for wrong ones, or an unknown SAE.
     """
     overrides = {name: value for name, value in overrides.items() if value is not None}
     profile, opened = load_run(run), OpenRun(load_run(run, overrides), results=results)

@@ -32,7 +32,6 @@ def _located(name: str, info: ValidationInfo) -> str:
 
 
 def _is(meaning: str, default: Any = ..., **limits: Any) -> Any:
-    """A setting: what it means, and its default."""
     return Field(default, description=meaning, **limits)
 
 
@@ -151,11 +150,10 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
         if not self.sae_text and (self.sae == "train" or self.sweep_widths or self.sweep_layers or self.sweep_k):
             raise ValueError("sae_text names no text to train SAEs on, as sae: 'train', sweep_widths, sweep_layers and "
                              "sweep_k do")
-        for key, k, width in (("sae_k", self.sae_k, self.sae_latents),
-                              ("small_sae_k", self.small_sae_k, self.small_sae_latents),
-                              ("sweep_k", max(self.sweep_k, default=0), self.sae_latents),
-                              ("sweep_widths", self.sae_k, min(self.sweep_widths, default=self.sae_k)),
-                              ("top_n", self.top_n if self.sae == "train" else 0, self.sae_latents)):
+        own, narrowest = self.sae_latents, min(self.sweep_widths, default=self.sae_k)
+        for key, k, width in (("sae_k", self.sae_k, own), ("small_sae_k", self.small_sae_k, self.small_sae_latents),
+                              ("sweep_k", max(self.sweep_k, default=0), own), ("sweep_widths", self.sae_k, narrowest),
+                              ("top_n", self.top_n if self.sae == "train" else 0, own)):
             if k > width:
                 raise ValueError(f"{key}: {k} latents of only {width}")
         if unknown := [seed for seed in self.sweep_seeds or [] if seed not in self.seeds]:

@@ -54,10 +54,9 @@ RESOURCES: dict[str, Resource] = {}
 
 def stage(kind: str, *, version: int = 1, also: tuple[str, ...] = (), inputs_without: tuple[str, ...] = (),
           parallel: bool = False) -> Callable:
-    """Register a function as a stage of its own name.
+    """Register a function as a stage of its own name, whose result is stored as `kind`: json, parquet, tensors, folder.
 
     Args:
-        kind: how the result is stored: json, parquet, tensors or folder.
         version: raise it when the meaning of the result changes.
         also, inputs_without: names to add to what the signature says, inputs to leave out of it.
         parallel: whether all processes of an `accelerate launch` compute it together; the main one's is stored.

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ SUFFIX = {"json": ".json", "parquet": ".parquet", "tensors": ".safetensors", "fo
 PROVENANCE = ".provenance.json"
 
 
+@dataclass
 class Store:
     """Stage results in `folder`; `recorded` folders are looked into as well, and never written."""
 
-    def __init__(self, folder: Path, recorded: tuple[Path, ...] = ()):
-        self.folder, self.recorded = folder, recorded
+    folder: Path
+    recorded: tuple[Path, ...] = ()
 
     def paths(self, stage: str, key: str, kind: str) -> list[Path]:
         """Where a result lies or would lie, the own folder first."""
@@ -50,20 +52,14 @@ class Store:
 
     @contextmanager
     def lease(self, stage: str, key: str) -> Iterator[None]:
-        """While it is held, another process that would compute this result waits.
-
-        The lock is the operating system's own: that of a process that died is free at once.
-        """
+        """While it is held, another process that would compute this result waits; a dead one's is free at once."""
         path = self.scratch(stage, key).with_suffix(".lock")
         with FileLock(path):
             yield
             path.unlink(missing_ok=True)  # who waits for it sees that, and makes it anew
 
     def write(self, stage: str, key: str, kind: str, value: Any, provenance: dict[str, Any]) -> Path:
-        """Store a result, of kind `folder` the folder to move into place; of None, the provenance alone.
-
-        To temporary names, then renamed: killed between the two, the checksum does not match.
-        """
+        """Store a result, of kind `folder` the folder to move into place; of None, the provenance alone."""
         path = self.paths(stage, key, kind)[0]
         self.folder.mkdir(parents=True, exist_ok=True)
         note, new = (path.with_name(f".{path.name}.{os.getpid()}.{part}") for part in ("note", "new"))
@@ -73,7 +69,7 @@ class Store:
             _dump(value, kind, new)
         record = {**provenance, "checksum": None if value is None else checksum(new)}
         note.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-        os.replace(note, _beside(path))
+        os.replace(note, _beside(path))  # killed behind this line, the checksum does not match
         if path.is_dir():  # a folder cannot be renamed over another one
             shutil.rmtree(path)
         if value is not None:

@@ -41,10 +41,8 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, numpy.ndarray]]:
 
 
 def differences(stored: Any, computed: Any, tolerance: float) -> list[str]:
-    """How two results of a stage, as `store.read` gives them, differ: of every array that does, its first difference.
-
-    Floats a and b are equal if |a - b| is at most `tolerance` times |b|.
-    """
+    """How two results of a stage, as `store.read` gives them, differ: of every array that does, its first difference;
+    floats a and b are equal if |a - b| is at most `tolerance` times |b|."""
     found, nothing, (before, after) = [], numpy.empty(0, object), (dict(flat(one)) for one in (stored, computed))
     for name in dict.fromkeys((*before, *after)):
         one, other = before.get(name, nothing), after.get(name, nothing)
@@ -63,23 +61,13 @@ def differences(stored: Any, computed: Any, tolerance: float) -> list[str]:
 
 
 def default_tolerance(run: OpenRun, name: str) -> float:
-    """1e-6, as 32-bit floats hold seven digits; 1e-2 for a stage that runs the model itself in less than 32 bits, which
-    rounds by up to 0.4% each time."""
+    """1e-6, as 32-bit floats hold seven digits; 1e-2 where the model runs in fewer, which rounds by up to 0.4%."""
     return 1e-2 if run.settings.dtype != "float32" and "dtype" in run.spec(name).uses else 1e-6
 
 
 def verify(run: OpenRun, name: str, tolerance: float | None = None) -> list[str]:
-    """Compute a stored stage again, in a scratch place that is removed; the store is left as it is.
-
-    Args:
-        tolerance: relative, for floats; None for `default_tolerance`.
-
-    Returns:
-        `differences` in what was recorded; and if there are any, what differs between machine and software.
-
-    Raises:
-        StsError: the stage, or one that it needs, is not stored under these settings.
-    """
+    """Compute a stored stage again, in a scratch place that is removed: its `differences`, and if there are any those
+    of machine and software. `StsError` if the stage, or one that it needs, is not stored under these settings."""
     if missing := [own for own in (*run.needs(name), name) if not run.stored(own)]:
         raise StsError(f"Stage {name!r} cannot be verified: run {run.settings.name!r} has no undamaged result of "
                        f"{', '.join(missing)} under these settings. Compute that first: sts stage {missing[0]}")
