@@ -138,7 +138,7 @@ def test_nulls_need_no_sums_of_the_domains(run):
     for path in run.store.folder.glob("domain_stats-*"):
         path.rename(path.with_name("." + path.name))
     try:
-        path = run.store.path("baseline_nulls", run.key("baseline_nulls"), "json")
+        path = run.store.find("baseline_nulls", run.key("baseline_nulls"), "json")
         rows = json.loads(path.read_text())
         path.unlink()
         assert sts.open_run("smoke", results=run.results).get("baseline_nulls") == rows

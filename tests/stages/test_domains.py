@@ -50,11 +50,8 @@ def test_a_training_set_is_a_run_of_its_own_with_the_same_sae(run, name):
 def test_an_unknown_training_set_is_refused_at_once(run):
     with pytest.raises(StsError, match="sft_data.*data set 'gsm9k' is not known. Valid"):
         run.variant(sft_data="gsm9k")
-    for setting, values, words in (("training_sets", ["gsm9k"], "'gsm9k' is not known"),
-                                   ("training_sets", ["mbpp", "mbpp"], "names a value twice"),
-                                   ("training_seeds", [1, 1], "names a value twice")):
-        with pytest.raises(StsError, match=f"{setting}.*{words}"):
-            sts.open_run("smoke", **{setting: values})
+    with pytest.raises(StsError, match="training_sets.*'gsm9k' is not known"):
+        sts.open_run("smoke", training_sets=["gsm9k"])
 
 
 # --- the matrix ---------------------------------------------------------------------------------------------------

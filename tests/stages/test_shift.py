@@ -168,8 +168,8 @@ def test_keys_of_the_shift_stages_follow_what_they_read(run):
     assert "shift_controls" in keys(shift_tokens=100) and "shift_controls" not in keys(overlap_tokens=100)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("overlap_demonstrations", []), ("overlap_demonstrations", [2, 2]),
-                                                ("ablation_latents", [0, 3]), ("seeds", [-1]), ("seeds", [3, 3])])
+@pytest.mark.parametrize(("setting", "value"), [("overlap_demonstrations", []), ("ablation_latents", [0, 3]),
+                                                ("seeds", [-1])])
 def test_lists_that_make_no_sense_are_refused(setting, value, tmp_path):
     with pytest.raises(StsError, match=setting):
         sts.open_run("smoke", results=tmp_path, **{setting: value})
