@@ -66,9 +66,7 @@ class Row:
 
     def text(self, column: str, *, empty: bool = False) -> str:
         """A text, its blanks as they are; a number as its digits. `empty`: it may be "", null or missing."""
-        return "" if empty and self.values.get(column) is None else self._text(column, self.value(column), empty)
-
-    def _text(self, column: str, value: Any, empty: bool = False) -> str:
+        value = "" if empty and self.values.get(column) is None else self.value(column)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             value = str(value)
         if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
@@ -82,7 +80,7 @@ class Row:
         values = self.value(column)
         if not isinstance(values, (list, tuple)):
             raise self.wrong(column, f'{str(values)[:60]!r} is no list of texts. Write a list: ["one", "two"].')
-        return tuple(self._text(column, value) for value in values)
+        return tuple(Row({column: value}, self.file, self.number).text(column) for value in values)
 
     def options(self, column: str) -> tuple[str, ...]:
         """Two to 26 texts to choose from."""

@@ -25,56 +25,38 @@ def trained_domains(examples: Iterable[Example]) -> set[str]:
 
 
 def demonstration_draws(examples: list[Example], count: int, draws: int, *, seed: int, what: str,
-                        set_aside: bool = False) -> list[tuple[list[Example], list[Example]]]:
-    """`draws` pairs of `count` demonstrations and all other examples, by a moving window over a seeded shuffle;
-    `set_aside`: none needs to be left over. `StsError`, which says `what` these are, for too few examples."""
-    if len(examples) < count + (not set_aside):
-        raise StsError(f"{what} has {len(examples)} examples; {count} demonstrations leave no question to score. "
-                       f"Use at most {max(0, len(examples) - 1)} demonstrations, or more examples.")
+                        set_aside: bool = False, apart: bool = False) -> list[tuple[list[Example], list[Example]]]:
+    """`draws` pairs of `count` demonstrations and all other examples, by a moving window over a seeded shuffle.
+
+    `set_aside`: none needs to be left over; `apart`: each of the others stands in one pair alone. `StsError`, which
+    says `what` these are, for too few examples.
+    """
     shuffled = random.Random(seed).sample(examples, len(examples))
-    pairs = []
+    pairs, taken = [], set()
     for draw in range(draws):
         chosen = [(draw * count + offset) % len(shuffled) for offset in range(count)]
-        pairs.append(([shuffled[index] for index in chosen],
-                      [example for index, example in enumerate(shuffled) if index not in chosen]))
+        others = [index for index in range(len(shuffled)) if index not in chosen]
+        if apart:
+            others = [index for index in others[draw::draws] if index not in taken]
+            taken.update(others)
+        pairs.append(([shuffled[index] for index in chosen], [shuffled[index] for index in others]))
+    if len(examples) < count or not (set_aside or all(others for _, others in pairs)):
+        raise StsError(f"{what} has {len(examples)} examples, too few for a question behind each of {draws} draws of "
+                       f"{count} demonstrations. Use at most {len(examples) - 1} demonstrations, lower "
+                       "demonstration_draws, or use more examples.")
     return pairs
 
 
-def own_questions(draws: Sequence[tuple[list[Example], list[Example]]]) -> list[list[Example]]:
-    """For each of `demonstration_draws`' draws, questions that no other draw reads: one in `len(draws)` of its own,
-    less what an earlier draw has taken, as two draws' lists may hold one question at different places."""
-    taken: set[str] = set()
-    parts = []
-    for index, (_, questions) in enumerate(draws):
-        parts.append([example for example in questions[index::len(draws)] if example.example_id not in taken])
-        taken.update(example.example_id for example in parts[-1])
-    return parts
-
-
-def training_groups(tokenizer: PreTrainedTokenizerBase, examples: list[Example], count: int, draws: int, *, tokens: int,
-                    seed: int, name: str) -> list[PromptGroup]:
-    """Questions of the training set `name` behind each draw of `count` demonstrations, of at most `tokens` question
-    tokens in all; no question is read behind two draws. `StsError` where there are too few for that."""
-    drawn = demonstration_draws(examples, count, draws, seed=seed, what=f"The training set {name!r}")
-    parts = own_questions(drawn)
-    if not all(parts):
-        raise StsError(f"The training set {name!r} has {len(examples)} examples, too few for a question behind each of "
-                       f"{draws} draws of {count} demonstrations. Lower demonstration_draws or shift_demonstrations, "
-                       "or raise sft_examples.")
-    return [make_group(tokenizer, questions, demonstrations, tokens=max(1, tokens // draws))
-            for (demonstrations, _), questions in zip(drawn, parts, strict=True)]
-
-
-def groups_of_domains(tokenizer: PreTrainedTokenizerBase, questions: Mapping[str, list[Example]],
-                      pool: Mapping[str, list[Example]], count: int, draws: int, *, tokens: int,
-                      seed: int) -> dict[str, list[PromptGroup]]:
-    """Each domain's questions behind each draw of demonstrations from the same domain, set aside in `pool` or its own.
-    """
+def prompt_groups(tokenizer: PreTrainedTokenizerBase, questions: Mapping[str, list[Example]],
+                  pool: Mapping[str, list[Example]], count: int, draws: int, *, tokens: int, seed: int,
+                  what: str = "Domain", apart: bool = False) -> dict[str, list[PromptGroup]]:
+    """Each domain's questions, of at most `tokens` tokens in all, behind each draw of demonstrations from the same
+    domain, set aside in `pool` or its own; `what`, `apart`: see `demonstration_draws`."""
     return {domain: [make_group(tokenizer, own if domain in pool else others, demonstrations,
                                 tokens=max(1, tokens // draws))
                      for demonstrations, others in demonstration_draws(
-                         pool.get(domain, own), count, draws, seed=seed, what=f"Domain {domain!r}",
-                         set_aside=domain in pool)]
+                         pool.get(domain, own), count, draws, seed=seed, what=f"{what} {domain!r}",
+                         set_aside=domain in pool, apart=apart)]
             for domain, own in questions.items()}
 
 
@@ -107,11 +89,8 @@ def other_domain_sets(train: Sequence[Example], pool: Mapping[str, list[Example]
 def benchmark_questions(names: Sequence[str], held_out: list[Example], questions: Mapping[str, list[Example]],
                         pool: Mapping[str, list[Example]], count: int, limit: int,
                         seed: int) -> dict[str, tuple[str, list[Example], list[Example]]]:
-    """What is answered in words: name -> (benchmark, questions, worked examples).
-
-    `names`: mmlu_pro (the domains' questions, `limit` of each unless 0, behind `count` worked examples of their own),
-    sft_held_out (the held-out problems, as gsm8k asks), gsm8k or math (`limit` of their test split).
-    """
+    """What is answered in words: name -> (benchmark, questions, worked examples). mmlu_pro: `limit` (0: all) of each
+    domain's questions, behind `count` examples; sft_held_out: asked as gsm8k; others: `limit` of their test split."""
     found: dict[str, tuple[str, list[Example], list[Example]]] = {}
     for name in names:
         if name == "mmlu_pro":
@@ -162,11 +141,8 @@ class SaeTexts:
         return [*load_examples(base, split=split, limit=limit)]
 
     def pieces(self, tokens: int = 0, *, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Pieces to train on and held-out ones, from other documents (2% of them), in a seeded order.
-
-        `tokens`: to train on, the sources in proportion; 0 for as many as each source names. `StsError` where no text
-        is named, or nothing is left to train on.
-        """
+        """Pieces to train on, of `tokens` tokens, the sources in proportion (0: as many as each names), in a seeded
+        order, and held-out ones from other documents (2% of them); `StsError` where there is nothing to train on."""
         if not self.sources:
             raise StsError("SAEs train on the text named by sae_text, which is empty. For example: "
                            "sts stage sae -p sae_text '{my_text.txt: 2000000}'")

@@ -25,13 +25,8 @@ _HUB: ContextVar[bool] = ContextVar("hub", default=True)
 
 
 def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) -> list[Example]:
-    """A question set of `SOURCES` or `GENERATED`, of its first split unless one is named.
-
-    `limit`: how many, drawn without replacement in an order fixed by `seed`; 0 for all in file order.
-
-    Raises:
-        StsError: unknown name or split; neither local folder nor hub has it; a row that does not pass `check`.
-    """
+    """A question set of `SOURCES` or `GENERATED`, of its first split unless one is named: `limit` of them, drawn in an
+    order fixed by `seed`, or all (0). `StsError` for an unknown name or split, a set that is not here, a wrong row."""
     known = {**{one: source.splits for one, source in SOURCES.items()}, **GENERATED}
     if name not in known:
         raise one_of("Data set", name, known)
@@ -50,16 +45,15 @@ def _read(name: str, split: str) -> list[Example]:
         if examples.setdefault(example.example_id, example) is not example:
             raise StsError(f"{row.file}, row {row.number}: a second question with the id {example.example_id!r}. "
                            "Give every question an id of its own.")
+    if not examples:
+        raise StsError(f"{local_file(name, split)} holds no rows; write one JSON object a line, or remove the file.")
     return list(examples.values())
 
 
 def _rows(name: str, split: str) -> Iterator[Row]:
     path, source = local_file(name, split), SOURCES[name]
     if path is not None:
-        rows = list(json_lines(path))
-        if not rows:
-            raise StsError(f"{path} holds no rows; write one JSON object a line, or remove the file.")
-        yield from rows
+        yield from json_lines(path)
         return
     root = os.environ.get("STS_DATA_DIR", "")
     there = "without that file" if Path(root).expanduser().is_dir() else "which is no folder"
@@ -99,9 +93,8 @@ def without_hub() -> Iterator[None]:
 
 
 def load_mixture(names: str, count: int, *, seed: int = 0) -> list[Example]:
-    """`count` examples of a question set's first split, or of several ("gsm8k+math") in equal parts, mixed; fewer if it
-    has fewer. Of several answers to a question (counsel_chat) the first alone, so that none that is trained on is held
-    out as well. Raises as `load_examples`."""
+    """At most `count` examples of a question set's first split, or of several ("gsm8k+math") in equal parts, mixed. Of
+    several answers to a question (counsel_chat) the first alone, so that none is both trained on and held out."""
     parts, examples = names.split("+"), []
     for place, name in enumerate(parts):
         share = count // len(parts) + (place < count % len(parts))
@@ -116,8 +109,8 @@ def load_mixture(names: str, count: int, *, seed: int = 0) -> list[Example]:
 
 
 def training_split(names: str, train: int, held_out: int, *, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """Examples of `load_mixture` to train on, and others held out; where there are too few, both parts are smaller in
-    proportion, with a warning; `StsError` where that leaves nothing for one of them."""
+    """Examples of `load_mixture` to train on, and others held out; of too few, smaller parts in proportion, with a
+    warning; `StsError` where that leaves nothing for one of them."""
     examples = load_mixture(names, train + held_out, seed=seed)
     few = f"Data set {names!r} has {len(examples)} examples of {train + held_out} asked for ({train} to train on)"
     kept = train

@@ -1,8 +1,7 @@
 """Prompts: token ids, and which of them are the question's own.
 
-A prompt is the model's chat template (or a plain question-and-answer layout where the tokenizer has none) around
-zero or more worked demonstrations and one question. What is read, trained on and scored is one text, on every day:
-templates are told a fixed date, and a format's token inside a question is plain text.
+What is read, trained on and scored is one text, by the model's chat template or, without one, in a plain layout: on
+every day, as templates are told a fixed date; and a format's token inside a question is plain text.
 """
 
 from __future__ import annotations
@@ -69,8 +68,6 @@ def solution_text(example: Example) -> str:
 
 def without_options(example: Example) -> Example:
     """A question with options as an open one: the same solution, ending with the right answer without its letter."""
-    if not example.options:
-        return example
     solution = solution_text(example).replace(f"({LETTERS[example.answer_index]}) ", "")
     return replace(example, options=(), answer_index=-1, solution=solution)
 
@@ -153,33 +150,32 @@ def document_ids(tokenizer: PreTrainedTokenizerBase, document: Example | str) ->
     return list(ids[len(start_ids(tokenizer)):])
 
 
+def _prompt(tokenizer: PreTrainedTokenizerBase, text: str, start: int, own_text: str, *, whole: bool) -> Prompt:
+    """The prompt `text`, in which `own_text` is to stand at `start`; of tokens that merge with what is around it none
+    counts, where `whole`, or all."""
+    (ids, offsets), end = encode(tokenizer, text), start + len(own_text)
+    own = [index for index, (left, right) in enumerate(offsets)
+           if left < right and (start <= left and right <= end if whole else right > start and left < end)]
+    if not (own and own_text.strip() and text[start:end] == own_text):  # a template that trims or rewrites the content
+        raise StsError("The chat template changes the question or its answer, so its tokens cannot be found: "
+                       f"{own_text[:60]!r}")
+    return Prompt(ids, (own[0], own[-1] + 1))
+
+
 def make_prompt(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: Sequence[Example] = ()) -> Prompt:
     """Tokenise a question behind demonstrations and find the question's own tokens."""
-    text, own_text = render(tokenizer, question, demonstrations), _plain(tokenizer, question)
     # Where the question starts: a marker in its place, as the question's words may occur in the template too.
     start = render(tokenizer, MARKER, demonstrations).rfind(MARKER)
-    end = start + len(own_text)
-    if text[start:end] != own_text:  # a template that trims or rewrites the content
-        raise StsError(f"The chat template changes the question, so its tokens cannot be found: {question[:60]!r}")
-    ids, offsets = encode(tokenizer, text)
-    own = [index for index, (left, right) in enumerate(offsets) if left < right and left >= start and right <= end]
-    if not own:
-        raise StsError(f"The question has no tokens of its own: {question[:60]!r}")
-    return Prompt(ids, (own[0], own[-1] + 1))
+    return _prompt(tokenizer, render(tokenizer, question, demonstrations), start, _plain(tokenizer, question),
+                   whole=True)
 
 
 def solution_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> Prompt:
     """A question with its worked solution; the `question` range holds the solution's tokens. Raises `StsError` where
     there is no solution, or the template changes it."""
-    solution, before = solution_text(example), context_text(tokenizer, question_text(example))
-    own_text = blank(tokenizer) + _plain(tokenizer, solution)
-    text = render(tokenizer, question_text(example), answer=solution)
-    if not solution or not text.startswith(own_text, len(before)):
-        raise StsError(f"The solution of {example.example_id} has no tokens of its own in the chat: {solution[:60]!r}")
-    ids, offsets = encode(tokenizer, text)
-    own = [index for index, (left, right) in enumerate(offsets)
-           if left < right and right > len(before) and left < len(before + own_text)]
-    return Prompt(ids, (own[0], own[-1] + 1))
+    question, solution = question_text(example), solution_text(example)
+    return _prompt(tokenizer, render(tokenizer, question, answer=solution), len(context_text(tokenizer, question)),
+                   blank(tokenizer) + _plain(tokenizer, solution), whole=False)
 
 
 def paired_positions(base: Prompt, icl: Prompt, *, question_tokens_only: bool = True,

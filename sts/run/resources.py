@@ -165,15 +165,16 @@ def benchmarks(run):
 def shift_groups(run):
     """Questions of the training set behind each draw of demonstrations."""
     own = run.settings
-    return groups.training_groups(tokenizer(run), train(run), own.shift_demonstrations, own.demonstration_draws,
-                                  tokens=own.shift_tokens, seed=own.seed, name=own.sft_data)
+    return groups.prompt_groups(tokenizer(run), {own.sft_data: train(run)}, {}, own.shift_demonstrations,
+                                own.demonstration_draws, tokens=own.shift_tokens, seed=own.seed,
+                                what="The training set", apart=True)[own.sft_data]
 
 
 def domain_groups(run):
     """Domain -> its questions behind each draw of demonstrations from the same domain."""
     own = run.settings
-    return groups.groups_of_domains(tokenizer(run), questions(run), examples_set_aside(run), own.demonstrations,
-                                    own.demonstration_draws, tokens=own.score_tokens, seed=own.seed)
+    return groups.prompt_groups(tokenizer(run), questions(run), examples_set_aside(run), own.demonstrations,
+                                own.demonstration_draws, tokens=own.score_tokens, seed=own.seed)
 
 
 def _other(run: OpenRun, **changes: Any) -> OpenRun:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
-from sts.data.groups import demonstration_draws, own_questions, token_pieces
+from sts.data.groups import demonstration_draws, token_pieces
 from sts.data.load import Example, load_examples, split_options
 from sts.data.prompts import (
     document_ids,
@@ -273,21 +273,19 @@ def test_demonstrations_and_questions_are_disjoint_and_draws_differ(data):
 @given(st.data())
 def test_no_question_is_read_behind_two_draws_or_behind_itself(data):
     count, draws = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
-    examples = items(data.draw(st.integers(count + 1, 60)))
-    found = demonstration_draws(examples, count, draws, seed=data.draw(st.integers(0, 5)), what="it")
-    parts = own_questions(found)
-    read = [example for part in parts for example in part]
-    assert len(parts) == draws and len(set(read)) == len(read)
+    examples = items(data.draw(st.integers(draws * (count + 1), 60)))
+    found = demonstration_draws(examples, count, draws, seed=data.draw(st.integers(0, 5)), what="it", apart=True)
+    read = [example for _, part in found for example in part]
+    assert len(found) == draws and len(set(read)) == len(read)
     assert len(read) >= len(examples) - draws * (count + 1)  # few are left unread
-    for (demonstrations, _), part in zip(found, parts, strict=True):
+    for demonstrations, part in found:
         assert not set(demonstrations) & set(part)
 
 
 def test_one_or_two_draws_read_every_question_or_every_other_one():
-    (_, questions), = one = demonstration_draws(items(30), 3, 1, seed=0, what="it")
-    assert own_questions(one) == [questions]
-    two = demonstration_draws(items(30), 3, 2, seed=0, what="it")
-    assert own_questions(two) == [two[0][1][0::2], two[1][1][1::2]]
+    for draws in (1, 2):
+        every, apart = (demonstration_draws(items(30), 3, draws, seed=0, what="it", apart=own) for own in (False, True))
+        assert apart == [(chosen, others[draw::draws]) for draw, (chosen, others) in enumerate(every)]
 
 
 def test_draws_are_fixed_by_the_seed():
