@@ -26,4 +26,4 @@ def one_of(what: str, asked: object, valid: Iterable[object]) -> StsError:
 
 
 class MissingData(StsError):
-    """A data set that was asked for is neither in a local folder nor on the hub."""
+    """A data set or model that was asked for is neither here nor, if it could be there, on the hub."""

@@ -19,12 +19,11 @@ from sts.run.stage import STAGES
 
 @pytest.fixture(scope="session", autouse=True)
 def isolation(tmp_path_factory):
-    """Results go to a temporary folder; local data sets and progress files of the caller are not seen."""
+    """Results go to a temporary folder; local data sets of the caller are not seen."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("STS_RESULTS", str(tmp_path_factory.mktemp("results")))
         patch.delenv("STS_DATA_DIR", raising=False)
-        patch.delenv("STS_PROGRESS", raising=False)
         yield
 
 

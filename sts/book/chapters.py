@@ -21,7 +21,6 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 
 from sts.errors import ROOT, StsError, one_of
-from sts.run.log import terminal
 from sts.run.run import results_folder
 from sts.run.settings import Run, load_run
 
@@ -69,7 +68,7 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
     target.parent.mkdir(parents=True, exist_ok=True)
     print(f"{source.stem} (run {settings.name})", flush=True)
     try:  # the kernel inherits the environment; its own log would tell about transport encryption on localhost
-        with patch.dict(os.environ, KEEP_MEMORY | os.environ | {"STS_PROGRESS": terminal()}):
+        with patch.dict(os.environ, KEEP_MEMORY | os.environ):
             papermill.execute_notebook(
                 str(source), str(target), parameters={"run": run, **given}, kernel_name="python3", progress_bar=False,
                 extra_arguments=["--log-level=40"])

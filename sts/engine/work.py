@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -39,8 +38,6 @@ class Work:
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
-            if not os.environ.get("STS_PROGRESS"):  # a page shows notes with its provenance
-                logging.getLogger("sts").warning(text)
 
     @property
     def passes(self) -> float:

@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
@@ -23,14 +23,17 @@ PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math
 class Reporter:
     """One stage's progress: call it with a fraction between 0 and 1. `work` counts what the stage runs.
 
-    A terminal, STS_PROGRESS or the process's own, shows one line that is rewritten; a file gets one a minute. Nobody is
-    told unless `shown`: of several processes at one stage, one reports.
+    A terminal shows one line that is rewritten; a file gets one a minute, and one at the end. Nobody is told unless
+    `shown`: of several processes at one stage, one reports.
     """
 
     def __init__(self, stage: str, *, shown: bool = True):
-        self.stage, self.shown, self.work, self.started = stage, shown, Work(), time.monotonic()
-        self.terminal = bool(os.environ.get("STS_PROGRESS")) or os.isatty(2)
-        self._tell("started")
+        self.stage, self.work, self.started, self.stream = stage, Work(), time.monotonic(), -1
+        with suppress(OSError):  # a notebook's kernel gives the stream that it was started with, not the page's
+            self.stream = sys.stderr.fileno() if shown else -1
+        self.terminal, self.told = os.isatty(self.stream), self.started
+        if self.terminal:
+            self._tell("started")
 
     def __call__(self, fraction: float) -> None:
         now = time.monotonic()
@@ -39,22 +42,16 @@ class Reporter:
             self._tell(f"{fraction:.0%}, {timedelta(seconds=round(left))} left")
 
     def done(self) -> float:
-        """Say that the stage is finished; returns its seconds."""
+        """Say that the stage is finished, and what was noted; returns its seconds."""
         seconds = time.monotonic() - self.started
-        self._tell(f"done in {timedelta(seconds=round(seconds))}", "\n")
+        self._tell("; ".join([f"done in {seconds:.1f} s", *self.work.notes]), "\n")
         return seconds
 
     def _tell(self, said: str, end: str = "") -> None:
-        self.told, target = time.monotonic(), os.environ.get("STS_PROGRESS")
+        self.told = time.monotonic()
         start, end = ("\r\x1b[K", end) if self.terminal else ("", "\n")
-        if self.shown:
-            with suppress(OSError), open(target, "a") if target else nullcontext(sys.__stderr__) as stream:
-                print(f"{start}  {self.stage}: {said}", end=end, file=stream, flush=True)
-
-
-def terminal() -> str:
-    """The path under which a child process finds this one's terminal; the null device without one."""
-    return os.ttyname(2) if os.isatty(2) else os.devnull
+        with suppress(OSError):
+            os.write(self.stream, f"{start}  {self.stage}: {said}{end}".encode())
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts.errors import StsError
-from sts.run.resources import MADE_OF_KEYS, drawn, seeds_of, trainings_of
+from sts.run.resources import DRAWN, INPUTS, seeds_of, trainings_of
+from sts.run.settings import Run
 from sts.run.stage import STAGES, Stage
 from sts.run.store import PROVENANCE, Store, read
 
@@ -89,48 +90,44 @@ def record(run: OpenRun, target: Path) -> list[str]:
     """Copy the run's stored results to `target`, those of its further seeds as well; the names with keys, sorted.
 
     Of further training sets, provenance alone is recorded. What the run no longer asks for is removed from `target`.
-    `StsError` where nothing is stored.
+    `StsError` where nothing is stored, or a key cannot be known.
     """
-    own, copy, others = Store(run.store.folder), Store(target), trainings_of(run)
-    known = [one for one in others if one is run or one.known("sft_train")]
+    own, copy = Store(run.store.folder), Store(target)
     asked = {f"{name}-{one.key(name)}": ((name, one.key(name), spec.kind), one)
-             for one in reversed([*seeds_of(run), *known]) for name, spec in STAGES.items()}
+             for one in reversed([*seeds_of(run), *trainings_of(run)]) for name, spec in STAGES.items()}
     found = {label: each for label, each in asked.items() if own.find(*each[0])}
     if not found:
         raise StsError(f"Run {run.settings.name!r} has no results in {own.folder}; compute some first.")
     for path in target.iterdir() if target.is_dir() else ():
-        # While a training set cannot be read, what it asks for is not known.
-        if (label := path.name.partition(".")[0]) in found or (label not in asked and len(known) == len(others)):
+        if (label := path.name.partition(".")[0]) in found or label not in asked:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for (name, key, kind), one in found.values():
-        provenance = own.provenance(name, key, kind) | {"drawn": drawn(one.settings, STAGES[name].inputs)}
-        why, nothing = _withheld(name, kind, one, run)
+        drawn = {setting: getattr(one.settings, setting) for what in STAGES[name].inputs if what in DRAWN
+                 for setting in INPUTS[what][0]}
+        provenance, (why, nothing) = own.provenance(name, key, kind) | {"drawn": drawn}, _withheld(name, kind, one, run)
         if why:
             provenance["withheld"] = why
-        scratch, stored = copy.scratch(name, key), own.paths(name, key, kind)[0]
+        stored, scratch = own.paths(name, key, kind)[0], copy.scratch(name, key)
         value = None if nothing else as_recorded(name, kind, read(stored, kind), scratch)
         copy.write(name, key, kind, value, provenance)
     shutil.rmtree(target / "unfinished")
     return sorted(found)
 
 
-def provenances(folders: Sequence[Path], name: str) -> list[dict[str, Any]]:
-    """The provenance of every recorded result of a stage."""
-    return [json.loads(path.read_text(encoding="utf-8")) for folder in folders
-            for path in sorted(folder.glob(f"{name}-*{PROVENANCE}"))]
+def recorded_key(folders: Sequence[Path], settings: Run, spec: Stage, needs: Mapping[str, str],
+                 known: Mapping[str, str | None]) -> str | None:
+    """The key of a recorded result; None if there is none.
 
-
-def recorded_key(records: Iterable[Mapping[str, Any]], spec: Stage, uses: Mapping[str, Any], needs: Mapping[str, str],
-                 inputs: Mapping[str, str | None], drawn: Mapping[str, Any]) -> str | None:
-    """The key of a recorded result with these settings and needs; None if there is none.
-
-    Where an input's digest is not known (None), the settings that decide it must be those of the record
-    (`resources.drawn`). What is known must be equal, and what is made of other stages' keys must be known.
+    All settings of the record must be the run's, among them those that decide its data, and its digests those that are
+    `known`. Of what is read from outside a digest may be unknown (None); what is made of other stages' keys may not.
     """
-    for found in records:
-        if (found["version"], found["settings"], found["needs"], found.get("drawn", {}), found["inputs"].keys()) == (
-                spec.version, uses, needs, drawn, inputs.keys()) and all(
-                inputs[what] in (value, None if what not in MADE_OF_KEYS else value)
+    for path in (path for folder in folders for path in sorted(folder.glob(f"{spec.name}-*{PROVENANCE}"))):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        decided = found["settings"] | found["drawn"]
+        if (found["version"], found["settings"].keys(), found["needs"], found["inputs"].keys()) == (
+                spec.version, {*spec.uses}, needs, known.keys()) and all(
+                getattr(settings, name, ...) == value for name, value in decided.items()) and all(
+                known[what] == value or (known[what] is None and what in INPUTS)
                 for what, value in found["inputs"].items()):
             return found["key"]
     return None

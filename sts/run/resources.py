@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from sts.data import groups, load
 from sts.data.prompts import question_text, render, solution_text
 from sts.data.sources import Example
 from sts.errors import StsError
-from sts.run.settings import Run
 from sts.run.stage import RESOURCES, Resource
 
 if TYPE_CHECKING:
@@ -27,30 +26,24 @@ _MODEL = ("model", "model_revision")
 _TRAINING = ("sft_data", "sft_examples", "sft_held_out", "seed")
 _DOMAINS = ("domain_data", "domain_split", "domains", "domain_limit")
 _SET_ASIDE = ("domain_data", "demonstration_split", "domains")
-#: Input -> the settings that decide what it is, and the resource that holds it.
-INPUTS = {"model": (_MODEL, "lm"), "sft_train": (_TRAINING, "train"), "sft_held_out": (_TRAINING, "held_out"),
-          "domain_data": (_DOMAINS, "questions"), "demonstrations": (_SET_ASIDE, "examples_set_aside"),
-          "text_data": (("text_data", "text_examples", "seed"), "texts"),
-          "sae_text": ((*_MODEL, "sae_text"), "sae_texts"),
-          "trial_problems": ((*_TRAINING, "sft_trial_examples"), "trial"),
-          "generation_data": ((*_TRAINING, *_DOMAINS, *_SET_ASIDE, "eval_generate", "eval_limit", "demonstrations"),
-                              "benchmarks")}
-#: Inputs of which records keep these settings, as stages need not use them.
+_TEXTS = ("text_data", "text_examples", "seed")
+#: Inputs of which records keep the settings that decide them, as stages need not use them.
 DRAWN = ("sft_train", "sft_held_out", "domain_data", "demonstrations")
-#: Inputs that are other stages' keys: these are known wherever the stages are, so records have to agree in them.
-MADE_OF_KEYS = ("sae", "seeds", "training_sets")
 #: Added to the run's seed, so that the problems of trials are drawn apart from those of the runs reported.
 TRIAL_SEED = 1_000
-#: What is asked of every further seed, and of every training set, before its key is part of another.
-EVERY_SEED = ("correlations", "extreme_correlations")
+#: What is asked of every training set, before its key is part of another.
 EVERY_SET = ("scores", "shift", "sft", "sft_shift", "domain_shift", "correlations", "text_baselines")
 
 
-def drawn(settings: Run, inputs: Iterable[str]) -> dict[str, Any]:
-    """The settings that decide what these inputs are and that a record keeps: name and value."""
-    return {name: getattr(settings, name) for what in inputs if what in DRAWN for name in INPUTS[what][0]}
+def resource(uses: tuple[str, ...] = (), inputs: tuple[str, ...] = (), needs: tuple[str, ...] = (), name: str = ""):
+    """Register a function of an open run under its name, with what it brings into a key: settings, inputs, stages."""
+    def register(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        RESOURCES[name or make.__name__] = Resource(make, uses, inputs, needs)
+        return make
+    return register
 
 
+@resource((*_MODEL, "dtype"), ("model",))
 def fresh_lm(run):
     """A function of a dtype ("" for the run's own) that loads a copy of the model, for stages that change it."""
     def fresh(dtype: str = ""):
@@ -62,15 +55,18 @@ def fresh_lm(run):
     return fresh
 
 
+@resource((*_MODEL, "dtype"), ("model",))
 def lm(run):
     """The run's model, loaded once and never changed."""
     return run.once("model", (*_MODEL, "dtype", "device"), fresh_lm(run))
 
 
+@resource(_MODEL, ("model",))
 def tokenizer(run):
     return lm(run).tokenizer
 
 
+@resource((*_MODEL, "dtype"), ("model",), ("sft",))
 def tuned(run):
     """The fine-tuned model, a copy of its own."""
     from sts.engine.finetune import load_tuned
@@ -78,6 +74,7 @@ def tuned(run):
     return load_tuned(fresh_lm(run)(), run.get("sft"))
 
 
+@resource(("fold_norms", "sae_dtype"), ("sae",))
 def reader(run):
     """The run's SAE, trained first where the run says so, and checked to fit the model and the layer."""
     from sts.engine.saes import check_fits, load_sae
@@ -96,6 +93,7 @@ def reader(run):
     return found
 
 
+@resource(("question_tokens_only", "drop_first_positions", "outlier_norm"))
 def masks(run):
     from sts.engine.extract import Masks
 
@@ -108,11 +106,13 @@ def _training_set(run) -> tuple[list, list]:
         own.sft_data, own.sft_examples, own.sft_held_out, seed=own.seed))
 
 
+@resource(inputs=("sft_train",))
 def train(run):
     """Training examples."""
     return _training_set(run)[0]
 
 
+@resource(inputs=("sft_held_out",))
 def held_out(run):
     """Examples of the training set that are never trained on."""
     return _training_set(run)[1]
@@ -125,36 +125,42 @@ def _by_domain(run, split: str, limit: int = 0) -> dict[str, list]:
             for domain, group in found.items()}
 
 
+@resource(inputs=("domain_data",))
 def questions(run):
     """Domain -> its questions."""
     own = run.settings
     return run.once("evaluation data", _DOMAINS, partial(_by_domain, run, own.domain_split, own.domain_limit))
 
 
+@resource(inputs=("demonstrations",))
 def examples_set_aside(run):
     """Domain -> examples for demonstrations; empty if they come from the questions themselves."""
     split = run.settings.demonstration_split
     return run.once("demonstrations", _SET_ASIDE, partial(_by_domain, run, split)) if split else {}
 
 
+@resource((*_TEXTS, "context"), ("text_data",))
 def texts(run):
     """Questions and solutions that the first chapter reads the SAE on."""
     own = run.settings
-    return run.once("texts", INPUTS["text_data"][0], lambda: [one for name in own.text_data for one in (
+    return run.once("texts", _TEXTS, lambda: [one for name in own.text_data for one in (
         load.load_examples(name, limit=own.text_examples, seed=own.seed + 7))])
 
 
+@resource(("sae_text", "context"), ("sae_text",))
 def sae_texts(run):
     """The text that SAEs are trained on."""
     return groups.SaeTexts(run.settings.sae_text, lm(run).tokenizer, run.settings.context)
 
 
+@resource(("sft_data", "sft_trial_examples", "sft_held_out", "seed"), ("trial_problems",))
 def trial(run):
     """(train, held out, seed) for the comparison of learning rates, drawn apart from the run's own problems."""
     seed = run.settings.seed + TRIAL_SEED
     return *_training_set(_other(run, seed=seed, sft_examples=run.settings.sft_trial_examples)), seed
 
 
+@resource(("eval_generate",), ("generation_data",))
 def benchmarks(run):
     """What is answered in words: name in `eval_generate` -> (benchmark, questions, worked examples)."""
     own = run.settings
@@ -162,6 +168,7 @@ def benchmarks(run):
                                       own.demonstrations, own.eval_limit, own.seed)
 
 
+@resource(("shift_tokens", "shift_demonstrations", "demonstration_draws", "seed"), ("sft_train",))
 def shift_groups(run):
     """Questions of the training set behind each draw of demonstrations."""
     own = run.settings
@@ -170,6 +177,7 @@ def shift_groups(run):
                                 what="The training set", apart=True)[own.sft_data]
 
 
+@resource(("score_tokens", "demonstrations", "demonstration_draws", "seed"), ("domain_data", "demonstrations"))
 def domain_groups(run):
     """Domain -> its questions behind each draw of demonstrations from the same domain."""
     own = run.settings
@@ -183,11 +191,13 @@ def _other(run: OpenRun, **changes: Any) -> OpenRun:
     return run if other is run else other.variant(seeds=[], sweep_seeds=None)
 
 
+@resource(("seeds", "seed"), ("seeds",), name="each_seed")
 def seeds_of(run: OpenRun) -> list[OpenRun]:
     """The run with each of its seeds, its own first."""
     return [_other(run, seed=seed) for seed in dict.fromkeys((run.settings.seed, *run.settings.seeds))]
 
 
+@resource(("training_sets", "training_seeds", "sft_data", "seed"), ("training_sets",), name="each_training")
 def trainings_of(run: OpenRun) -> list[OpenRun]:
     """The run with every training set, its own first, and of each all `training_seeds`."""
     own = run.settings
@@ -195,57 +205,45 @@ def trainings_of(run: OpenRun) -> list[OpenRun]:
             for seed in dict.fromkeys((own.seed, *own.training_seeds))]
 
 
-#: name -> how it is made, and what it brings into a key: settings, inputs, stages.
-RESOURCES.update({
-    "tokenizer": Resource(tokenizer, _MODEL, ("model",)),
-    "lm": Resource(lm, (*_MODEL, "dtype"), ("model",)),
-    "fresh_lm": Resource(fresh_lm, (*_MODEL, "dtype"), ("model",)),
-    "tuned": Resource(tuned, (*_MODEL, "dtype"), ("model",), ("sft",)),
-    "reader": Resource(reader, ("fold_norms", "sae_dtype"), ("sae",)),
-    "masks": Resource(masks, ("question_tokens_only", "drop_first_positions", "outlier_norm")),
-    "train": Resource(train, inputs=("sft_train",)),
-    "held_out": Resource(held_out, inputs=("sft_held_out",)),
-    "questions": Resource(questions, inputs=("domain_data",)),
-    "examples_set_aside": Resource(examples_set_aside, inputs=("demonstrations",)),
-    "texts": Resource(texts, ("text_data", "text_examples", "context", "seed"), ("text_data",)),
-    "sae_texts": Resource(sae_texts, ("sae_text", "context"), ("sae_text",)),
-    "trial": Resource(trial, ("sft_data", "sft_trial_examples", "sft_held_out", "seed"), ("trial_problems",)),
-    "benchmarks": Resource(benchmarks, ("eval_generate",), ("generation_data",)),
-    "shift_groups": Resource(shift_groups, ("shift_tokens", "shift_demonstrations", "demonstration_draws", "seed"),
-                             ("sft_train",)),
-    "domain_groups": Resource(domain_groups, ("score_tokens", "demonstrations", "demonstration_draws", "seed"),
-                              ("domain_data", "demonstrations")),
-    "each_seed": Resource(seeds_of, ("seeds", "seed"), ("seeds",)),
-    "each_training": Resource(trainings_of, ("training_sets", "training_seeds", "sft_data", "seed"),
-                              ("training_sets",))})
+def _model_digest(run: OpenRun) -> str:
+    from sts.engine.models import resolve_model
+
+    return resolve_model(run.settings.model, run.settings.model_revision, run.results / "models", convert=False)[1]
+
+
+def _sae_text_digest(run: OpenRun) -> str:
+    own = sae_texts(run)  # as the model sees them, as recorded keys are
+    documents = [one for name in own.sources for one in own.documents(name)]
+    return load.digest([one if isinstance(one, str) else render(
+        own.tokenizer, question_text(one), answer=solution_text(one)) for one in documents])
+
+
+#: Input -> the settings that decide what it is, and a function of a run: its examples, or its digest.
+INPUTS = {"model": (_MODEL, _model_digest), "sft_train": (_TRAINING, train), "sft_held_out": (_TRAINING, held_out),
+          "domain_data": (_DOMAINS, questions), "demonstrations": (_SET_ASIDE, examples_set_aside),
+          "text_data": (_TEXTS, texts), "sae_text": ((*_MODEL, "sae_text"), _sae_text_digest),
+          "trial_problems": ((*_TRAINING, "sft_trial_examples"), trial),
+          "generation_data": ((*_TRAINING, *_DOMAINS, *_SET_ASIDE, "eval_generate", "eval_limit", "demonstrations"),
+                              benchmarks)}
 
 
 def identity(run: OpenRun, what: str) -> str:
-    """A digest of something that a stage reads from outside; `StsError` if it is not here."""
-    if what == "sae" and run.settings.sae == "train":
-        return f"trained:{run.key('sae')}"
+    """A digest of something that a stage reads from outside, or of other stages' keys; `StsError` if it is not here."""
+    if what in INPUTS:
+        decided_by, make = INPUTS[what]
+        return run.once(f"digest of {what}", decided_by, lambda: _digest(make(run)))
     if what == "sae":
         from sts.engine.saes import sae_identity
 
-        return sae_identity(run.settings.sae)
-    if what in MADE_OF_KEYS:
-        others, names = (seeds_of(run)[1:], EVERY_SEED) if what == "seeds" else (trainings_of(run), EVERY_SET)
-        keys = [one.key(name) for one in others for name in names]
-        return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
-    return run.once(f"digest of {what}", INPUTS[what][0], partial(_digest, run, what))
+        return f"trained:{run.key('sae')}" if run.settings.sae == "train" else sae_identity(run.settings.sae)
+    others, names = (trainings_of(run), EVERY_SET) if what == "training_sets" else (
+        seeds_of(run)[1:], ("correlations", "extreme_correlations"))
+    keys = [one.key(name) for one in others for name in names]
+    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
 
 
-def _digest(run: OpenRun, what: str) -> str:
-    if what == "model":
-        from sts.engine.models import resolve_model
-
-        return resolve_model(run.settings.model, run.settings.model_revision, run.results / "models", convert=False)[1]
-    if what == "sae_text":  # as the model sees them, as recorded keys are
-        own = sae_texts(run)
-        documents = [one for name in own.sources for one in own.documents(name)]
-        return load.digest([one if isinstance(one, str) else render(
-            own.tokenizer, question_text(one), answer=solution_text(one)) for one in documents])
-    return load.digest(_examples(RESOURCES[INPUTS[what][1]].make(run)))
+def _digest(found: Any) -> str:
+    return found if isinstance(found, str) else load.digest(_examples(found))
 
 
 def _examples(value: Any) -> list[Example]:

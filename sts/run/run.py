@@ -1,7 +1,7 @@
 """An open run: a profile with its results, each a stage computed once and found again by its key.
 
 A key is made of the settings that the stage uses, the keys of the stages it needs, digests of its data and weights, and
-its version; a changed setting recomputes what depends on it, no more.
+its version.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import copy
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from sts.errors import ROOT, MissingData, StsError, one_of
 from sts.run import resources
 from sts.run.log import Reporter, environment
-from sts.run.recorded import provenances, recorded_key
+from sts.run.recorded import recorded_key
 from sts.run.settings import Run, load_run
 from sts.run.stage import STAGES, Stage, values
 from sts.run.stage import key as key_of
@@ -65,7 +65,7 @@ class OpenRun:
         place = (what, *(repr(getattr(self.settings, name)) for name in decided_by), *more)
         if place not in self._memory:
             if not self._reads:
-                raise StsError(f"Of run {self.settings.name!r} recorded results alone are asked for, not its {what}.")
+                raise MissingData(f"Of run {self.settings.name!r} recorded results alone are asked for, no {what}.")
             self._memory[place] = make()
         return self._memory[place]
 
@@ -121,29 +121,20 @@ class OpenRun:
     def _key(self, spec: Stage) -> str:
         from sts.data.load import without_hub
 
-        about = self._about(spec)
+        uses, needs = self._about(spec)
+        known: dict[str, str | None] = dict.fromkeys(spec.inputs)
         with without_hub():  # recorded results need neither the model nor the data
-            known = {what: self.known(what) for what in spec.inputs}
-        if None in known.values() and (found := recorded_key(
-                provenances(self.store.recorded, spec.name), spec, *about, known,
-                resources.drawn(self.settings, spec.inputs))):
+            for what in spec.inputs:
+                with suppress(StsError):
+                    known[what] = resources.identity(self, what)
+        if None in known.values() and (found := recorded_key(self.store.recorded, self.settings, spec, needs, known)):
             return found
-        try:
-            return key_of(spec, *about, {what: resources.identity(self, what) for what in spec.inputs})
-        except StsError as error:
-            raise self._beyond_recorded(spec.name, error) from error
+        return key_of(spec, uses, needs, {what: resources.identity(self, what) for what in spec.inputs})
 
     def _about(self, spec: Stage) -> tuple[dict[str, Any], dict[str, str]]:
         """The settings that a stage uses, and the keys of those that it needs."""
         return ({setting: getattr(self.settings, setting) for setting in spec.uses},
                 {need: self.key(need) for need in self.needs(spec.name)})
-
-    def known(self, what: str) -> str | None:
-        """A digest of what a stage reads from outside (`resources.identity`), or None where it is not here."""
-        try:
-            return resources.identity(self, what)
-        except StsError:
-            return None
 
     def find(self, name: str) -> Path | None:
         """Where the stage's result lies, if it is there, undamaged, under the present settings."""
@@ -168,14 +159,18 @@ class OpenRun:
     def get(self, name: str) -> Any:
         """The stage's result: from memory, from the store, or computed now and stored."""
         self._use(name)
-        place = ("result", name, self.key(name))
-        if place not in self._memory:
-            try:
-                path = self.find(name) or self.compute(name, again=False)
-            except MissingData as error:
-                raise self._beyond_recorded(name, error) from error
-            self._memory[place] = read(path, self.spec(name).kind)
-        return self._memory[place]
+        try:
+            place = ("result", name, self.key(name))
+            if place not in self._memory:
+                self._memory[place] = read(self.find(name) or self.compute(name, again=False), self.spec(name).kind)
+            return self._memory[place]
+        except MissingData as error:  # why are model or data asked for, where the run is shown from recorded results?
+            if not any(folder.is_dir() for folder in self.store.recorded):
+                raise
+            shown = ", ".join(f"{key} = {value}" for key, value in self.changed.items() if value not in ([], None))
+            raise StsError(f"Of run {self.settings.name!r}, the result of stage {name!r}{' with ' * bool(shown)}{shown}"
+                           " is not recorded, or not whole; computing it needs the model and the data. "
+                           f"{error}") from error
 
     def compute(self, name: str, *, again: bool = True) -> Path:
         """Compute the stage, first what it needs and is not there, and store it; its path. Of two processes the second
@@ -215,14 +210,6 @@ class OpenRun:
         if not (found := self.find(name)):
             raise StsError(f"Stage {name!r} is not in {self.store.folder}, which machines must share (STS_RESULTS).")
         return found
-
-    def _beyond_recorded(self, name: str, error: StsError) -> StsError:
-        """The error, with the reason that model or data are asked for where the run is shown from recorded results."""
-        if "is not recorded" in str(error) or not any(folder.is_dir() for folder in self.store.recorded):
-            return error
-        shown = ", ".join(f"{key} = {value}" for key, value in self.changed.items() if value not in ([], None))
-        return StsError(f"Of run {self.settings.name!r}, the result of stage {name!r}{' with ' * bool(shown)}{shown} "
-                        f"is not recorded, or not whole; computing it needs the model and the data. {error}")
 
 
 def open_run(run: str | Run = "laptop", *, results: Path | None = None, **overrides: Any) -> OpenRun:

@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 
 import sts
 from sts.errors import ROOT, MissingData, StsError
-from sts.run.recorded import BLANK, CHANGED, NO_TEXT, provenances, record, recorded_key, texts_withheld
-from sts.run.resources import drawn, identity, lm, seeds_of, trainings_of
-from sts.run.run import OpenRun
+from sts.run.recorded import BLANK, CHANGED, NO_TEXT, record, recorded_key, texts_withheld
+from sts.run.resources import identity, lm, seeds_of, trainings_of
 from sts.run.stage import STAGES, Stage
 from sts.run.store import Store
 from sts.run.verify import verify
@@ -41,7 +40,7 @@ def folder(run, tmp_path_factory):
 def elsewhere(run, folder, tmp_path, monkeypatch):
     """The same run where neither model nor data can be had."""
     def missing(*args, **kwargs):
-        raise StsError("not here")
+        raise MissingData("not here")
 
     for name in ("engine.models.resolve_model", "data.load.load_examples", "data.load.load_mixture"):
         monkeypatch.setattr(f"sts.{name}", missing)
@@ -153,7 +152,7 @@ def test_the_hub_is_asked_only_for_what_is_not_recorded(run, tmp_path, monkeypat
     assert asked
     spec = STAGES["sft"]
     provenance = {"stage": "sft", "key": key, "version": spec.version, "needs": {},
-                  "drawn": drawn(first.settings, spec.inputs),
+                  "drawn": {"sft_examples": first.settings.sft_examples},
                   "settings": {name: getattr(first.settings, name) for name in spec.uses},
                   "inputs": {what: identity(first, what) for what in spec.inputs}}
     folder = tmp_path / "recorded"
@@ -209,16 +208,14 @@ def test_recording_removes_what_the_run_no_longer_asks_for(run, tmp_path):
     assert {f"shift-{first.key('shift')}", f"sft-{first.key('sft')}"} <= kept  # they do not depend on N
 
 
-def test_recording_removes_nothing_while_a_training_set_cannot_be_read(run, tmp_path, monkeypatch):
+def test_recording_stops_and_removes_nothing_while_a_training_set_cannot_be_read(run, tmp_path):
     first = sts.open_run("smoke", results=run.results, seeds=[])
     record(first, tmp_path / "recorded")
     before = {path.name for path in (tmp_path / "recorded").iterdir()}
-    second = sts.open_run("smoke", results=run.results, seeds=[], top_n=3, training_sets=["mmlu_exemplars"])
-    missing = {"sft_train": None}  # as if mmlu_exemplars could not be read
-    known = OpenRun.known
-    monkeypatch.setattr(OpenRun, "known", lambda self, what: missing.get(what, known(self, what)))
-    record(second, tmp_path / "recorded")
-    assert before <= {path.name for path in (tmp_path / "recorded").iterdir()}
+    second = sts.open_run("smoke", results=run.results, seeds=[], top_n=3, training_sets=["counsel_chat"])
+    with pytest.raises(MissingData, match="counsel_chat"):
+        record(second, tmp_path / "recorded")
+    assert before == {path.name for path in (tmp_path / "recorded").iterdir()}
 
 
 def test_texts_that_are_not_recorded_are_known_as_such(run, folder, elsewhere):
@@ -276,20 +273,21 @@ def test_a_comparison_of_training_sets_is_stale_once_what_it_was_made_of_is(regi
         registry[raised] = own
 
 
-SPEC = Stage("made", print, "json", ("model",), ("model",), ("shift",), ("model", "sft_train", "seeds"), version=2)
-RECORD = {"key": "k", "version": 2, "settings": {"model": "m"}, "needs": {"shift": "s"}, "drawn": {"seed": 0},
+SPEC = Stage("made", print, "json", ("top_n",), ("top_n",), ("shift",), ("model", "sft_train", "seeds"), version=2)
+RECORD = {"key": "k", "version": 2, "settings": {"top_n": 16}, "needs": {"shift": "s"}, "drawn": {"seed": 0},
           "inputs": {"model": "a", "sft_train": "b", "seeds": "c"}}
 
 
 @pytest.mark.parametrize(("inputs", "changed", "expected"), [
     ({}, {}, "k"), ({"model": None, "sft_train": None}, {}, "k"), ({"model": "other"}, {}, None),
     ({"seeds": None}, {}, None), ({}, {"version": 1}, None), ({}, {"drawn": {"seed": 1}}, None),
-    ({}, {"settings": {"model": "n"}}, None), ({}, {"needs": {"shift": "t"}}, None),
-    ({}, {"inputs": {"model": "a", "seeds": "c"}}, None)], ids=str)
-def test_a_recorded_key_is_found_by_what_is_known(inputs, changed, expected):
-    found = recorded_key([RECORD | changed], SPEC, {"model": "m"}, {"shift": "s"}, RECORD["inputs"] | inputs,
-                         {"seed": 0})
-    assert found == expected
+    ({}, {"settings": {"top_n": 17}}, None), ({}, {"settings": {"top_n": 16, "layer": 2}}, None),
+    ({}, {"needs": {"shift": "t"}}, None), ({}, {"inputs": {"model": "a", "seeds": "c"}}, None)], ids=str)
+def test_a_recorded_key_is_found_by_what_is_known(tmp_path, inputs, changed, expected):
+    (tmp_path / "made-k.json.provenance.json").write_text(json.dumps(RECORD | changed))
+    settings = sts.open_run("smoke").settings
+    assert (settings.top_n, settings.seed) == (16, 0)
+    assert recorded_key([tmp_path], settings, SPEC, {"shift": "s"}, RECORD["inputs"] | inputs) == expected
 
 
 def test_a_missing_model_is_explained_like_missing_data(elsewhere):
@@ -308,4 +306,4 @@ def test_what_is_withheld_later_and_stages_that_are_gone_leave_nothing_behind(ru
     (tmp_path / "gone_stage-0123456789ab.json").write_text("{}")
     record(run, tmp_path)
     assert not (tmp_path / f"{name}.parquet").exists() and not list(tmp_path.glob("gone_stage*"))
-    assert provenances([tmp_path], "scores")[0]["withheld"] == "size"
+    assert json.loads((tmp_path / f"{name}.parquet.provenance.json").read_text())["withheld"] == "size"
