@@ -70,6 +70,7 @@ class Page:
                          f'<label for="{group}-{place}">{escape(label)}</label>'
                          f'<figure><img alt="{told}" src="data:image/png;base64,{data}"></figure>')
         return HTML(f'<div class="sts-tabs">{"".join(parts)}<figcaption>{escape(caption)}</figcaption></div>')
+
     def claims(self, *ids: str) -> HTML:
         """Cards of claims, by their ids in book/claims.yaml."""
         known = claims.read_claims()[1]
@@ -107,6 +108,7 @@ class Page:
                          "run": self.settings.name})
         counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
         return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scorecard">{figures.table(rows).data}</div>')
+
     def latents(self, count: int = 10) -> HTML:
         """Cards of the latents of stage `latent_examples`: texts they fire on, tokens they promote and demote, how
         strongly they fire. Where texts are withheld, of further stages only what is stored."""
