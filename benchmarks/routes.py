@@ -69,10 +69,10 @@ def latent_stats(lm: LanguageModel, sae, layer: int, prompts: list[Prompt], mask
                  tokens_per_batch: int) -> LatentStats:
     """The engine's statistics of every latent over prompts, in memory that does not grow with their number."""
     extractor, stats = Extractor(lm, layer, tokens_per_batch), LatentStats(sae.cfg.d_sae, sae.device)
-    texts, spans = [prompt.ids for prompt in prompts], [masks.span(prompt) for prompt in prompts]
-    limit, = extractor.sink_norms(texts, spans, masks.outlier_norm)
-    for batch in extractor.batches([last for _, last in spans]):
-        residual_TD = extractor.tokens([texts[index] for index in batch], [spans[index] for index in batch])
+    sides = [(prompt.ids, masks.span(prompt)) for prompt in prompts]
+    limit, = extractor.sink_norms(sides, masks.outlier_norm)
+    for batch in extractor.batches([last for _, (_, last) in sides]):
+        residual_TD = extractor.tokens([sides[index] for index in batch])
         for _, (latents_TL,) in encode_chunks(sae, residual_TD[is_content(residual_TD, limit)]):
             stats.add(latents_TL)
     return stats

@@ -4,10 +4,9 @@
 - `solution`: the right answer with its worked solution; divided by its characters it gives bits per character, which a
   small model can resolve where its accuracy is near chance.
 
-What is scored are the very tokens that fine-tuning trains on (`prompts.solution_prompt`), behind what a finished turn
-has in front of them. Sequences that begin alike are packed into one row: the tokens that they share once, then each
-one's rest, which attends to what is shared and to itself ("tree attention", Miao et al., 2023, arXiv 2305.09781). The
-numbers are those of lm-evaluation-harness' own class, which takes twice the time on a small model.
+What is scored are the very tokens that fine-tuning trains on (`prompts.solution_prompt`). Sequences that begin alike
+are packed into one row: the tokens that they share once, then each one's rest, which attends to what is shared and to
+itself ("tree attention", Miao et al., 2023, arXiv 2305.09781). lm-evaluation-harness' own class takes twice the time.
 
 Shape suffixes: B rows, P positions, T tokens whose logits are needed, V vocabulary, N target tokens.
 """
@@ -17,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import pandas
 import torch
@@ -43,41 +42,33 @@ def evaluate(lm: LanguageModel, examples: list[Example], *, kinds: Sequence[str]
     """Score every example's targets of the given kinds: letters where it has options, its solution where it has one.
 
     Returns:
-        One row per item and option and kind, and one per item's solution: example_id, domain, kind, option (index; -1
-        for a solution), loglikelihood (nats), characters (of the target), is_right.
-
-    Raises:
-        StsError: nothing to score, a prompt longer than the model's context, or a log-likelihood that
-            is not finite.
+        One row per target: example_id, domain, kind, option (index; -1 for a solution), loglikelihood (nats),
+        characters (of the target), is_right. `StsError` where there is nothing to score, a prompt is longer than the
+        model's context, or a log-likelihood is not finite.
     """
-    rows, targets = [], []
-    for row, (context, target) in (one for example in examples for one in requests(lm, example, kinds)):
-        if len(context) + len(target) > lm.context_length:
-            raise StsError(f"Item {row['example_id']} needs {len(context) + len(target)} tokens; the model's context "
-                           f"is {lm.context_length}.")
-        rows.append(row)
-        targets.append((context, target))
+    rows, asked = [], []
+    for example in examples:
+        for kind, option, characters, context, target in targets(lm.tokenizer, example, kinds):
+            if (length := len(context) + len(target)) > lm.context_length:
+                raise StsError(f"Item {example.example_id} needs {length} tokens; the model's context is "
+                               f"{lm.context_length}.")
+            rows.append({"example_id": example.example_id, "domain": example.domain, "kind": kind, "option": option,
+                         "characters": characters, "is_right": option in (-1, example.answer_index)})
+            asked.append((context, target))
     if not rows:
         raise StsError(f"None of the {len(examples)} examples has anything to score by {', '.join(kinds)}; letter "
                        "needs questions with options, solution a worked solution or an answer.")
-    for row, value in zip(rows, loglikelihoods(lm, targets, batch=batch, report=report, work=work), strict=True):
+    frame, values = pandas.DataFrame(rows), loglikelihoods(lm, asked, batch=batch, report=report, work=work)
+    for row, value in zip(rows, values, strict=True):
         if not math.isfinite(value):
             raise StsError(f"Item {row['example_id']}: its log-likelihood is {value}. The model's output is not "
                            "finite; if it was fine-tuned, try a lower sft_lr, else dtype float32.")
-        row["loglikelihood"] = value
-    return pandas.DataFrame(rows, columns=["example_id", "domain", "kind", "option", "loglikelihood", "characters",
-                                           "is_right"])
+    frame.insert(4, "loglikelihood", values)
+    return frame
 
 
-def requests(lm: LanguageModel, example: Example, kinds: Sequence[str] = KINDS) -> Iterator[
-        tuple[dict[str, Any], tuple[Sequence[int], Sequence[int]]]]:
-    """(what `evaluate` says of a target, (token ids of its context, of the target)) for each of an example's."""
-    tokenizer = lm.tokenizer
-
-    def row(kind: str, option: int, characters: int) -> dict[str, Any]:
-        return {"example_id": example.example_id, "domain": example.domain, "kind": kind, "option": option,
-                "characters": characters, "is_right": kind == "solution" or option == example.answer_index}
-
+def targets(tokenizer, example: Example, kinds: Sequence[str]) -> Iterator[tuple[str, int, int, Ids, Ids]]:
+    """(kind, option, characters, token ids of its context, of the target) for each of an example's targets."""
     if "letter" in kinds and example.options:
         # As the options are written in the question and the solutions: "(A)".
         context = encode(tokenizer, context_text(tokenizer, question_text(example)) + blank(tokenizer) + OPENING)[0]
@@ -86,13 +77,11 @@ def requests(lm: LanguageModel, example: Example, kinds: Sequence[str] = KINDS) 
             ids = tokenizer(OPENING + letter, add_special_tokens=False)["input_ids"]
             # Where the bracket would merge with the letter, they are kept apart.
             own = ids[len(cue):] if ids[:len(cue)] == cue else tokenizer(letter, add_special_tokens=False)["input_ids"]
-            yield row("letter", index, len(letter)), (context, own)
+            yield "letter", index, len(letter), context, tuple(own)
     if "solution" in kinds and solution_text(example):
-        prompt = solution_prompt(tokenizer, example)
-        first, last = prompt.question
+        ids, (first, last) = solution_prompt(tokenizer, example)
         # The blank behind "Answer:" is scored, so it is counted.
-        characters = len(blank(tokenizer) + solution_text(example))
-        yield row("solution", -1, characters), (prompt.ids[:first], prompt.ids[first:last])
+        yield "solution", -1, len(blank(tokenizer) + solution_text(example)), ids[:first], ids[first:last]
 
 
 # --- log-likelihoods ----------------------------------------------------------------------------------------------
@@ -108,15 +97,15 @@ class Row:
         return self.shared + sum(len(ids) - self.shared for ids in self.sequences)
 
 
-def pack(sequences: Iterable[Ids]) -> list[Row]:
-    """Rows of different sequences, in lexical order."""
+def pack(sequences: Iterable[Ids], saved: float = PASS_TOKENS) -> list[Row]:
+    """Rows of different sequences, in lexical order; each but a row's first shares so many tokens, at least."""
     rows: list[Row] = []
     for ids in sorted(sequences):
         if rows:
             last = rows[-1]
             shared = common_prefix([last.sequences[0][:last.shared], ids], last.shared)
             joined = Row(shared, (*last.sequences, ids))
-            if len(last) + len(ids) - len(joined) >= PASS_TOKENS and len(joined) <= max(ROW_TOKENS, len(ids)):
+            if len(last) + len(ids) - len(joined) >= saved and len(joined) <= max(ROW_TOKENS, len(ids)):
                 rows[-1] = joined
                 continue
         rows.append(Row(len(ids), (ids,)))
@@ -129,25 +118,16 @@ def loglikelihoods(lm: LanguageModel, requests: Sequence[tuple[Sequence[int], Se
     one forward pass. `StsError` for a request that memory has no room for."""
     work = Work() if work is None else work
     work.of_layers = len(decoder_layers(lm.model))
-    wanted: dict[Ids, list[tuple[int, Ids]]] = {}  # the last target token is predicted, not read
+    kept: dict[Ids, list[tuple[int, int, Ids]]] = {}  # the last target token is predicted, not read
     for index, (context, target) in enumerate(requests):
-        wanted.setdefault((*context, *target[:-1]), []).append((index, tuple(target)))
-    kept: dict[Ids, list[tuple[int, tuple[int, Ids]]]] = {}
-    longer: Ids = ()
-    for ids in sorted(wanted, reverse=True):  # a sequence that another begins with comes right after it
-        longer = longer if longer[:len(ids)] == ids else ids
-        kept.setdefault(longer, []).extend((index, (len(ids) - len(target) + 1, target))
-                                           for index, target in wanted[ids])
-    apart = bool(why_not_reusable(lm.model))  # what forbids a shared cache forbids shared rows
-
-    def packed(sequences: Iterable[Ids]) -> list[Row]:
-        return [Row(len(ids), (ids,)) for ids in sorted(sequences)] if apart else pack(sequences)
-
+        kept.setdefault((*context, *target[:-1]), []).append((index, len(context), tuple(target)))
+    # What forbids a shared cache forbids shared rows, and padding.
+    packed, padding, slack = (partial(pack, saved=math.inf), 0.0, 0) if why_not_reusable(lm.model) else \
+        (pack, PADDING, PASS_TOKENS)
     rows, budget, values, done = packed(kept), Budget(math.inf, work, lm.device), [0.0] * len(requests), 0
     for alone in (True, False):  # rows of one sequence need no mask
         own = [row for row in rows if (len(row.sequences) == 1) == alone]
-        for places in batches([len(row) for row in own], most=batch, padding=0 if apart else PADDING,
-                              slack=0 if apart else PASS_TOKENS):
+        for places in batches([len(row) for row in own], most=batch, padding=padding, slack=slack):
             sequences = [ids for place in places for ids in own[place].sequences]
             for part in budget.run(lambda some: _run(lm, packed(some), kept, work), sequences,
                                    lambda some: sum(map(len, some))):
@@ -173,7 +153,7 @@ def _run(lm: LanguageModel, rows: list[Row], kept: dict, work: Work) -> list[tup
                 ids_BP[number, part] = torch.tensor(ids[first:last], dtype=torch.long)
                 position_BP[number, part] = torch.arange(first, last)
                 branch_BP[number, part] = name
-            for index, (first, target) in kept[ids]:
+            for index, first, target in kept[ids]:
                 places = range(first - 1, first - 1 + len(target))
                 tokens += [number * longest + (place if place < row.shared else start + place - row.shared)
                            for place in places]

@@ -1,7 +1,7 @@
 """Extraction: run models up to the SAE's layer, encode, keep per-latent sums and nothing else.
 
 Memory does not grow with the number of tokens: residual streams live for one batch, latents for one chunk, and one
-key-value cache for each side of a group. The demonstrations that a group of questions shares are run once.
+key-value cache for each set of demonstrations, which a group of questions shares and which is run once.
 
 Shape suffixes: T tokens, D residual width, L latents, F folds.
 """
@@ -16,12 +16,9 @@ import torch
 from sts.data.prompts import Prompt, PromptGroup, paired_positions
 from sts.engine.latents import PairedStats, encode_chunks
 from sts.engine.models import LanguageModel
-from sts.engine.residuals import OUTLIER_NORM, Extractor, Prefix, common_prefix, is_content
+from sts.engine.residuals import NO_PREFIX, OUTLIER_NORM, Extractor, Prefix, Side, common_prefix, is_content
 from sts.engine.work import Work
 from sts.errors import StsError
-
-#: Token ids of a prompt, and the half-open range of its positions that counts.
-Side = tuple[tuple[int, ...], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -55,52 +52,48 @@ def _checked(stats: list[PairedStats]) -> list[PairedStats]:
 
 # --- without and behind demonstrations ------------------------------------------------------------------------------
 
-def _sides(group: PromptGroup, masks: Masks) -> tuple[list[Side], list[Side]]:
-    """A group's questions without and behind demonstrations, but for those that the masks leave nothing of."""
-    bases, icls = [], []
-    for base, icl in zip(group.base, group.icl, strict=True):
-        at_base, at_icl = paired_positions(base, icl, question_tokens_only=masks.question_tokens_only,
-                                           drop_first_positions=masks.drop_first_positions)
-        if at_base:
-            bases.append((base.ids, (at_base[0], at_base[-1] + 1)))
-            icls.append((icl.ids, (at_icl[0], at_icl[-1] + 1)))
-    return bases, icls
+def _share(extractor: Extractor, sides: list[Side]) -> Prefix:
+    """What all prompts begin with, but for tokens that count."""
+    if not sides:
+        return NO_PREFIX
+    return extractor.share(sides[0][0][:common_prefix([ids for ids, _ in sides], min(span[0] for _, span in sides))])
 
 
 def paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], masks: Masks, *,
                  tokens_per_batch: int = 4096, report: Callable[[float], None] = lambda fraction: None,
                  work: Work | None = None) -> PairedStats:
     """Token-paired statistics of questions without and behind demonstrations (the paper's definition). A group's
-    questions share one set of demonstrations; a question in several groups counts in each.
+    questions share one set of demonstrations; a question in several counts in each, and is run without them once.
 
-    Args:
-        tokens_per_batch: padded tokens in one forward pass; halved when memory runs out.
-        report: called with the fraction done.
-        work: counts what is run.
-
-    Raises:
-        StsError: prompts that do not pair, NaN activations, or masks that leave no token.
+    `tokens_per_batch`: padded tokens in one forward pass, halved when memory runs out. `report` is told the fraction
+    done. `StsError` for prompts that do not pair, NaN activations, or masks that leave no token.
     """
-    extractor, stats = Extractor(lm, layer, tokens_per_batch, work), PairedStats(sae.cfg.d_sae, sae.device)
-    pairs = [sides for sides in (_sides(group, masks) for group in groups) if sides[0]]
-    every = [side for bases, _ in pairs for side in bases]
-    limit, = extractor.sink_norms([ids for ids, _ in every], [span for _, span in every], masks.outlier_norm)
-    done = 0
-    for sides in pairs:
-        # Run once: the template before the questions, and the demonstrations, but for tokens that are paired.
-        fronts = [_share(extractor, side) for side in sides]
-        for batch in extractor.batches([last for _, (_, last) in sides[1]], fronts[1]):
-            base_TD, icl_TD = (extractor.tokens([side[index][0] for index in batch],
-                                                [side[index][1] for index in batch], front)
-                               for side, front in zip(sides, fronts, strict=True))
-            _add(stats, sae, base_TD, icl_TD, limit)
-            done += len(batch)
-            report(done / len(every))
+    extractor, stats, done = Extractor(lm, layer, tokens_per_batch, work), PairedStats(sae.cfg.d_sae, sae.device), 0
+    behind: dict[Side, list[tuple[int, Side]]] = {}  # of a question: (group, the same behind its demonstrations)
+    for number, group in enumerate(groups):
+        for base, icl in zip(group.base, group.icl, strict=True):
+            at_base, at_icl = paired_positions(base, icl, question_tokens_only=masks.question_tokens_only,
+                                               drop_first_positions=masks.drop_first_positions)
+            if at_base:
+                own = behind.setdefault((base.ids, (at_base[0], at_base[-1] + 1)), [])
+                own.append((number, (icl.ids, (at_icl[0], at_icl[-1] + 1))))
+    bases = list(behind)
+    limit, = extractor.sink_norms(bases, masks.outlier_norm)
+    start, *fronts = (_share(extractor, sides) for sides in (bases, *(
+        [side for own in behind.values() for place, side in own if place == number] for number in range(len(groups)))))
+    longest = max(start, *fronts, key=lambda one: one.cached)  # behind which most memory is needed
+    for batch in extractor.batches([last - start.cached + longest.cached for _, (_, last) in bases], longest):
+        questions = [bases[index] for index in batch]
+        rows = extractor.tokens(questions, start).split([last - first for _, (first, last) in questions])
+        for number, front in enumerate(fronts):
+            pairs = [(row_TD, side) for row_TD, base in zip(rows, questions, strict=True)
+                     for place, side in behind[base] if place == number]
+            if pairs:
+                _add(stats, sae, torch.cat([row_TD for row_TD, _ in pairs]),
+                     extractor.tokens([side for _, side in pairs], front), limit)
+        done += len(batch)
+        report(done / len(bases))
     return _checked([stats])[0]
-
-
-def _share(extractor: Extractor, side: list[Side]) -> Prefix:
-    return extractor.share(side[0][0][:common_prefix([ids for ids, _ in side], min(first for _, (first, _) in side))])
 
 
 def row_paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], rows: int, *,
@@ -113,23 +106,16 @@ def row_paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGrou
     """
     extractor, stats = Extractor(lm, layer, tokens_per_batch, work), PairedStats(sae.cfg.d_sae, sae.device)
     runs = [[prompt.ids for group in groups for prompt in getattr(group, side)] for side in ("base", "icl")]
-    rows = min([rows, *(sum(map(len, prompts)) for prompts in runs)])
-    base_TD, icl_TD = (_first_rows(extractor, prompts, rows) for prompts in runs)
-    _add(stats, sae, base_TD, icl_TD, float("inf"))
+    rows, first = min([rows, *(sum(map(len, prompts)) for prompts in runs)]), []
+    for prompts in runs:
+        sides, left = [], rows
+        for ids in prompts:
+            if left:
+                sides.append((ids, (0, min(len(ids), left))))
+                left -= sides[-1][1][1]
+        first.append(extractor.tokens(sides))
+    _add(stats, sae, *first, limit=float("inf"))
     return stats
-
-
-def _first_rows(extractor: Extractor, prompts: list[tuple[int, ...]], rows: int) -> torch.Tensor:
-    """The residual stream of the first `rows` tokens of all prompts."""
-    ends, found = [], {}
-    for ids in prompts:
-        if rows > sum(ends):
-            ends.append(min(len(ids), rows - sum(ends)))
-    for batch in extractor.batches(ends):
-        own = [ends[index] for index in batch]
-        residual_TD = extractor.tokens([prompts[index] for index in batch], [(0, end) for end in own])
-        found |= zip(batch, residual_TD.split(own), strict=True)
-    return torch.cat([found[index] for index in range(len(ends))])
 
 
 # --- in two models ------------------------------------------------------------------------------------------------
@@ -143,17 +129,17 @@ def model_paired_folds(lm: LanguageModel, tuned: LanguageModel, sae, layer: int,
     memory. `StsError` for NaN activations, or masks that leave a fold without a token."""
     work = Work() if work is None else work
     here, there = (Extractor(one, layer, tokens_per_batch, work) for one in (lm, tuned))
-    chosen = [(prompt.ids, masks.span(prompt), place % folds) for place, prompt in enumerate(prompts)
-              if masks.span(prompt)[0] < masks.span(prompt)[1]]
-    limit, = here.sink_norms([ids for ids, *_ in chosen], [span for _, span, _ in chosen], masks.outlier_norm)
+    sides = [(prompt.ids, masks.span(prompt)) for prompt in prompts]
+    kept = [side for side in sides if side[1][0] < side[1][1]]
+    limit, = here.sink_norms(kept, masks.outlier_norm)
     stats, done = [PairedStats(sae.cfg.d_sae, sae.device) for _ in range(folds)], 0
     for fold, own in enumerate(stats):
-        part = [(ids, span) for ids, span, place in chosen if place == fold]
+        part = [side for side in sides[fold::folds] if side[1][0] < side[1][1]]
         for batch in here.batches([last for _, (_, last) in part]):
-            ids, spans = zip(*(part[index] for index in batch), strict=True)
-            _add(own, sae, here.tokens(ids, spans), there.tokens(ids, spans), limit)
+            chosen = [part[index] for index in batch]
+            _add(own, sae, here.tokens(chosen), there.tokens(chosen), limit)
             done += len(batch)
-            report(done / len(chosen))
+            report(done / len(kept))
     return _checked(stats)
 
 

@@ -6,7 +6,6 @@ model and takes its share of each batch; the main one writes.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -77,10 +76,9 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
               report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> dict:
     """Fine-tune a model on worked solutions and save the adapter (or the whole model) to `folder`.
 
-    Checkpoints lie in `folder/checkpoints` while training runs; a killed run goes on from the last one, and ends as it
-    would have without the interruption. Launched as several processes, all call this with the same arguments; a step
-    holds the same examples as with one, but for an epoch's last one, which is filled up with the epoch's first examples
-    where the processes cannot share it equally. The main one alone writes to `folder`, which all must see.
+    A killed run goes on from its last checkpoint in `folder`, and ends as it would have without the interruption. All
+    processes call this with the same arguments; a step holds the same examples as with one process, but for an epoch's
+    last one, which is filled up with the epoch's first examples where it cannot be shared equally.
 
     Args:
         lm: the base model; its weights are changed in memory, so load it for this purpose alone.
@@ -91,10 +89,7 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     Returns:
         {"curve": [{"step", "loss"}], "held_out_before", "held_out_after" (nats per solution token, averaged over
         problems), "steps", "trained_parameters", "train" and "held_out" (numbers of examples used), "left_out" and
-        "cut" (see `tokens_to_train_on`)}; the main process' alone, {} of the others.
-
-    Raises:
-        StsError: no example is left, or a batch that the processes cannot share.
+        "cut" (see `tokens_to_train_on`)}; {} in all but the main process. `StsError` where no example is left.
     """
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig, get_peft_model
@@ -144,7 +139,7 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     main, meet = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
     if main:
         for checkpoint in checkpoints.glob("checkpoint-*"):
-            if not _whole(checkpoint):
+            if not (checkpoint / "trainer_state.json").is_file():  # written last
                 shutil.rmtree(checkpoint)
     meet()  # before anyone looks for checkpoints
     resumable = any(checkpoints.glob("checkpoint-*"))
@@ -169,15 +164,6 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "train": len(train_rows), "held_out": len(held_out_rows),
     } | {why: [name for _, not_trained in parts for name in not_trained[why]] for why in ("left_out", "cut")}
-
-
-def _whole(checkpoint: Path) -> bool:
-    """Whether training can go on from a checkpoint: its state, written last, holds the loss before training."""
-    try:
-        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return any("eval_loss" in row for row in history)
 
 
 def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:

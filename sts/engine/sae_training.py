@@ -28,8 +28,8 @@ def collect_activations(lm: LanguageModel, folders: Mapping[int, Path], pieces: 
     """
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    extractor, spans = Extractor(lm, tuple(folders), tokens_per_batch, work), [(1, len(piece)) for piece in pieces]
-    limits = extractor.sink_norms(pieces, spans, OUTLIER_NORM)
+    extractor, sides = Extractor(lm, tuple(folders), tokens_per_batch, work), [(ids, (1, len(ids))) for ids in pieces]
+    limits = extractor.sink_norms(sides, OUTLIER_NORM)
     for start in range(0, len(pieces), pieces_per_shard):
         paths = [folder / f"shard-{start // pieces_per_shard:05d}.safetensors" for folder in folders.values()]
         end = min(len(pieces), start + pieces_per_shard)
@@ -37,9 +37,9 @@ def collect_activations(lm: LanguageModel, folders: Mapping[int, Path], pieces: 
             parts: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in paths]
             for batch in extractor.batches([len(piece) for piece in pieces[start:end]]):
                 own = [start + place for place in batch]
-                residual_TD = extractor.tokens([pieces[place] for place in own], [spans[place] for place in own])
+                residual_TD = extractor.tokens([sides[place] for place in own])
                 piece_T, position_T = torch.tensor([(place, position) for place in own
-                                                    for position in range(*spans[place])], dtype=torch.int32).T
+                                                    for position in range(1, len(pieces[place]))], dtype=torch.int32).T
                 for part, layer_TD, limit in zip(parts, residual_TD.chunk(len(paths), dim=-1), limits, strict=True):
                     keep_T = is_content(layer_TD, limit)
                     part.append((layer_TD[keep_T].bfloat16().cpu(), piece_T[keep_T.cpu()], position_T[keep_T.cpu()]))

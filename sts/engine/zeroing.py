@@ -17,7 +17,6 @@ from sts.engine.latents import encode_chunks
 from sts.engine.models import LanguageModel, decoder_layers, resid_post
 from sts.engine.residuals import is_content
 from sts.engine.work import Work
-from sts.errors import StsError
 
 #: Inputs under which a pass depends on more than its token ids.
 MORE = ("past_key_values", "attention_mask", "position_ids", "inputs_embeds")
@@ -51,14 +50,10 @@ def zeroed(lm: LanguageModel, sae, layer: int, latents: Sequence[int] | torch.Te
            norm_limit: float = float("inf")) -> AbstractContextManager[None]:
     """A context in which latents, by index, are zero at every token that counts (see `changed`): x becomes
     x - (decode(h) - decode(h')), where h = encode(x), and h' is h with these latents at zero. With none the model is
-    not touched at all; `StsError` for one that the SAE does not have."""
+    not touched at all."""
     chosen = torch.as_tensor(latents, dtype=torch.long).flatten().to(sae.device)
     if not len(chosen):
         return nullcontext()
-    wrong = chosen[(chosen < 0) | (chosen >= sae.cfg.d_sae)]
-    if len(wrong):
-        raise StsError(f"Latent {wrong[0].item()} was asked to be zeroed; the SAE has latents 0 to "
-                       f"{sae.cfg.d_sae - 1}.")
     return changed(lm, layer, lambda residual_TD: without(sae, residual_TD, chosen),
                    drop_first_positions=drop_first_positions, norm_limit=norm_limit)
 

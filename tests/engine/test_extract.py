@@ -123,11 +123,11 @@ def test_tokens_with_an_outlier_norm_in_either_pass_are_left_out(lm_of, monkeypa
     plain = paired_stats(lm, sae, 0, groups, Masks()).tokens
     ordinary = Extractor.tokens
 
-    def with_a_sink(self, prompts, spans, *prefix):
-        residual_TD = ordinary(self, prompts, spans, *prefix).clone()
+    def with_a_sink(self, sides, *prefix):
+        residual_TD = ordinary(self, sides, *prefix).clone()
         # One token in each prompt hardly moves the median that the threshold is taken from.
-        if (prompts[0] in [prompt.ids for prompt in groups[0].icl]) == behind_demonstrations:
-            first = torch.tensor([0, *(last - first for first, last in spans)]).cumsum(0)[:-1]
+        if (sides[0][0] in [prompt.ids for prompt in groups[0].icl]) == behind_demonstrations:
+            first = torch.tensor([0, *(last - first for _, (first, last) in sides)]).cumsum(0)[:-1]
             residual_TD[first + 1] *= 1e4  # one question token of each prompt
         return residual_TD
 
@@ -162,9 +162,13 @@ def test_a_question_behind_two_sets_of_demonstrations_counts_in_both(lm_of):
     lm, sae = lm_of("llama"), topk_sae(64)
     groups = [make_group(lm.tokenizer, QUESTIONS, DEMONSTRATIONS[:2]),
               make_group(lm.tokenizer, QUESTIONS[1:], DEMONSTRATIONS[2:5])]
-    together = paired_stats(lm, sae, 0, groups, Masks())
-    apart = [paired_stats(lm, sae, 0, [group], Masks()) for group in groups]
+    once, twice = Work(), Work()
+    together = paired_stats(lm, sae, 0, groups, Masks(outlier_norm=0), work=once)
+    apart = [paired_stats(lm, sae, 0, [group], Masks(outlier_norm=0), work=twice) for group in groups]
     assert together.tokens == sum(stats.tokens for stats in apart)
+    # Without demonstrations, the second group's questions have been run already, and what they all begin with.
+    assert twice.tokens - once.tokens == sum(prompt.question[1] for prompt in groups[1].base) - (
+        len(groups[1].base) - 1) * groups[1].base[0].question[0]
     torch.testing.assert_close(together.squared_difference_L, sum(stats.squared_difference_L for stats in apart),
                                rtol=1e-6, atol=1e-9)
 
@@ -374,4 +378,4 @@ def test_a_solution_prompts_tokens_are_the_solution(lm_of, family):
 def test_a_prompt_longer_than_the_context_is_refused(tiny_lm):
     length = tiny_lm.context_length
     with pytest.raises(StsError, match=f"prompt of {length + 1} tokens does not fit the model's context of {length}"):
-        Extractor(tiny_lm, 0, 64).tokens([[1] * (length + 1)], [(0, 2)])
+        Extractor(tiny_lm, 0, 64).tokens([([1] * (length + 1), (0, 2))])

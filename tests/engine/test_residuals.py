@@ -17,6 +17,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 PREFIX = torch.randint(5, 290, (80,), generator=GENERATOR).tolist()  # longer than the Gemmas' window of 32
 PROMPTS = [[*PREFIX, *torch.randint(5, 290, (length,), generator=GENERATOR).tolist()] for length in (3, 17, 9, 40, 16)]
 SPANS = [(len(PREFIX), len(ids)) for ids in PROMPTS]
+SIDES = list(zip(PROMPTS, SPANS, strict=True))
 
 
 def hidden_states(lm, layer, ids):
@@ -28,7 +29,7 @@ def hidden_states(lm, layer, ids):
 def test_tokens_are_the_models_hidden_states(lm_of, family):
     lm = lm_of(family)
     spans = [(2, 3), (5, 90), (0, 1), (119, 120), (7, 60)]
-    found_TD = Extractor(lm, 0, 10_000).tokens(PROMPTS, spans)
+    found_TD = Extractor(lm, 0, 10_000).tokens(list(zip(PROMPTS, spans, strict=True)))
     wanted_TD = torch.cat([hidden_states(lm, 0, ids)[slice(*span)] for ids, span in zip(PROMPTS, spans, strict=True)])
     torch.testing.assert_close(found_TD, wanted_TD, rtol=1e-4, atol=1e-5)
 
@@ -41,14 +42,15 @@ def test_a_shared_prefix_changes_nothing_but_the_work(lm_of, family):
     assert prefix.cached == len(PREFIX)
     wanted_TD = torch.cat([hidden_states(lm, 0, ids)[slice(*span)] for ids, span in zip(PROMPTS, SPANS, strict=True)])
     for _ in range(2):  # the cache serves every batch, so using it must not change it
-        torch.testing.assert_close(extractor.tokens(PROMPTS, SPANS, prefix), wanted_TD, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(extractor.tokens(SIDES, prefix), wanted_TD, rtol=1e-4, atol=1e-5)
     assert extractor.work.tokens == len(PREFIX) + 2 * sum(last - first for first, last in SPANS)
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """Family -> a random model of five layers, so that several layers run behind a prefix and one is never run."""
-    folder, sliding = tmp_path_factory.mktemp("deep"), {name: {"sliding_window": 32} for name in ("gemma2", "gemma3")}
+    folder, kinds = tmp_path_factory.mktemp("deep"), ["sliding_attention", "full_attention"]
+    sliding = {name: {"layer_types": [*kinds, *kinds, kinds[0]]} for name in ("gemma2", "gemma3")}
     return {family: load_model(str(save_random_model(family, folder / family, num_hidden_layers=5,
                                                      **sliding.get(family, {}))), dtype="float32")
             for family in ("llama", "qwen2", "gemma2", "gemma3")}
@@ -57,7 +59,7 @@ def deep(tmp_path_factory):
 def test_several_layers_come_out_of_one_pass_side_by_side(deep):
     for lm in deep.values():
         extractor = Extractor(lm, (3, 0), 10_000)
-        found_TD = extractor.tokens(PROMPTS, SPANS, extractor.share(PREFIX))
+        found_TD = extractor.tokens(SIDES, extractor.share(PREFIX))
         wanted_TD = torch.cat([torch.cat([hidden_states(lm, layer, ids)[slice(*span)] for layer in (3, 0)], dim=-1)
                                for ids, span in zip(PROMPTS, SPANS, strict=True)])
         torch.testing.assert_close(found_TD, wanted_TD, rtol=1e-4, atol=1e-5)
@@ -70,7 +72,7 @@ def test_several_layers_come_out_of_one_pass_side_by_side(deep):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3"])
 def test_every_layer_sees_its_own_part_of_the_prefix(deep, family, layer):
     extractor = Extractor(deep[family], layer, 10_000)
-    found_TD = extractor.tokens(PROMPTS, SPANS, extractor.share(PREFIX))
+    found_TD = extractor.tokens(SIDES, extractor.share(PREFIX))
     wanted_TD = torch.cat([hidden_states(deep[family], layer, ids)[slice(*span)]
                            for ids, span in zip(PROMPTS, SPANS, strict=True)])
     torch.testing.assert_close(found_TD, wanted_TD, rtol=1e-4, atol=1e-5)
@@ -79,9 +81,9 @@ def test_every_layer_sees_its_own_part_of_the_prefix(deep, family, layer):
 def test_bfloat16_differs_behind_a_prefix_by_its_own_noise_alone(tiny_models):
     lm, exact = (load_model(str(tiny_models["llama"]), dtype=dtype) for dtype in ("bfloat16", "float32"))
     extractor = Extractor(lm, 0, 10_000)
-    shared_TD = extractor.tokens(PROMPTS, SPANS, extractor.share(PREFIX)).float()
-    whole_TD = extractor.tokens(PROMPTS, SPANS).float()
-    exact_TD = Extractor(exact, 0, 10_000).tokens(PROMPTS, SPANS)
+    shared_TD = extractor.tokens(SIDES, extractor.share(PREFIX)).float()
+    whole_TD = extractor.tokens(SIDES).float()
+    exact_TD = Extractor(exact, 0, 10_000).tokens(SIDES)
     noise = (whole_TD - exact_TD).norm() / exact_TD.norm()
     assert 0 < noise < 0.05
     assert (shared_TD - exact_TD).norm() / exact_TD.norm() < 1.5 * noise
@@ -94,7 +96,7 @@ def test_later_layers_are_not_run(lm_of):
     handle = lm.model.model.layers[1].register_forward_hook(lambda *_: ran.append(1))
     try:
         extractor = Extractor(lm, 0, 10_000)
-        extractor.tokens(PROMPTS, SPANS, extractor.share(PREFIX))
+        extractor.tokens(SIDES, extractor.share(PREFIX))
     finally:
         handle.remove()
     assert not ran and dict(lm.model.model.layers[0]._forward_hooks) == hooks
@@ -102,7 +104,7 @@ def test_later_layers_are_not_run(lm_of):
 
 def test_what_follows_the_span_is_not_run(lm_of):
     extractor = Extractor(lm_of("llama"), 0, 10_000)
-    extractor.tokens(PROMPTS, [(0, 10)] * len(PROMPTS))
+    extractor.tokens([(ids, (0, 10)) for ids in PROMPTS])
     assert extractor.work.tokens == 10 * len(PROMPTS)
 
 
@@ -141,7 +143,7 @@ def test_a_cache_that_cannot_be_reused_is_a_line_and_the_same_numbers(monkeypatc
     assert prefix.cached == 0
     assert [reason in note and "run again for every question" in note for note in extractor.work.notes] == [True]
     # One at a time: with these rotary positions even the batch's longest prompt matters.
-    found_TD = torch.cat([extractor.tokens([ids], [span], prefix) for ids, span in zip(PROMPTS, SPANS, strict=True)])
+    found_TD = torch.cat([extractor.tokens([side], prefix) for side in SIDES])
     fresh, seen = make().eval(), []  # rescaled rotary positions are remembered from call to call
     fresh.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(resid_post(output)[0]))
     with torch.no_grad():
@@ -181,7 +183,7 @@ def test_real_questions_are_padded_by_at_most_a_tenth(lm_of):
     extractor = Extractor(lm_of("llama"), 0, 4096)
     parts = list(extractor.batches([len(prompt.ids) for prompt in prompts]))
     for batch in parts:
-        extractor.tokens([prompts[index].ids for index in batch], [(0, len(prompts[index].ids)) for index in batch])
+        extractor.tokens([(prompts[index].ids, (0, len(prompts[index].ids))) for index in batch])
     work = extractor.work
     assert work.tokens == sum(len(prompt.ids) for prompt in prompts)
     assert 0 < work.padded_tokens - work.tokens <= PADDING * work.padded_tokens
@@ -200,7 +202,7 @@ def test_common_prefix():
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")])
 def test_running_out_of_memory_halves_the_budget_and_goes_on(lm_of, monkeypatch, error):
     extractor = Extractor(lm_of("llama"), 0, 1000)
-    wanted_TD = extractor.tokens(PROMPTS, SPANS)
+    wanted_TD = extractor.tokens(SIDES)
     forward = Extractor._forward
 
     def small_only(self, ids_BP, **inputs):
@@ -209,7 +211,7 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(lm_of, monkeypatch,
         return forward(self, ids_BP, **inputs)
 
     monkeypatch.setattr(Extractor, "_forward", small_only)
-    torch.testing.assert_close(extractor.tokens(PROMPTS, SPANS), wanted_TD, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(extractor.tokens(SIDES), wanted_TD, rtol=1e-4, atol=1e-5)
     assert extractor.budget.most < 1000
     assert any("Memory ran out" in note for note in extractor.work.notes)
     # From here on batches are small enough.
@@ -228,7 +230,7 @@ def test_the_budget_settles_at_what_fits(lm_of, monkeypatch):
 
     monkeypatch.setattr(Extractor, "_forward", small_only)
     prompts = [[*range(5, 105)]] * 64
-    assert len(extractor.tokens(prompts, [(0, 100)] * 64)) == 6_400
+    assert len(extractor.tokens([(ids, (0, 100)) for ids in prompts])) == 6_400
     assert extractor.budget.most == 200  # 6,400, 3,200, ... halved until it fits, and no further
     assert sum(size > 250 for size in tried) == 5
 
@@ -255,7 +257,7 @@ def test_a_single_prompt_that_does_not_fit_is_one_clear_error(lm_of, monkeypatch
 
     monkeypatch.setattr(Extractor, "_forward", never)
     with pytest.raises(StsError, match="83 tokens does not fit in the memory of cpu.*fewer or shorter demonstrations"):
-        Extractor(lm_of("llama"), 0, 1000).tokens(PROMPTS, SPANS)
+        Extractor(lm_of("llama"), 0, 1000).tokens(SIDES)
 
 
 def test_other_runtime_errors_are_not_swallowed(lm_of, monkeypatch):
@@ -264,13 +266,13 @@ def test_other_runtime_errors_are_not_swallowed(lm_of, monkeypatch):
 
     monkeypatch.setattr(Extractor, "_forward", broken)
     with pytest.raises(RuntimeError, match="mat1"):
-        Extractor(lm_of("llama"), 0, 1000).tokens(PROMPTS, SPANS)
+        Extractor(lm_of("llama"), 0, 1000).tokens(SIDES)
 
 
 def test_work_counts_layers(lm_of):
     work = Work()
     extractor = Extractor(lm_of("llama"), 0, 1000, work)
-    extractor.tokens(PROMPTS[:1], SPANS[:1])
+    extractor.tokens(SIDES[:1])
     assert (work.tokens, work.layer_tokens, work.of_layers) == (83, 83, 2)
     assert work.passes == 41.5  # one of two layers
     assert work.to_dict()["passes"] == 41.5

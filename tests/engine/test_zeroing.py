@@ -9,7 +9,6 @@ from sts.engine.evaluate import evaluate
 from sts.engine.models import decoder_layers
 from sts.engine.work import Work
 from sts.engine.zeroing import lower_layers_once, zeroed
-from sts.errors import StsError
 
 TEXT = "A farmer has 12 sheep and buys 5 more. How many sheep does the farmer have now?"
 FAMILIES = ["llama", "qwen2", "gemma2", "gemma3"]
@@ -164,8 +163,6 @@ def test_the_model_is_itself_again_after_an_error(lm_of):
     with pytest.raises(KeyboardInterrupt), zeroed(lm, sae, 0, range(96)):
         raise KeyboardInterrupt
     assert torch.equal(logits_of(lm, ids_of(lm)), plain)
-    with pytest.raises(StsError, match="Latent 96 .* latents 0 to 95"), zeroed(lm, sae, 0, [3, 96]):
-        pass
 
 
 # --- lower layers run once ----------------------------------------------------------------------------------------
