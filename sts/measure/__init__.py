@@ -1,1 +1,1 @@
-"""The paper's definitions and the statistics: arrays in, typed rows out."""
+"""The paper's definitions and the statistics: arrays in, rows out."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
@@ -49,8 +49,7 @@ class Known:
         return pandas.Series({row["domain"]: row[score] for row in score_domains("paper", shift, domains, count)})
 
 
-@dataclass(frozen=True)
-class Predictor:
+class Predictor(NamedTuple):
     """Its label and group in tables, and its values by domain (none: see stage `probe_predictions`)."""
 
     label: str
@@ -72,11 +71,9 @@ def chosen_by(shift: Stats, count: int) -> torch.Tensor:
     return shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], count)
 
 
-def mean_square(run: Known) -> pandas.Series:
-    """Squared raw dimensions, summed and averaged over tokens: both signs would cancel in the plain sum."""
-    chosen = chosen_by(run.raw_shift, run.raw_count)
-    return pandas.Series({domain: (own["base_square_sum_L"][chosen].sum() / own["tokens"]).item()
-                          for domain, own in run.raw.items()})
+def per_token(domains: Mapping[str, Stats], field: str, chosen: Any = slice(None)) -> pandas.Series:
+    """One sum over tokens, such as that of squares, added up over the chosen dimensions and per token, by domain."""
+    return pandas.Series({domain: (own[field][chosen].sum() / own["tokens"]).item() for domain, own in domains.items()})
 
 
 def mean_vectors(domains: Mapping[str, Stats]) -> torch.Tensor:
@@ -112,11 +109,6 @@ def change_cosine(domains: Mapping[str, Stats]) -> pandas.Series:
                           for domain, own in domains.items()})
 
 
-def change_size(domains: Mapping[str, Stats], field: str) -> pandas.Series:
-    """A summed squared change by fine-tuning a token, by domain."""
-    return pandas.Series({domain: (own[field].sum() / own["tokens"]).item() for domain, own in domains.items()})
-
-
 _SCORE, _LATENTS, _RAW, _TRAINING = "the score", "other latents", "raw dimensions", "likeness to the training set"
 _DOMAIN, _PROBE = "the domain itself", "optimised probes"
 #: The group of those that are not known before fine-tuning.
@@ -128,7 +120,9 @@ PREDICTORS = {
     "all_act": Predictor("STS_act, all latents", _LATENTS, lambda run: run.scored("all", "sts_act")),
     "all_icl": Predictor("STS_ICL, all latents", _LATENTS, lambda run: run.scored("all", "sts_icl")),
     "raw_act": Predictor("STS_act, raw dimensions", _RAW, lambda run: run.scored("raw", "sts_act")),
-    "raw_square": Predictor("mean square, raw dimensions", _RAW, mean_square),
+    # Both signs would cancel in the plain sum of raw dimensions.
+    "raw_square": Predictor("mean square, raw dimensions", _RAW, lambda run: per_token(
+        run.raw, "base_square_sum_L", chosen_by(run.raw_shift, run.raw_count))),
     "raw_icl": Predictor("STS_ICL, raw dimensions", _RAW, lambda run: run.scored("raw", "sts_icl")),
     "cosine_raw": Predictor("cosine, mean residual", _TRAINING, lambda run: cosine(run.raw, run.raw_shift)),
     "cosine_raw_centred": Predictor("cosine, mean residual, centred", _TRAINING,
@@ -143,9 +137,9 @@ PREDICTORS = {
     "actual_icl": Predictor("STS_ICL, latents training moved", AFTER, lambda run: run.scored("moved", "sts_icl")),
     "change_cosine": Predictor("1 - cosine, residual before and after", AFTER, lambda run: change_cosine(run.change)),
     "change_rms": Predictor("change of the residual, RMS", AFTER,
-                            lambda run: change_size(run.change, "squared_difference_L") ** 0.5),
+                            lambda run: per_token(run.change, "squared_difference_L") ** 0.5),
     "change_sae": Predictor("change of all latents, squared", AFTER,
-                            lambda run: change_size(run.change, "latents_squared")),
+                            lambda run: per_token(run.change, "latents_squared")),
 }
 
 
@@ -190,6 +184,7 @@ def held_out_predictions(features_DF: np.ndarray, targets_DP: np.ndarray, alphas
     """
     from sklearn.decomposition import PCA
     from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import LeaveOneOut, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -200,11 +195,7 @@ def held_out_predictions(features_DF: np.ndarray, targets_DP: np.ndarray, alphas
     # notice, and so makes many targets cheap.
     ridge = RidgeCV(alphas * features_DF.shape[1], alpha_per_target=True)
     probe = make_pipeline(StandardScaler(), PCA(svd_solver="full"), ridge)
-    predictions_DP = np.empty_like(targets_DP)
-    for left in range(len(features_DF)):
-        others = np.arange(len(features_DF)) != left
-        predictions_DP[left] = probe.fit(features_DF[others], targets_DP[others]).predict(features_DF[left:left + 1])
-    return predictions_DP
+    return np.asarray(cross_val_predict(probe, features_DF, targets_DP, cv=LeaveOneOut())).reshape(targets_DP.shape)
 
 
 def out_of_sample_r_squared(actual_D: np.ndarray, predicted_D: np.ndarray) -> float:

@@ -8,8 +8,6 @@ Shape suffixes: N domains, I items, S seeds, K controls or scores, R random draw
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,51 +16,25 @@ from statsmodels.stats.multitest import multipletests
 
 from sts.errors import StsError
 from sts.measure import correlation
-from sts.measure.correlation import Interval, correlation_rows, p_value, pearson, percentile_interval, plain, spearman
+from sts.measure.correlation import correlation_rows, p_value, pearson, percentile_interval, spearman
 
 SCORES = ("sts_act", "sts_icl")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """r of one predictor less r of another, from the same resamples; p by swapping them within domains."""
-
-    mean: float
-    interval: Interval | None
-    p: float | None = None
-    p_holm: float | None = None
-
-
-@dataclass(frozen=True)
-class Correlated:
-    """r of a predictor with the absolute change, mean over seeds, or why there is none; None: not asked for.
-    `less`: r of each other predictor less this one's, or of this one less the run's own."""
-
-    n: int
-    seeds: int
-    by_seed: list[float] | None = None
-    pearson: float | None = None
-    pearson_interval: Interval | None = None
-    p: float | None = None
-    spearman: float | None = None
-    exact: bool | None = None
-    permutations: int | None = None
-    less: dict[str, Difference] | Difference | None = None
-    undefined: str | None = None
 
 
 class Comparison:
     """Predictors (name -> values, seeds x domains in alphabetical order) beside the absolute change of one measure.
 
-    `differences`: domain -> after minus before of its questions, items x seeds; `reasons`: why one has no values.
+    `differences`: domain -> after minus before of its questions, items x seeds; `reasons`: why one has no values. All
+    rows have n and seeds. Those with r have by_seed, pearson (mean over seeds), pearson_interval and p; the others say
+    why there is none: undefined. A difference of two has mean and interval, from the same resamples, and p if swapped.
     """
 
     def __init__(self, differences: Mapping[str, np.ndarray], predictors: Mapping[Any, np.ndarray], *, bootstrap: int,
                  permutations: int, seed: int, reasons: Mapping[Any, str] | None = None):
-        self.seed, self.permutations, self._bootstrap, self.values = seed, permutations, bootstrap, predictors
-        self._parts = [differences[domain] for domain in sorted(differences)]
-        self.change_SN = np.abs(np.stack([own.mean(0) for own in self._parts], axis=1))
-        self._empty = Correlated(self.change_SN.shape[1], len(self.change_SN))
+        self.seed, self.permutations, self.values = seed, permutations, predictors
+        parts = [differences[domain] for domain in sorted(differences)]
+        self.change_SN = np.abs(np.stack([own.mean(0) for own in parts], axis=1))
+        self._about = {"n": self.change_SN.shape[1], "seeds": len(self.change_SN)}
         self.r: dict[Any, list[float]] = {}
         self.undefined: dict[Any, str] = {}
         for name, x_SN in predictors.items():
@@ -70,63 +42,57 @@ class Comparison:
                 self.r[name] = [pearson(*pair) for pair in zip(x_SN, self.change_SN, strict=True)]
             except StsError as error:
                 self.undefined[name] = (reasons or {}).get(name) or str(error)
-
-    @cached_property
-    def _resamples(self) -> correlation.Resamples:
-        return correlation.hierarchical_resamples(self._parts, resamples=self._bootstrap, seed=self.seed)
-
-    @cached_property
-    def _drawn(self) -> dict[Any, np.ndarray]:
-        return {name: self._resamples.correlations(self.values[name]) for name in self.r}
+        self._resamples = correlation.hierarchical_resamples(parts, resamples=bootstrap, seed=seed)
+        self._drawn = {name: self._resamples.correlations(predictors[name]) for name in self.r}
 
     def _tests(self, names: Sequence[Any], controls_SNK: np.ndarray | None = None) -> list[correlation.PermutationTest]:
         return correlation.permutation_tests(np.stack([self.values[name] for name in names]), self.change_SN,
                                              controls_SNK, resamples=self.permutations, seed=self.seed)
 
-    def rows(self, against: Sequence[Any] = (), untested: Sequence[Any] = ()) -> dict[Any, Correlated]:
-        """r of every predictor with interval and p; beside others to set it `against`, also all else."""
-        rows = {name: replace(self._empty, undefined=self.undefined.get(name)) for name in self.values}
+    def rows(self, against: Sequence[Any] = (), untested: Sequence[Any] = ()) -> dict[Any, dict[str, Any]]:
+        """Every predictor's row; beside others to set it `against` also spearman, exact, permutations and less, the
+        differences of r of each other predictor and this one's. Those `untested` have no p and what rests on it."""
+        rows = {name: self._about | ({} if name in self.r else {"undefined": self.undefined[name]})
+                for name in self.values}
         for (name, by_seed), test in zip(self.r.items(), self._tests(list(self.r)) if self.r else [], strict=True):
-            found: dict[str, Any] = {"by_seed": by_seed, "pearson": float(np.mean(by_seed)),
-                                     "pearson_interval": percentile_interval(self._drawn[name])}
+            row = rows[name]
+            row |= {"by_seed": by_seed, "pearson": float(np.mean(by_seed)),
+                    "pearson_interval": percentile_interval(self._drawn[name])}
             if name not in untested:
-                found["p"] = test.p
+                row["p"] = test.p
             if against:
-                found["spearman"] = float(np.mean([spearman(*pair) for pair in zip(
+                row["spearman"] = float(np.mean([spearman(*pair) for pair in zip(
                     self.values[name], self.change_SN, strict=True)]))
             if against and name not in untested:
-                found |= {"exact": test.exact, "permutations": test.resamples, "less": {
+                row |= {"exact": test.exact, "permutations": test.resamples, "less": {
                     other: self.difference(other, name) for other in against if other in self.r and other != name}}
-            rows[name] = replace(rows[name], **found)
         return rows
 
-    def difference(self, one: Any, other: Any) -> Difference:
+    def difference(self, one: Any, other: Any) -> dict[str, Any]:
         """r of one less r of the other."""
-        return Difference(float(np.mean(self.r[one]) - np.mean(self.r[other])),
-                          percentile_interval(self._drawn[one] - self._drawn[other]))
+        return {"mean": float(np.mean(self.r[one]) - np.mean(self.r[other])),
+                "interval": percentile_interval(self._drawn[one] - self._drawn[other])}
 
-    def swapped(self, pairs: Sequence[tuple[Any, Any]]) -> dict[tuple[Any, Any], Difference]:
-        """The differences of pairs, with p."""
+    def swapped(self, pairs: Sequence[tuple[Any, Any]]) -> dict[tuple[Any, Any], dict[str, Any]]:
+        """The differences of pairs, with p by swapping them within domains."""
         if not pairs:
             return {}
         first, second = (np.stack([self.values[name] for name in names]) for names in zip(*pairs, strict=True))
         tests = correlation.swap_tests(first, second, self.change_SN, seed=self.seed)
-        return {pair: replace(self.difference(*pair), p=test.p) for pair, test in zip(pairs, tests, strict=True)}
+        return {pair: self.difference(*pair) | {"p": test.p} for pair, test in zip(pairs, tests, strict=True)}
 
-    def partial(self, names: Sequence[str], controls: Sequence[str]) -> list[Correlated]:
-        """Partial r given controls, which keep their measured values in resamples; p by Freedman and Lane."""
+    def partial(self, names: Sequence[str], controls: Sequence[str]) -> list[dict[str, Any]]:
+        """Rows of partial r given controls, which keep their measured values in resamples; p by Freedman and Lane."""
         controls_SNK = np.stack([self.values[name] for name in controls], axis=-1)
-        if self._empty.n < len(controls) + 3 or not np.isfinite(controls_SNK).all():
-            return [replace(self._empty, undefined="too few domains, or a control without values")] * len(names)
+        if self._about["n"] < len(controls) + 3 or not np.isfinite(controls_SNK).all():
+            return [self._about | {"undefined": "too few domains, or a control without values"}] * len(names)
         rows = []
         for name, test in zip(names, self._tests(names, controls_SNK), strict=True):
             r_S = correlation_rows(self.values[name], self.change_SN, controls_SNK)
-            if not np.isfinite(r_S).all():
-                rows.append(replace(self._empty, undefined="nothing left to correlate"))
-                continue
             interval = percentile_interval(self._resamples.correlations(self.values[name], controls_SNK))
-            rows.append(replace(self._empty, by_seed=r_S.tolist(), pearson=float(r_S.mean()), p=test.p,
-                                pearson_interval=interval))
+            rows.append(self._about | ({"by_seed": r_S.tolist(), "pearson": float(r_S.mean()), "p": test.p,
+                                        "pearson_interval": interval} if np.isfinite(r_S).all()
+                                       else {"undefined": "nothing left to correlate"}))
         return rows
 
 
@@ -196,18 +162,19 @@ def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], difference
         picked = bool(own) and not np.array_equal(compared.values[top], compared.values[own])
         less = compared.swapped(list(dict.fromkeys([
             *pairs.items(), *ends.values(), *[(top, own)] * picked, *[(middle, own)] * bool(own and middle)])))
-        rows |= {key: replace(rows[key], less=less[pair]) for key, pair in zip(pairs, pairs.items(), strict=True)}
-        found["claims"] += [about | {"axis": axis, "first": pair[1][2], "last": pair[0][2], **plain(less[pair])}
+        for pair in pairs.items():
+            rows[pair[0]]["less"] = less[pair].copy()
+        found["claims"] += [about | {"axis": axis, "first": pair[1][2], "last": pair[0][2], **less[pair]}
                             for axis, pair in ends.items()]
         found["best"].append(about | {"axis": top[1], "value": top[2], **best,
-                                      "less_own": plain(less[top, own]) if picked else None})
+                                      "less_own": less[top, own] if picked else None})
         if own and middle:
-            found["saes"].append(about | {"own": rows[own].pearson, "middle": rows[middle].pearson,
-                                          **plain(less[middle, own])})
-    tested = {key: row.less for key, row in rows.items() if isinstance(row.less, Difference)}
-    adjusted = np.asarray(multipletests([less.p for less in tested.values()], method="holm")[1] if tested else [])
-    rows |= {key: replace(rows[key], less=replace(less, p_holm=float(p)))
-             for (key, less), p in zip(tested.items(), adjusted, strict=True)}
+            found["saes"].append(about | {"own": rows[own]["pearson"], "middle": rows[middle]["pearson"],
+                                          **less[middle, own]})
+    if tested := [row["less"] for row in rows.values() if "less" in row]:
+        adjusted = np.asarray(multipletests([less["p"] for less in tested], method="holm")[1])
+        for less, p in zip(tested, adjusted, strict=True):
+            less["p_holm"] = float(p)
     found["values"] = [{"measure": measure, "score": key[0], "axis": key[1], "value": key[2], "own": owns[key[1:]],
-                        **plain(row)} for key, row in rows.items()]
+                        **row} for key, row in rows.items()]
     return found

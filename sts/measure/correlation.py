@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,15 +28,6 @@ EXACT_UP_TO, SWAPS_UP_TO = 8, 14
 ALPHA, POWER = 0.05, 0.8
 
 
-@dataclass(frozen=True)
-class Interval:
-    """The central 95% of so many resamples."""
-
-    low: float
-    high: float
-    resamples: int
-
-
 class PermutationTest(NamedTuple):
     """A p value, whether every permutation was counted (`exact`), and how many were."""
 
@@ -47,13 +37,10 @@ class PermutationTest(NamedTuple):
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold: rows as dicts without the fields left at their default, and None for what is not finite."""
-    if is_dataclass(value):
-        return {one.name: plain(own) for one in fields(value)
-                if (own := getattr(value, one.name)) is not one.default or one.default is MISSING}
+    """What JSON can hold: None for a number that is not finite."""
     if isinstance(value, dict):
         return {name: plain(own) for name, own in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [plain(own) for own in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -76,19 +63,14 @@ def units(values_N: np.ndarray, controls_NK: np.ndarray | None = None) -> np.nda
     """What a constant and the controls leave of values (last axis), at length 1; NaN where nothing is left."""
     values_N = np.asarray(values_N, float)
     spread = np.ptp(values_N, axis=-1, keepdims=True)
-    spread = np.where(spread > CONSTANT * np.abs(values_N).max(-1, keepdims=True), spread, np.nan)
     # Dividing by the range first keeps the squares below from over- or underflowing.
+    spread = np.where(spread > 0, spread, np.nan)
     left = (values_N - values_N.mean(-1, keepdims=True)) / spread
-    if controls_NK is None:
-        return left / np.sqrt((left**2).sum(-1, keepdims=True))
-    # Controls of unlike size would make the columns ill-conditioned.
-    centred = controls_NK - controls_NK.mean(-2, keepdims=True)
-    width = np.ptp(centred, axis=-2, keepdims=True)
-    columns = np.concatenate([np.ones((*centred.shape[:-1], 1)), centred / np.where(width > 0, width, 1)], axis=-1)
-    basis_NK = np.linalg.qr(columns)[0]
-    left = left - (basis_NK @ (basis_NK.swapaxes(-1, -2) @ left[..., None]))[..., 0]
+    if controls_NK is not None:
+        basis_NK = np.linalg.qr(units(controls_NK.swapaxes(-1, -2)).swapaxes(-1, -2))[0]
+        left = left - (basis_NK @ (basis_NK.swapaxes(-1, -2) @ left[..., None]))[..., 0]
     length, size = (np.sqrt((own**2).sum(-1, keepdims=True)) for own in (left, values_N / spread))
-    return left / np.where(length > 10 * CONSTANT * size, length, np.nan)
+    return left / np.where(length > CONSTANT * size, length, np.nan)
 
 
 def correlation_rows(x_N: np.ndarray, y_N: np.ndarray, controls_NK: np.ndarray | None = None) -> np.ndarray:
@@ -125,10 +107,8 @@ def correlate(x: ArrayLike, y: ArrayLike, names: Sequence[str], *, seed: int = 0
 
 def leave_one_out(x_N: np.ndarray, y_N: np.ndarray, names: Sequence[str]) -> dict[str, Any] | None:
     """Lowest and highest r without one point, and the point left out (low_without, high_without); None if undefined."""
-    n = x_N.size
-    others_NM = np.array([np.delete(np.arange(n), place) for place in range(n)])
-    r_N = correlation_rows(x_N[others_NM], y_N[others_NM])
-    if n < 4 or not np.isfinite(r_N).any():
+    r_N = np.array([correlation_rows(x_N[kept_N], y_N[kept_N]) for kept_N in ~np.eye(x_N.size, dtype=bool)])
+    if x_N.size < 4 or not np.isfinite(r_N).any():
         return None
     low, high = int(np.nanargmin(r_N)), int(np.nanargmax(r_N))
     return {"low": float(r_N[low]), "low_without": str(names[low]), "high": float(r_N[high]),
@@ -206,16 +186,16 @@ def swap_tests(first_PSN: np.ndarray, second_PSN: np.ndarray, change_SN: np.ndar
     return [PermutationTest(float(p), exact, len(swaps_BN)) for p in p_P]
 
 
-def percentile_interval(values_B: np.ndarray) -> Interval | None:
-    """The central 95% of the values that exist; None if hardly any does."""
+def percentile_interval(values_B: np.ndarray) -> dict[str, Any] | None:
+    """The central 95% of the values that exist: low, high, resamples (how many do); None if hardly any does."""
     kept = values_B[np.isfinite(values_B)]
     if len(kept) < max(10, len(values_B) // 100):
         return None
-    low, high = np.quantile(kept, [0.025, 0.975])
-    return Interval(float(low), float(high), len(kept))
+    low, high = np.quantile(kept, [0.025, 0.975]).tolist()
+    return {"low": low, "high": high, "resamples": len(kept)}
 
 
-def bootstrap_interval(x_N: np.ndarray, y_N: np.ndarray, resamples: int, seed: int = 0) -> Interval | None:
+def bootstrap_interval(x_N: np.ndarray, y_N: np.ndarray, resamples: int, seed: int = 0) -> dict[str, Any] | None:
     """Interval of Pearson's correlation, points drawn with replacement. With eight points it tends to be too narrow."""
     # Twice as many are drawn, as some may hold one value alone.
     drawn_BN = np.random.default_rng(seed).integers(0, x_N.size, (2 * resamples, x_N.size))
@@ -223,8 +203,7 @@ def bootstrap_interval(x_N: np.ndarray, y_N: np.ndarray, resamples: int, seed: i
     return percentile_interval(values_B[np.isfinite(values_B)][:resamples])
 
 
-@dataclass(frozen=True)
-class Resamples:
+class Resamples(NamedTuple):
     """Resampled experiments: the domain at each place, the share of each seed, and the absolute mean change there."""
 
     domains_BN: np.ndarray

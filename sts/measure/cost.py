@@ -40,11 +40,6 @@ class Architecture:
         return 2 * self.width * self.head_width * (self.heads + self.kv_heads) + 3 * self.width * self.mlp_width
 
     @property
-    def head_flops(self) -> float:
-        """FLOPs of the LM head for one token."""
-        return 2.0 * self.width * self.vocabulary
-
-    @property
     def sae_flops(self) -> float:
         """FLOPs of the SAE's encoder for one token."""
         return 2.0 * self.width * self.sae_latents
@@ -104,13 +99,6 @@ class Assumptions:
                 raise StsError(f"Assumption {field.name!r} must be a number from 1 to {LARGEST:,}; got {value!r}.")
 
 
-def check_factor(factor: float) -> None:
-    """Raise `StsError` unless assumptions can be off by such a factor (the page's parameter `off_by`)."""
-    if not 1 <= factor <= LARGEST_FACTOR:
-        raise StsError(f"Parameter 'off_by' is how far every assumption may be off, as a factor: a number from 1 (not "
-                       f"at all) to {LARGEST_FACTOR:,}; got {factor!r}.")
-
-
 def forecast_cost(one: Architecture, settings: Settings, assumed: Assumptions, *, cached: bool = True) -> float:
     """Passes of the forecast: the training set's questions and every domain's, each without and behind demonstrations.
 
@@ -159,7 +147,9 @@ def plan(settings: Settings, assumed: Assumptions) -> pandas.DataFrame:
 def sensitivity(settings: Settings, assumed: Assumptions, *, factor: float = 2.0) -> pandas.DataFrame:
     """The ratio when an assumption is off by `factor` either way (a yes or no: either), one at a time, and all at once
     ("all"). One row a model and assumption: model, assumption, ratio (as assumed), low, high."""
-    check_factor(factor)
+    if not 1 <= factor <= LARGEST_FACTOR:
+        raise StsError(f"Parameter 'off_by' is how far every assumption may be off, as a factor: a number from 1 (not "
+                       f"at all) to {LARGEST_FACTOR:,}; got {factor!r}.")
     values = {name: {value, not value} if isinstance(value, bool) else {
         value, max(1, round(value / factor)), min(LARGEST, round(value * factor))}
         for name, value in vars(assumed).items()}

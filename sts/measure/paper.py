@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from statsmodels.stats.multitest import multipletests
 
 from sts.errors import ROOT, StsError
-from sts.measure.correlation import correlate, correlation_rows, needed_correlation, plain, random_orders
+from sts.measure.correlation import correlate, correlation_rows, needed_correlation, random_orders
 
 FOLDER = ROOT / "data" / "paper"
 #: The paper's models, in its order, and how they are written in text.
@@ -37,16 +37,6 @@ def figure3_points() -> pd.DataFrame:
     return pd.read_csv(FOLDER / "figure3_points_digitised.csv")
 
 
-def published_correlations() -> pd.DataFrame:
-    """Table 6, act before icl: model, metric, published_pearson, published_std."""
-    numbers = pd.read_csv(FOLDER / "published_numbers.csv")
-    numbers["metric"] = numbers["quantity"].str.extract(r"STS_(act|ICL)", expand=False).str.lower()
-    numbers = numbers.sort_values("metric", kind="stable")
-    rows = numbers[numbers["source"].str.contains(r"Table 6\b")]
-    return pd.DataFrame({"model": rows["model"], "metric": rows["metric"],
-                         "published_pearson": rows["value"].astype(float), "published_std": rows["std"]})
-
-
 def disagreements() -> pd.DataFrame:
     """Where the paper's text and its official code differ: topic, paper, code, why_it_matters."""
     return pd.read_csv(FOLDER / "disagreements.csv")
@@ -55,16 +45,22 @@ def disagreements() -> pd.DataFrame:
 def recomputed_correlations(*, permutations: int = 100_000, resamples: int = 5_000, seed: int = 0) -> pd.DataFrame:
     """Figure 3's correlations from its digitised points, beside the published ones; one row a model and metric.
 
-    Columns: those of `published_correlations`; what `correlate` returns, dicts spread out (line_slope,
-    leave_one_out_low, ...), the bootstrap interval as low and high; p_holm (Holm's correction for all panels).
+    Columns: model, metric, published_pearson, published_std (Table 6, act before icl); what `correlate` returns, dicts
+    spread out (line_slope, leave_one_out_low, ...), the bootstrap interval as low and high; p_holm (Holm's correction
+    for all panels); spread_ratio (of |shift|, extremes over all), all_domains (r on all fourteen: calculated).
     """
-    points = figure3_points().set_index(["model", "metric"]).sort_index()
-    rows = []
-    for said in published_correlations().to_dict("records"):
-        panel = points.loc[(said["model"], said["metric"])]
+    numbers = pd.read_csv(FOLDER / "published_numbers.csv")
+    numbers["metric"] = numbers["quantity"].str.extract(r"STS_(act|ICL)", expand=False).str.lower()
+    published = numbers.sort_values("metric", kind="stable").loc[numbers["source"].str.contains(r"Table 6\b")]
+    points, rows = figure3_points().set_index(["model", "metric"]).sort_index(), []
+    shifts = accuracy_shifts().set_index("model")["abs_shift_pct"]
+    for said in published.to_dict("records"):
+        panel, ratio = points.loc[(said["model"], said["metric"])], spread_ratio(np.asarray(shifts[said["model"]]))
         found = correlate(panel["sts"], panel["abs_shift_pct"], list(panel["domain"]), seed=seed,
                           permutations=permutations, resamples=resamples)
-        rows.append(said | plain(found))
+        rows.append({"model": said["model"], "metric": said["metric"], "published_pearson": float(said["value"]),
+                     "published_std": said["std"], **found, "spread_ratio": ratio,
+                     "all_domains": with_selection(found["pearson"], 1 / ratio)})
     frame = pd.json_normalize(rows, sep="_").rename(
         columns={"pearson_interval_low": "low", "pearson_interval_high": "high"})
     return frame.assign(p_holm=multipletests(frame["p"], method="holm")[1])
@@ -90,15 +86,6 @@ def with_selection(correlation: float, ratio: float) -> float:
     """The correlation after selecting on y so that y's spread grows by `ratio`; `1 / ratio` undoes the selection.
     Thorndike's formula assumes a linear relation with even noise: only the spread of y changes."""
     return correlation * ratio / math.sqrt(1 - correlation ** 2 + (correlation * ratio) ** 2)
-
-
-def correlations_without_selection(results: pd.DataFrame) -> pd.DataFrame:
-    """What each of `recomputed_correlations()` would be on all fourteen domains (calculated, not measured): model,
-    metric, pearson (eight extremes), spread_ratio (of |shift|, extremes over all), all_domains."""
-    shifts = accuracy_shifts().set_index("model")["abs_shift_pct"]
-    ratios = [spread_ratio(list(shifts[model])) for model in results["model"]]
-    return results[["model", "metric", "pearson"]].assign(spread_ratio=ratios, all_domains=[
-        with_selection(r, 1 / ratio) for r, ratio in zip(results["pearson"], ratios, strict=True)])
 
 
 def selection_effect(correlations: Sequence[float], *, domains: int = 14, count: int = 4, simulations: int = 10_000,

@@ -12,6 +12,7 @@ Shape suffixes: F folds (groups of questions), L latents, K numbers of latents, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -92,17 +93,6 @@ def count_grid(width: int, *also: int) -> np.ndarray:
     return np.union1d(grid, np.array([count for count in also if 1 <= count <= width], dtype=int))
 
 
-def ratio_interval(part_FK: np.ndarray, whole_F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95% interval, within 0 and 1, of sum(part) / sum(whole) over folds: delete-one jackknife with Student's t, as a
-    percentile bootstrap of eight folds is too narrow."""
-    folds = len(whole_F)
-    without_FK = (part_FK.sum(0) - part_FK) / (whole_F.sum() - whole_F)[:, None]
-    error_K = np.sqrt((folds - 1) / folds * ((without_FK - without_FK.mean(0)) ** 2).sum(0))
-    half_K = scipy_stats.t.ppf(0.975, folds - 1) * error_K
-    ratio_K = part_FK.sum(0) / whole_F.sum()
-    return np.clip(ratio_K - half_K, 0, 1), np.clip(ratio_K + half_K, 0, 1)
-
-
 def concentrations(change_FL: torch.Tensor, *also: int, random_orders: int = 200, seed: int = 0) -> pandas.DataFrame:
     """How concentrated a change, summed per fold and latent, is on few latents (Figures 1a and 2b).
 
@@ -121,10 +111,14 @@ def concentrations(change_FL: torch.Tensor, *also: int, random_orders: int = 200
                               for own_L in change_FL]).numpy()
     total_F, generator = change_FL.sum(1).numpy(), np.random.default_rng(seed)
     random_RK = np.stack([generator.permutation(change_L.numpy()).cumsum()[counts_K - 1] for _ in range(random_orders)])
-    low_K, high_K = ratio_interval(carried_FK, total_F)
+    # Delete-one jackknife with Student's t: a percentile bootstrap of eight folds is too narrow.
+    held_K = carried_FK.sum(0) / total_F.sum()
+    without_FK = (carried_FK.sum(0) - carried_FK) / (total_F.sum() - total_F)[:, None]
+    half_K = scipy_stats.t.ppf(0.975, folds - 1) * math.sqrt(folds - 1) * without_FK.std(0)
+    low_K, high_K = np.clip([held_K - half_K, held_K + half_K], 0, 1)
     random_low_K, random_high_K = np.quantile(random_RK / total_F.sum(), [0.025, 0.975], axis=0)
     return pandas.DataFrame({
-        "share": share_K, "held_out": carried_FK.sum(0) / total_F.sum(), "low": low_K, "high": high_K,
+        "share": share_K, "held_out": held_K, "low": low_K, "high": high_K,
         "random_low": random_low_K, "random_high": random_high_K}, index=pandas.Index(counts_K, name="latents"))
 
 
@@ -145,13 +139,12 @@ def overlap_rows(first_L: torch.Tensor, second_L: torch.Tensor, counts: Sequence
     first, second = (shifted_dimensions(change_L, width) for change_L in (first_L, second_L))
     rows, number = [], int(active.sum())
     for count in counts:
-        shared, random = overlap(first[:count], second[:count]), scipy_stats.hypergeom(width, count, count)
+        shared, own = overlap(first[:count], second[:count]), int(active[first[:count]].sum())
+        random, within = scipy_stats.hypergeom(width, count, count), count <= number
         low, high = random.ppf([0.025, 0.975])
         rows.append({"n": count, "overlap": shared, "share": shared / count, "chance": count / width,
                      "chance_low": float(low) / count, "chance_high": float(high) / count,
-                     "p": float(random.sf(shared - 1)), "active": number, "active_chance": None, "active_p": None})
-        if count <= number:
-            own = int(active[first[:count]].sum())
-            rows[-1] |= {"active_chance": own / number,
-                         "active_p": float(scipy_stats.hypergeom.sf(shared - 1, number, own, count))}
+                     "p": float(random.sf(shared - 1)), "active": number,
+                     "active_chance": own / number if within else None,
+                     "active_p": float(scipy_stats.hypergeom.sf(shared - 1, number, own, count)) if within else None})
     return rows

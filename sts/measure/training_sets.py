@@ -17,22 +17,15 @@ import pandas
 from scipy import stats as scipy_stats
 
 from sts.errors import StsError
-from sts.measure.correlation import PermutationTest, orders, p_value
+from sts.measure.correlation import PermutationTest, correlation_rows, orders, p_value, units
 from sts.measure.items import paired_mean_interval
-
-
-def _rank_units(values_STD: np.ndarray) -> np.ndarray:
-    """Ranks over training sets in every domain, centred and of length 1; NaN where all are tied."""
-    ranks = scipy_stats.rankdata(values_STD, axis=1)
-    ranks -= ranks.mean(1, keepdims=True)
-    length = np.sqrt((ranks**2).sum(1, keepdims=True))
-    return ranks / np.where(length > 0, length, np.nan)
 
 
 def products(forecast_STD: np.ndarray, change_STD: np.ndarray) -> np.ndarray:
     """D x T x T: what forecast a beside change b adds to a domain's rank correlation over training sets, mean over
     seeds; the traces are the correlations as measured. NaN where one is not defined in every seed."""
-    return np.einsum("sad,sbd->dab", _rank_units(forecast_STD), _rank_units(change_STD)) / len(forecast_STD)
+    ranks = (units(scipy_stats.rankdata(own_STD, axis=1).swapaxes(1, 2)) for own_STD in (forecast_STD, change_STD))
+    return np.einsum("sda,sdb->dab", *ranks) / len(forecast_STD)
 
 
 def shuffled_within_domains(products_DTT: np.ndarray, *, resamples: int = 20_000, seed: int = 0) -> PermutationTest:
@@ -73,9 +66,8 @@ def interaction(forecast_STD: np.ndarray, change_STD: np.ndarray) -> float:
     seeds, as ranks of domains within each training set, less their mean over training sets; NaN if undefined. Without
     p, as domains are not exchangeable."""
     ranks = (scipy_stats.rankdata(values_STD, axis=2) for values_STD in (forecast_STD, change_STD))
-    x_STD, y_STD = (own_STD - own_STD.mean(1, keepdims=True) for own_STD in ranks)
-    length_S = np.sqrt((x_STD**2).sum((1, 2)) * (y_STD**2).sum((1, 2)))
-    return float(((x_STD * y_STD).sum((1, 2)) / np.where(length_S > 0, length_S, np.nan)).mean())
+    cells = ((own_STD - own_STD.mean(1, keepdims=True)).reshape(len(own_STD), -1) for own_STD in ranks)
+    return float(correlation_rows(*cells).mean())
 
 
 def specificity(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: int = 20_000, bootstrap: int = 5000,

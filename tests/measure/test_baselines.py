@@ -46,7 +46,7 @@ def test_fewer_dimensions_are_those_that_the_training_set_moves_most():
     most = np.argsort(-SHIFT["squared_difference_L"].numpy())[:5]
     assert known(raw_shift=SHIFT, raw=DOMAINS, raw_count=5).scored("raw", "sts_act")["art"] == pytest.approx(
         base[:, most.copy()].sum(1).mean().item())
-    assert baselines.mean_square(known(raw_shift=SHIFT, raw=DOMAINS, raw_count=5))["art"] == pytest.approx(
+    assert baselines.values_of(known(raw_shift=SHIFT, raw=DOMAINS, raw_count=5))["raw_square"]["art"] == pytest.approx(
         (base[:, most.copy()]**2).sum(1).mean().item())
 
 
@@ -89,8 +89,8 @@ def test_change_of_the_model_is_measured_on_tokens_and_on_means():
         "base_sum_L": before.sum(0), "tuned_sum_L": after.sum(0), "squared_difference_L": ((after - before)**2).sum(0),
         "latents_squared": torch.tensor([6.0]), "tokens": torch.tensor([2.0])}}
     assert baselines.change_cosine(change)["law"] == pytest.approx(1 - 4 / math.sqrt(4**2 + 8**2))
-    assert baselines.change_size(change, "squared_difference_L")["law"] == pytest.approx((1 + 49) / 2)
-    assert baselines.change_size(change, "latents_squared")["law"] == pytest.approx(3)
+    assert baselines.per_token(change, "squared_difference_L")["law"] == pytest.approx((1 + 49) / 2)
+    assert baselines.per_token(change, "latents_squared")["law"] == pytest.approx(3)
 
 
 # --- all of them --------------------------------------------------------------------------------------------------
@@ -114,10 +114,9 @@ def test_every_predictor_but_the_probes_has_a_value_in_every_domain():
     assert found["base_bits"].tolist()[1:] == [1.5, 2.5] and np.isnan(found["base_bits"].iloc[0])  # not evaluated
     assert found["sts_icl"].tolist() == [4, 5, 6] and found["question_tokens"].tolist() == [7, 8, 9]
     assert found["all_icl"].tolist() == run.scored("all", "sts_icl").tolist()
-    assert found["raw_square"].tolist() == baselines.mean_square(run).tolist()
     assert found["actual_act"].tolist() == [
         row["sts_act"] for row in score_domains("paper", run.moved, DOMAINS, 6)]
-    size = baselines.change_size(run.change, "squared_difference_L")
+    size = baselines.per_token(run.change, "squared_difference_L")
     assert found["change_rms"].tolist() == pytest.approx([math.sqrt(one) for one in size])
 
 

@@ -9,7 +9,7 @@ from scipy.stats import pearsonr, spearmanr, t
 from statsmodels.stats.multitest import multipletests
 
 from sts.measure.compare import Comparison, best_of, null, sweeps_compared
-from sts.measure.correlation import correlation_rows, hierarchical_resamples, plain
+from sts.measure.correlation import correlation_rows, hierarchical_resamples
 
 NUMBERS = {"bootstrap": 400, "permutations": 2000, "seed": 0}
 
@@ -42,29 +42,30 @@ def test_rows_are_means_over_seeds_with_the_hierarchical_interval_and_the_shuffl
     change, drawn = changes(differences), hierarchical_resamples(list(differences.values()), resamples=400)
     for name, x in (("a", a), ("b", b)):
         each = [pearsonr(*pair)[0] for pair in zip(x, change, strict=True)]
-        assert rows[name].by_seed == pytest.approx(each) and rows[name].pearson == pytest.approx(np.mean(each))
+        assert rows[name]["by_seed"] == pytest.approx(each) and rows[name]["pearson"] == pytest.approx(np.mean(each))
         ranks = [spearmanr(*pair)[0] for pair in zip(x, change, strict=True)]
-        assert rows[name].spearman == pytest.approx(np.mean(ranks))
+        assert rows[name]["spearman"] == pytest.approx(np.mean(ranks))
         ends = np.nanquantile(drawn.correlations(x), [0.025, 0.975])
-        assert (rows[name].pearson_interval.low, rows[name].pearson_interval.high) == pytest.approx(tuple(ends))
+        interval = rows[name]["pearson_interval"]
+        assert (interval["low"], interval["high"]) == pytest.approx(tuple(ends))
         shuffled = [np.mean([pearsonr(one, own[list(order)])[0] for one, own in zip(x, change, strict=True)])
                     for order in itertools.permutations(range(6))]
-        assert rows[name].p == pytest.approx(np.mean(np.abs(shuffled) >= abs(np.mean(each)) - 1e-12))
-        assert (rows[name].exact, rows[name].permutations, rows[name].n, rows[name].seeds) == (True, 720, 6, 2)
-    less = rows["b"].less["a"]
-    assert less.mean == pytest.approx(rows["a"].pearson - rows["b"].pearson) and set(rows["a"].less) == set()
+        assert rows[name]["p"] == pytest.approx(np.mean(np.abs(shuffled) >= abs(np.mean(each)) - 1e-12))
+        assert rows[name]["exact"] and [rows[name][of] for of in ("permutations", "n", "seeds")] == [720, 6, 2]
+    less = rows["b"]["less"]["a"]
+    assert less["mean"] == pytest.approx(rows["a"]["pearson"] - rows["b"]["pearson"]) and rows["a"]["less"] == {}
     ends = np.nanquantile(drawn.correlations(a) - drawn.correlations(b), [0.025, 0.975])
-    assert (less.interval.low, less.interval.high) == pytest.approx(tuple(ends))
-    assert "constant" in rows["flat"].undefined
-    assert plain(rows["probe"]) == {"n": 6, "seeds": 2, "undefined": "its own reason"}
+    assert (less["interval"]["low"], less["interval"]["high"]) == pytest.approx(tuple(ends))
+    assert "constant" in rows["flat"]["undefined"]
+    assert rows["probe"] == {"n": 6, "seeds": 2, "undefined": "its own reason"}
 
 
 def test_an_untested_predictor_has_neither_p_nor_difference():
     _, (a, b, _), differences = example()
     row = Comparison(differences, {"a": a, "b": b}, **NUMBERS).rows(against=["a"], untested=["b"])["b"]
-    assert set(plain(row)) == {"n", "seeds", "by_seed", "pearson", "pearson_interval", "spearman"}
+    assert set(row) == {"n", "seeds", "by_seed", "pearson", "pearson_interval", "spearman"}
     brief = Comparison(differences, {"a": a}, **NUMBERS).rows()["a"]
-    assert set(plain(brief)) == {"n", "seeds", "by_seed", "pearson", "pearson_interval", "p"}
+    assert set(brief) == {"n", "seeds", "by_seed", "pearson", "pearson_interval", "p"}
 
 
 def test_partial_rows_resample_and_permute_with_the_controls():
@@ -77,18 +78,18 @@ def test_partial_rows_resample_and_permute_with_the_controls():
         return correlation_rows(values[places], goal, controls[seed][places])
 
     each = [partial(x[seed], change[seed], seed) for seed in (0, 1)]
-    assert row.by_seed == pytest.approx(each) and row.pearson == pytest.approx(np.mean(each))
+    assert row["by_seed"] == pytest.approx(each) and row["pearson"] == pytest.approx(np.mean(each))
     resamples, drawn = hierarchical_resamples(list(differences.values()), resamples=400), []
     for domains, weights, own in zip(resamples.domains_BN, resamples.weights_BS, resamples.change_BSN, strict=True):
         if len(set(domains)) >= 5:  # two controls
             drawn.append(sum(weight * partial(x[seed], own[seed], seed, domains)
                              for seed, weight in enumerate(weights) if weight))
-    assert (row.pearson_interval.low, row.pearson_interval.high) == pytest.approx(
+    assert (row["pearson_interval"]["low"], row["pearson_interval"]["high"]) == pytest.approx(
         tuple(np.quantile(drawn, [0.025, 0.975])), abs=1e-6)
     left = [least_squares_residuals(change[seed], controls[seed]) for seed in (0, 1)]
     shuffled = [np.mean([partial(x[seed], left[seed][list(order)], seed) for seed in (0, 1)])
                 for order in itertools.permutations(range(6))]
-    assert row.p == pytest.approx(np.mean(np.abs(shuffled) >= abs(row.pearson) - 1e-12))
+    assert row["p"] == pytest.approx(np.mean(np.abs(shuffled) >= abs(row["pearson"]) - 1e-12))
 
 
 def least_squares_residuals(values, controls):
@@ -103,7 +104,7 @@ def test_what_cannot_be_corrected_is_undefined():
                           (differences, (x, second))):
         names = Comparison(own, {"x": x[:, :len(own)], "first": controls[0], "second": controls[1]}, **NUMBERS)
         row, = names.partial(["x"], ["first", "second"])
-        assert row.undefined and set(plain(row)) == {"n", "seeds", "undefined"}
+        assert row["undefined"] and set(row) == {"n", "seeds", "undefined"}
 
 
 def test_chance_is_the_central_95_percent_and_the_observed_value_counts_as_one_draw():

@@ -222,13 +222,6 @@ def test_domain_shift_is_the_paired_mean_change_with_its_sign():
     assert shifts.loc["math", "shift"] == pytest.approx(shifts.loc["math", "after"] - shifts.loc["math", "before"])
 
 
-def test_different_items_before_and_after_are_an_error():
-    one = frame([("a", "law", "solution", -1, -1.0, 5, True)])
-    other = frame([("b", "law", "solution", -1, -1.0, 5, True)])
-    with pytest.raises(StsError, match="same examples"):
-        domain_shifts(one, other)
-
-
 def test_differences_are_kept_by_question_and_seed():
     before = frame([("a", "law", "solution", -1, -10 * math.log(2), 5, True),
                     ("b", "math", "solution", -1, -6 * math.log(2), 3, True)])

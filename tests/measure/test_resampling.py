@@ -34,7 +34,7 @@ def test_without_noise_of_questions_it_is_a_bootstrap_of_domains(generator):
     x = y + generator.normal(size=14)
     drawn = hierarchical_resamples([np.full((5, 1), value) for value in y], resamples=20_000)
     found, other = percentile_interval(drawn.correlations(x[None])), bootstrap_interval(x, y, resamples=20_000)
-    assert (found.low, found.high) == pytest.approx((other.low, other.high), abs=0.03)
+    assert (found["low"], found["high"]) == pytest.approx((other["low"], other["high"]), abs=0.03)
 
 
 def test_questions_are_drawn_anew_within_each_domain(generator):
@@ -81,14 +81,14 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         drawn = hierarchical_resamples([generator.normal(value, 2, size=(50, 1)) for value in change], resamples=300,
                                        seed=trial)
         interval = percentile_interval(drawn.correlations(true[None]))
-        covered += interval.low <= 0.6 <= interval.high
+        covered += interval["low"] <= 0.6 <= interval["high"]
     assert 0.85 <= covered / 150 <= 1
 
 
 def test_intervals_leave_out_what_is_undefined():
     values = np.r_[np.linspace(0, 1, 101), [np.nan] * 9]
     found = percentile_interval(values)
-    assert (found.low, found.high, found.resamples) == (pytest.approx(0.025), pytest.approx(0.975), 101)
+    assert found == {"low": pytest.approx(0.025), "high": pytest.approx(0.975), "resamples": 101}
     assert percentile_interval(np.full(100, np.nan)) is None
 
 
