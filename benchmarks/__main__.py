@@ -96,7 +96,7 @@ def _measure(options: argparse.Namespace) -> int:
             new = demonstrations_workload(setup, options.questions, options.repetitions, report,
                                           options.demonstration_tokens)
         elif name == "precision":
-            exact = dataclasses.replace(setup, lm=resources.fresh_lm(run)("float32"))
+            exact = dataclasses.replace(setup, lm=resources.fresh_lm(run)(dtype="float32"))
             new = precision_workload(setup, exact, min(16, options.questions), report)
         elif name == "options":
             new = options_workload(setup, options.option_questions, options.repetitions, report)

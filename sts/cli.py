@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -107,38 +106,33 @@ def doctor() -> None:
     from sts.engine.packaged import PACKAGED, packaged_files
     from sts.run.run import results_folder
 
-    def row(ok: bool | None, what: str, detail: str) -> None:
-        print(f"  {'ok     ' if ok else 'missing' if ok is False else '-      '}  {what:<24} {detail}")
+    def row(state: str, what: str, detail: str) -> None:
+        print(f"  {state:<7}  {what:<24} {detail}")
 
-    print(f"sts {sts.__version__}, Python {sys.version.split()[0]}\nSoftware")
+    print(f"sts {sts.__version__}, Python {sys.version.split()[0]}")
     for package in (*PACKAGES, "papermill", "jupyter-book"):
         try:
-            row(True, package, version(package))
+            row("ok", package, version(package))
         except PackageNotFoundError:
-            row(False, package, "pip install -c constraints.txt -e '.[book,test]'")
-    gpu = torch.cuda.is_available() or None
-    row(gpu, "GPU", torch.cuda.get_device_name() if gpu else f"none; {torch.get_num_threads()} CPU threads")
-    print("Models")
+            row("missing", package, "pip install -c constraints.txt -e '.[book,test]'")
+    threads = f"none; {torch.get_num_threads()} CPU threads"
+    row("-", "GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else threads)
     for name, packaged in PACKAGED.items():
         try:
-            row(True, name, f"{sum(path.stat().st_size for path in packaged_files(name)) / 1e6:.0f} MB")
+            row("ok", name, f"{sum(path.stat().st_size for path in packaged_files(name)) / 1e6:.0f} MB")
         except StsError as error:
-            row(None if packaged.optional else False, name, f"{'optional. ' if packaged.optional else ''}{error}")
-    print("Data")
+            row("-" if packaged.optional else "missing", name, f"{'optional. ' * packaged.optional}{error}")
     for name in GENERATED:
-        row(True, name, "from an installed package")
-    for name, source in SOURCES.items():
-        found = ", ".join(split for split in source.splits if local_file(name, split))
-        wanted = f"hub {source.hub}" if source.hub else f"put {name}/{source.splits[0]}.jsonl in STS_DATA_DIR"
-        row(bool(found) or None, name, found or wanted)
-    for name in CORPORA:
-        row(local_file("corpus", name) is not None or None, f"corpus {name}", "for training an SAE")
-    print("Folders")
-    data = os.environ.get("STS_DATA_DIR")
-    there = Path(data).expanduser().is_dir() if data else None
-    row(there, "STS_DATA_DIR", f"{data}{' is no folder' * (not there)}" if data else "not set: the hub is asked")
-    row(None, "results", f"{results_folder()}, {shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free")
-    row(None, "runs", ", ".join(available_runs()))
+        row("ok", name, "from an installed package")
+    for name, source in (SOURCES | dict.fromkeys(CORPORA)).items():
+        folder, splits = (name, source.splits) if source else ("corpus", (name,))
+        hub = f"hub {source.hub}" if source and source.hub else f"put {folder}/{splits[0]}.jsonl in STS_DATA_DIR"
+        found = ", ".join(split for split in splits if local_file(folder, split))
+        row("ok" if found else "-", name, found or hub)
+    data = os.environ.get("STS_DATA_DIR", "")
+    row("ok" if data and Path(data).expanduser().is_dir() else "-", "STS_DATA_DIR", data or "not set: the hub is asked")
+    row("-", "results", str(results_folder()))
+    row("-", "runs", ", ".join(available_runs()))
 
 
 def main() -> None:

@@ -52,21 +52,19 @@ def _sums(variant: str) -> Callable[[Mapping], dict]:
     return kept
 
 
-_SCORED = "size; the sums that scores are made of are recorded"
-_VALUES, _NULLS = (f"size; stage baseline_{name} holds what is made of it" for name in ("values", "nulls"))
-#: Stage -> (why it is not recorded as it is, what is recorded instead: a function of the result, or None for nothing).
-CHANGED: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
-    "latent_examples": ("texts", _without_tokens), "ablated_answers": ("texts", _without_answers),
-    "text_activations": ("size", None), "latent_strengths": ("texts", None),
-    "domain_stats": (_SCORED, _sums("paper")), "domain_rows": (_SCORED, _sums("official_code")),
-    "domain_raw_stats": (_VALUES, None), "domain_model_change": (_VALUES, None), "random_latent_scores": (_NULLS, None)}
+#: Stage -> what is recorded of its result instead of all: a function of it, or None for nothing.
+CHANGED: dict[str, Callable[[Any], Any] | None] = {
+    "latent_examples": _without_tokens, "ablated_answers": _without_answers,
+    "domain_stats": _sums("paper"), "domain_rows": _sums("official_code"),
+    "text_activations": None, "latent_strengths": None, "domain_raw_stats": None, "domain_model_change": None,
+    "random_latent_scores": None}
 
 
 def as_recorded(name: str, kind: str, value: Any, scratch: Path) -> Any:
     """What is recorded of a result, as `store.read` gives it: tensors as 32-bit floats, of a folder one file, copied to
     the folder `scratch`; None for nothing."""
     if name in CHANGED:
-        change = CHANGED[name][1]
+        change = CHANGED[name]
         value = change(value) if change else None
     if kind == "folder" and value:
         kept = value / KEPT_OF_FOLDERS
@@ -76,21 +74,11 @@ def as_recorded(name: str, kind: str, value: Any, scratch: Path) -> Any:
     return value
 
 
-def _withheld(name: str, kind: str, one: OpenRun, run: OpenRun) -> tuple[str, bool]:
-    """Why a result of `one` is not recorded as it is, "" if it is; whether nothing of it is."""
-    if one.settings.sft_data != run.settings.sft_data:
-        return "size; stage training_matrix holds what is made of it", True
-    if name in ("domain_stats", "domain_rows") and one.settings.seed != run.settings.seed:
-        return f"size; recorded for seed {run.settings.seed} alone", True
-    weights = f"weights; of a folder {KEPT_OF_FOLDERS} alone is recorded" if kind == "folder" else ""
-    return (CHANGED[name][0] if name in CHANGED else weights), False
-
-
 def record(run: OpenRun, target: Path) -> list[str]:
     """Copy the run's stored results to `target`, those of its further seeds as well; the names with keys, sorted.
 
-    Of further training sets, provenance alone is recorded. What the run no longer asks for is removed from `target`.
-    `StsError` where nothing is stored, or a key cannot be known.
+    Of further training sets, and of the sums of further seeds, provenance alone is recorded. What the run no longer
+    asks for is removed from `target`. `StsError` where nothing is stored, or a key is not known.
     """
     own, copy = Store(run.store.folder), Store(target)
     asked = {f"{name}-{one.key(name)}": ((name, one.key(name), spec.kind), one)
@@ -104,11 +92,13 @@ def record(run: OpenRun, target: Path) -> list[str]:
     for (name, key, kind), one in found.values():
         drawn = {setting: getattr(one.settings, setting) for what in STAGES[name].inputs if what in DRAWN
                  for setting in INPUTS[what][0]}
-        provenance, (why, nothing) = own.provenance(name, key, kind) | {"drawn": drawn}, _withheld(name, kind, one, run)
-        if why:
-            provenance["withheld"] = why
-        stored, scratch = own.paths(name, key, kind)[0], copy.scratch(name, key)
-        value = None if nothing else as_recorded(name, kind, read(stored, kind), scratch)
+        provenance = own.provenance(name, key, kind) | {"drawn": drawn}
+        value, scratch = None, copy.scratch(name, key)
+        if (one.settings.sft_data == run.settings.sft_data
+                and (name not in ("domain_stats", "domain_rows") or one.settings.seed == run.settings.seed)):
+            value = as_recorded(name, kind, read(own.paths(name, key, kind)[0], kind), scratch)
+        if value is None or name in CHANGED or kind == "folder":
+            provenance["withheld"] = "all of it" if value is None else "texts, weights or sums"
         copy.write(name, key, kind, value, provenance)
     shutil.rmtree(target / "unfinished")
     return sorted(found)

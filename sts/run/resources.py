@@ -29,8 +29,6 @@ _SET_ASIDE = ("domain_data", "demonstration_split", "domains")
 _TEXTS = ("text_data", "text_examples", "seed")
 #: Inputs of which records keep the settings that decide them, as stages need not use them.
 DRAWN = ("sft_train", "sft_held_out", "domain_data", "demonstrations")
-#: Added to the run's seed, so that the problems of trials are drawn apart from those of the runs reported.
-TRIAL_SEED = 1_000
 #: What is asked of every training set, before its key is part of another.
 EVERY_SET = ("scores", "shift", "sft", "sft_shift", "domain_shift", "correlations", "text_baselines")
 
@@ -45,14 +43,12 @@ def resource(uses: tuple[str, ...] = (), inputs: tuple[str, ...] = (), needs: tu
 
 @resource((*_MODEL, "dtype"), ("model",))
 def fresh_lm(run):
-    """A function of a dtype ("" for the run's own) that loads a copy of the model, for stages that change it."""
-    def fresh(dtype: str = ""):
-        from sts.engine.models import load_model
+    """A function that loads a copy of the model, for stages that change it; it takes another `dtype`."""
+    from sts.engine.models import load_model
 
-        own = run.settings
-        return load_model(own.model, revision=own.model_revision, dtype=dtype or own.dtype, device=run.device,
-                          cache=run.results / "models")
-    return fresh
+    own = run.settings
+    return partial(load_model, own.model, revision=own.model_revision, dtype=own.dtype, device=run.device,
+                   cache=run.results / "models")
 
 
 @resource((*_MODEL, "dtype"), ("model",))
@@ -156,7 +152,7 @@ def sae_texts(run):
 @resource(("sft_data", "sft_trial_examples", "sft_held_out", "seed"), ("trial_problems",))
 def trial(run):
     """(train, held out, seed) for the comparison of learning rates, drawn apart from the run's own problems."""
-    seed = run.settings.seed + TRIAL_SEED
+    seed = run.settings.seed + 1_000
     return *_training_set(_other(run, seed=seed, sft_examples=run.settings.sft_trial_examples)), seed
 
 

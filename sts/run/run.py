@@ -183,9 +183,8 @@ class OpenRun:
         if not self._computes:
             raise StsError(f"Stage {name!r} of run {self.settings.name!r} is not there.")
         if processes.count() > 1 and not spec.parallel:
-            several = ", ".join(one.name for one in STAGES.values() if one.parallel)
-            raise StsError(f"Stage {name!r} runs in one process and {processes.count()} were launched. Several "
-                           f"processes compute these stages: {several}.")
+            raise StsError(f"Stage {name!r} runs in one process and {processes.count()} were launched. Several compute "
+                           f"these stages: {', '.join(one.name for one in STAGES.values() if one.parallel)}.")
         for need in self.needs(name):
             if not self.stored(need):
                 self.get(need)

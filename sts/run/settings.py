@@ -54,8 +54,7 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     # model
     model: Located = _is("packaged name, local folder or hub id")
     model_revision: str = _is("hub revision; empty for the default branch", "")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _is(
-        "precision of the model; auto: bfloat16 where the hardware computes in it, else float32", "auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _is("of the model; auto: bfloat16 where fast", "auto")
     layer: Index = _is("zero-based decoder layer after which the residual stream is read")
     tokens_per_batch: int = _is("padded tokens a pass at most; in no key, though bf16 may round otherwise", 8192, ge=64)
     # SAE
@@ -147,9 +146,6 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:
-        if not self.sae_text and (self.sae == "train" or self.sweep_widths or self.sweep_layers or self.sweep_k):
-            raise ValueError("sae_text names no text to train SAEs on, as sae: 'train', sweep_widths, sweep_layers and "
-                             "sweep_k do")
         own, narrowest = self.sae_latents, min(self.sweep_widths, default=self.sae_k)
         for key, k, width in (("sae_k", self.sae_k, own), ("small_sae_k", self.small_sae_k, self.small_sae_latents),
                               ("sweep_k", max(self.sweep_k, default=0), own), ("sweep_widths", self.sae_k, narrowest),

@@ -94,14 +94,13 @@ def steps(items: Iterable, report: Callable[[float], None]) -> Iterator[tuple[An
 def values(run: OpenRun, spec: Stage, report: Reporter) -> dict[str, Any]:
     """The values of a stage's parameters."""
     own = {"report": report, "work": report.work, "device": run.device, "variant": run.variant,
+           "scratch": run.store.scratch(spec.name, run.key(spec.name)),
            "passes": {"tokens_per_batch": run.settings.tokens_per_batch, "work": report.work}}
 
     def value(name: str) -> Any:
-        if name == "scratch":
-            return run.store.scratch(spec.name, run.key(spec.name))
-        if name in RESOURCES:
-            return RESOURCES[name].make(run)
         if name in own:
             return own[name]
+        if name in RESOURCES:
+            return RESOURCES[name].make(run)
         return getattr(run.settings, name) if name in spec.uses else run.get(name)
     return {name: value(name) for name in spec.parameters}

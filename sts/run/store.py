@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,8 @@ class Store:
 
     def find(self, stage: str, key: str, kind: str) -> Path | None:
         """The stored result's path, if it is there and undamaged."""
-        for path in self.paths(stage, key, kind):
-            if path.exists() and checksum(path) == _note(path).get("checksum"):
-                return path
-        return None
+        return next((path for path in self.paths(stage, key, kind)
+                     if path.exists() and checksum(path) == _note(path).get("checksum")), None)
 
     def provenance(self, stage: str, key: str, kind: str) -> dict[str, Any]:
         """What is recorded about a stored result; empty if it is not stored."""
@@ -69,7 +67,7 @@ class Store:
             _dump(value, kind, new)
         record = {**provenance, "checksum": None if value is None else checksum(new)}
         note.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-        os.replace(note, _beside(path))  # killed behind this line, the checksum does not match
+        os.replace(note, path.with_name(path.name + PROVENANCE))  # killed behind this line, the checksum does not match
         if path.is_dir():  # a folder cannot be renamed over another one
             shutil.rmtree(path)
         if value is not None:
@@ -78,15 +76,10 @@ class Store:
         return path
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(path.name + PROVENANCE)
-
-
 def _note(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(_beside(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    with suppress(OSError, ValueError):
+        return json.loads(path.with_name(path.name + PROVENANCE).read_text(encoding="utf-8"))
+    return {}
 
 
 def read(path: Path, kind: str) -> Any:
@@ -117,9 +110,9 @@ def _dump(value: Any, kind: str, path: Path) -> None:
 
 def checksum(path: Path) -> str:
     """SHA-256 of a file, or of all file names and contents below a folder."""
-    if path.is_file():
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    files = sorted(item for item in path.rglob("*") if item.is_file())
-    lines = "".join(f"{file.relative_to(path).as_posix()}\0{checksum(file)}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    if path.is_dir():
+        files = sorted(item for item in path.rglob("*") if item.is_file())
+        lines = "".join(f"{file.relative_to(path).as_posix()}\0{checksum(file)}\n" for file in files)
+        return hashlib.sha256(lines.encode()).hexdigest()
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

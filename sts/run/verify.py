@@ -60,14 +60,14 @@ def differences(stored: Any, computed: Any, tolerance: float) -> list[str]:
     return found
 
 
-def default_tolerance(run: OpenRun, name: str) -> float:
-    """1e-6, as 32-bit floats hold seven digits; 1e-2 where the model runs in fewer, which rounds by up to 0.4%."""
-    return 1e-2 if run.settings.dtype != "float32" and "dtype" in run.spec(name).uses else 1e-6
-
-
 def verify(run: OpenRun, name: str, tolerance: float | None = None) -> list[str]:
     """Compute a stored stage again, in a scratch place that is removed: its `differences`, and if there are any those
-    of machine and software. `StsError` if the stage, or one that it needs, is not stored under these settings."""
+    of machine and software. `StsError` if the stage, or one that it needs, is not stored under these settings.
+
+    Tolerance is 1e-6, as 32-bit floats hold seven digits, or 1e-2 where the model runs in fewer (they round by 0.4%).
+    """
+    if tolerance is None:
+        tolerance = 1e-2 if run.settings.dtype != "float32" and "dtype" in run.spec(name).uses else 1e-6
     if missing := [own for own in (*run.needs(name), name) if not run.stored(own)]:
         raise StsError(f"Stage {name!r} cannot be verified: run {run.settings.name!r} has no undamaged result of "
                        f"{', '.join(missing)} under these settings. Compute that first: sts stage {missing[0]}")
@@ -79,8 +79,7 @@ def verify(run: OpenRun, name: str, tolerance: float | None = None) -> list[str]
         computed = read(OpenRun(run.settings, results=run.results, store=store).compute(name), kind)
         if path.parent in run.store.recorded:  # which leaves texts, weights and large sums out
             computed = as_recorded(name, kind, computed, store.scratch(name, "as-recorded"))
-        within = default_tolerance(run, name) if tolerance is None else tolerance
-        found = differences(read(path, kind), computed, within)
+        found = differences(read(path, kind), computed, tolerance)
     then, now = ({**one, **one.get("versions", {})} for one in (run.provenance(name), environment(run.device)))
     return found + [f"{key}: then {then.get(key)}, now {now[key]}" for key in now if found and key not in (
         "versions", "process_peak_memory_mb") and then.get(key) != now[key]]

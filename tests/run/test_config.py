@@ -124,7 +124,6 @@ def test_a_wrong_type_is_an_error_that_names_key_meaning_and_value(key, value):
     ({"domain_data": "mmlu_max"}, "domain_data", "mmlu_exemplars"),
     ({"text_data": ["gsm_symbolic", "nosuch"]}, "text_data", "gsm_symbolic"),
     ({"sae_text": {"web": 0}}, "sae_text.web", "greater than or equal to 1; got 0"),
-    ({"sae": "train", "sae_text": {}}, "sae_text names no text to train SAEs on", "sae: 'train'"),
     ({"dtype": "int8"}, "dtype", "'bfloat16'"),
     ({"device": "tpu"}, "device", "'cuda'"),
     ({"layer": -1}, "layer", "greater than or equal to 0"),

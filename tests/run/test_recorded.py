@@ -57,7 +57,7 @@ def test_results_come_back_without_model_and_data(run, elsewhere):
         found = elsewhere.get("sft_shift")[name]
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), tensor.double(), rtol=1e-6, atol=0)
-    assert elsewhere.provenance("text_activations")["withheld"].startswith("size")
+    assert elsewhere.provenance("text_activations")["withheld"] == "all of it"
 
 
 def test_texts_and_weights_are_not_recorded(run, elsewhere, folder):
@@ -121,7 +121,7 @@ def test_further_seeds_record_their_scores_without_the_sums(run, tmp_path):
     assert opened.key("domain_stats") in own.name
     note = tmp_path / "recorded" / (f"domain_stats-{seeds_of(opened)[1].key('domain_stats')}"
                                        ".safetensors.provenance.json")
-    assert json.loads(note.read_text())["withheld"] == "size; recorded for seed 0 alone"
+    assert json.loads(note.read_text())["withheld"] == "all of it"
 
 
 def test_an_input_that_is_here_and_differs_is_not_passed_over(elsewhere, monkeypatch):
@@ -185,7 +185,7 @@ def test_a_folder_without_settings_of_its_own_is_recorded_by_its_provenance_alon
     record(opened, tmp_path / "recorded")
     name = f"sweep_sae_training-{opened.key('sweep_sae_training')}"
     assert not (tmp_path / "recorded" / name).exists()
-    assert "weights" in json.loads((tmp_path / "recorded" / f"{name}.provenance.json").read_text())["withheld"]
+    assert json.loads((tmp_path / "recorded" / f"{name}.provenance.json").read_text())["withheld"] == "all of it"
 
 
 def test_weights_are_computed_again_where_they_are_needed(run, folder):
@@ -302,8 +302,8 @@ def test_what_is_withheld_later_and_stages_that_are_gone_leave_nothing_behind(ru
     record(run, tmp_path)
     name = f"scores-{run.key('scores')}"
     assert (tmp_path / f"{name}.parquet").exists() and list(tmp_path.glob("variant_*")) == []
-    monkeypatch.setitem(CHANGED, "scores", ("size", None))
+    monkeypatch.setitem(CHANGED, "scores", None)
     (tmp_path / "gone_stage-0123456789ab.json").write_text("{}")
     record(run, tmp_path)
     assert not (tmp_path / f"{name}.parquet").exists() and not list(tmp_path.glob("gone_stage*"))
-    assert json.loads((tmp_path / f"{name}.parquet.provenance.json").read_text())["withheld"] == "size"
+    assert json.loads((tmp_path / f"{name}.parquet.provenance.json").read_text())["withheld"] == "all of it"
