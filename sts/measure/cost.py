@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import pandas
 
@@ -93,10 +93,9 @@ class Assumptions:
     evaluation_prefix_cached: bool = True  # whether the evaluation runs a domain's demonstrations once
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if not isinstance(value, bool) and not 1 <= value <= LARGEST:
-                raise StsError(f"Assumption {field.name!r} must be a number from 1 to {LARGEST:,}; got {value!r}.")
+                raise StsError(f"Assumption {name!r} must be a number from 1 to {LARGEST:,}; got {value!r}.")
 
 
 def forecast_cost(one: Architecture, settings: Settings, assumed: Assumptions, *, cached: bool = True) -> float:

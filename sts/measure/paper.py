@@ -1,8 +1,5 @@
-"""The paper's own numbers (`data/paper/`, whose README says where each file comes from), and what follows from them.
-
-Nothing in this module touches a model: it recomputes statistics from the published points, and works out what choosing
-the eight most extreme of fourteen domains does to a correlation.
-"""
+"""The paper's own numbers (`data/paper/`, whose README says where each file comes from), statistics recomputed from its
+published points, and what choosing the eight most extreme of fourteen domains does to a correlation."""
 
 from __future__ import annotations
 
