@@ -64,8 +64,9 @@ class Row:
                                      "the public release does.")
         return self.values[column]
 
-    def text(self, column: str, *, empty: bool = False) -> str:
-        """A text, its blanks as they are; a number as its digits. `empty`: it may be "", null or missing."""
+    def text(self, column: str, *, empty: bool = False, of: Collection[str] | None = None) -> str:
+        """A text, its blanks as they are; a number as its digits. `empty`: it may be "", null or missing; `of`: one of
+        a few."""
         value = "" if empty and self.values.get(column) is None else self.value(column)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             value = str(value)
@@ -73,6 +74,8 @@ class Row:
             raise self.wrong(column, f"{ascii(str(value)[:60])} is no text. Write a text in quotes.")
         if not (value.strip() or empty):
             raise self.wrong(column, "empty. Write a text, or leave the row out.")
+        if of is not None and value not in of:
+            raise self.wrong(column, str(one_of("value", value, of)))
         return value
 
     def texts(self, column: str) -> tuple[str, ...]:
@@ -101,10 +104,3 @@ class Row:
             raise self.wrong(column, f"{value!r} of {len(options)} options. Write 0 to {len(options) - 1}; where "
                                      "labels are hidden (-1), use a split that has them.")
         return index
-
-    def among(self, column: str, valid: Collection[str]) -> str:
-        """A text that is one of a few."""
-        text = self.text(column)
-        if text not in valid:
-            raise self.wrong(column, str(one_of("value", text, valid)))
-        return text

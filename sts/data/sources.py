@@ -59,8 +59,14 @@ def last_boxed(solution: str) -> str:
     return ""
 
 
-def _open(example_id: str, domain: str, question: str, solution: str, answer: str = "") -> Example:
-    return Example(example_id, domain, question, (), -1, answer, solution)
+def _open(domain: str, question: str, solution: str, answer: str = "") -> Callable[[Row, str], Example]:
+    """A reader of open questions, by names of columns: several for the question; a "?" marks one that may be empty."""
+    def read(row: Row, row_id: str) -> Example:
+        *asked, worked = (row.text(name.rstrip("?"), empty=name.endswith("?"))
+                          for name in (*question.split(), solution))
+        return Example(row_id, domain, "\n".join(asked).strip(), (), -1, row.text(answer) if answer else "",
+                       worked.replace("\r\n", "\n"))
+    return read
 
 
 def _mmlu_pro(row: Row, row_id: str) -> Example:
@@ -76,7 +82,7 @@ def _mmlu_pro(row: Row, row_id: str) -> Example:
 
 def _mmlu(row: Row, row_id: str) -> Example:
     options = row.options("choices")
-    index, domain = row.index("answer", options), MMLU_PRO_CATEGORY[row.among("subject", MMLU_PRO_CATEGORY)]
+    index, domain = row.index("answer", options), MMLU_PRO_CATEGORY[row.text("subject", of=MMLU_PRO_CATEGORY)]
     return Example(row_id, domain, row.text("question"), options, index, options[index], "")
 
 
@@ -86,47 +92,29 @@ def _arc(row: Row, row_id: str) -> Example:
         raise row.wrong("choices", f'{str(choices)[:60]!r} is no object with "text" and "label".')
     choices = Row(choices, row.file, row.number)
     options, labels = choices.options("text"), choices.texts("label")
-    index = labels.index(row.among("answerKey", labels))
+    index = labels.index(row.text("answerKey", of=labels))
     return Example(row_id, "science", row.text("question"), options, index, options[index], "")
 
 
 def _gsm8k(row: Row, row_id: str) -> Example:
-    worked, _, final = row.text("answer").partition("####")
-    if not final.strip():
+    worked, _, final = (part.strip() for part in row.text("answer").partition("####"))
+    if not final:
         raise row.wrong("answer", 'no final answer. End the solution with a line such as "#### 42".')
     # <<48/2=24>> are calculator annotations of the release, not part of the prose.
     worked = re.sub(r"<<.*?>>", "", worked).strip()
-    return _open(row_id, "math", row.text("question"), f"{worked}\n#### {final.strip()}", final.strip())
+    return Example(row_id, "math", row.text("question"), (), -1, final, f"{worked}\n#### {final}")
 
 
 def _math(row: Row, row_id: str) -> Example:
     solution = row.text("solution")
     if not last_boxed(solution):
         raise row.wrong("solution", "no final answer. Put it in \\boxed{...}.")
-    return _open(row_id, "math", row.text("problem"), solution, last_boxed(solution))
-
-
-def _limo(row: Row, row_id: str) -> Example:
-    return _open(row_id, "math", row.text("question"), row.text("solution"), row.text("answer"))
-
-
-def _mbpp(row: Row, row_id: str) -> Example:
-    return _open(row_id, "code", row.text("text"), row.text("code").replace("\r\n", "\n"))
-
-
-def _counsel_chat(row: Row, row_id: str) -> Example:
-    question = f"{row.text('title')}\n{row.text('question', empty=True)}".strip()
-    return _open(row_id, "mental health", question, row.text("answer", empty=True))
+    return Example(row_id, "math", row.text("problem"), (), -1, last_boxed(solution), solution)
 
 
 def _pubmedqa(row: Row, row_id: str) -> Example:
     question = "\n".join([*row.texts("contexts"), row.text("question")])
-    return _open(row_id, "medicine", question, row.text("long_answer"), row.text("final_decision"))
-
-
-def _roleplay(row: Row, row_id: str) -> Example:
-    question = f"{row.text('instruction')}\n{row.text('input', empty=True)}".strip()
-    return _open(row_id, "roleplay", question, row.text("response"))
+    return Example(row_id, "medicine", question, (), -1, row.text("final_decision"), row.text("long_answer"))
 
 
 SOURCES: dict[str, Source] = {
@@ -136,14 +124,14 @@ SOURCES: dict[str, Source] = {
     "math": Source(_math, ("train", "test"), "EleutherAI/hendrycks_math", "21a5633873b6a120296cce3e2df9d5550074f4a3",
                    ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
                     "prealgebra", "precalculus")),
-    "limo": Source(_limo, ("train",), "GAIR/LIMO"),
+    "limo": Source(_open("math", "question", "solution", "answer"), ("train",), "GAIR/LIMO"),
     "mmlu": Source(_mmlu, ("test", "val", "dev")),
     "arc_easy": Source(_arc, ("train", "test")),
     "arc_challenge": Source(_arc, ("train", "test")),
-    "mbpp": Source(_mbpp, ("all",)),
-    "counsel_chat": Source(_counsel_chat, ("all",)),
+    "mbpp": Source(_open("code", "text", "code"), ("all",)),
+    "counsel_chat": Source(_open("mental health", "title question?", "answer?"), ("all",)),
     "pubmedqa": Source(_pubmedqa, ("labelled",)),
-    "roleplay": Source(_roleplay, ("all",)),
+    "roleplay": Source(_open("roleplay", "instruction input?", "response"), ("all",)),
 }
 #: Question sets from installed packages, and their splits.
 GENERATED = {"gsm_symbolic": ("train", "test"), "mmlu_exemplars": ("train",)}

@@ -25,7 +25,7 @@ from sts.data.prompts import (
     solution_prompt,
     solution_text,
 )
-from sts.engine.evaluate import requests
+from sts.engine.evaluate import targets
 from sts.engine.finetune import tokens_to_train_on
 from sts.engine.models import load_model
 from sts.errors import StsError
@@ -318,16 +318,16 @@ def with_template(tokenizer, template):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_what_is_scored_is_what_is_trained_on(chatml, lm_of, name):
+def test_what_is_scored_is_what_is_trained_on(chatml, name):
     tokenizer = with_template(chatml, TEMPLATES[name])
     example = Example("x", "math", "What is 2 + 3?", ("4", "5"), 1, "5", "")
     (trained,), _ = tokens_to_train_on(tokenizer, [example], 512)
-    (_, (context, target)), = requests(replace(lm_of("llama"), tokenizer=tokenizer), example, ["solution"])
+    (*_, context, target), = targets(tokenizer, example, ["solution"])
     assert trained["input_ids"][:len(context) + len(target)] == [*context, *target]
     assert trained["completion_mask"].index(1) == len(context)
     assert tokenizer.decode(target).strip() == "The answer is (B) 5."
     # And the letters stand behind the same words.
-    (_, (letters, letter)), *_ = requests(replace(lm_of("llama"), tokenizer=tokenizer), example, ["letter"])
+    (*_, letters, letter), *_ = targets(tokenizer, example, ["letter"])
     assert tokenizer.decode(letters) == tokenizer.decode(context).rstrip(" ") + (
         " " if name == "mistral" else "") + "The answer is (" and tokenizer.decode(letter) == "A"
 
