@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pandas
 
@@ -16,8 +18,6 @@ from sts.measure.paper import extremes, spread_ratio, with_selection
 from sts.measure.score import REVISION, VARIANTS, same_fraction
 from sts.run.stage import stage
 
-#: Domains at either end that the paper's Figure 3 keeps.
-EXTREMES = 4
 #: What the score is corrected for: how hard a domain is, and how long its questions are.
 CONTROLS = ("base_bits", "question_tokens")
 PROBES = {"probe_raw": "raw", "probe_sae": "sae"}
@@ -38,20 +38,18 @@ def _correlated(scores, domain_shift, extreme: bool, **numbers: int) -> list[dic
     rows = []
     for measure, own in _changes(domain_shift):
         change = own["abs_shift_pct"]
-        for variant, score in ((variant, score) for variant in VARIANTS for score in SCORES):
+        for variant, score in product(VARIANTS, SCORES):
             row = {"measure": measure, "variant": variant, "score": score}
             forecast = scores[scores["variant"] == variant].set_index("domain")[score]
             try:
-                kept = change[extremes(own, EXTREMES)["domain"]] if extreme else change
-                found = correlate(forecast[kept.index], kept, kept.index, **numbers)
+                kept = change[extremes(own)["domain"]] if extreme else change
+                row |= plain(correlate(forecast[kept.index], kept, kept.index, **numbers))
+                if extreme:
+                    ratio = spread_ratio(change)
+                    row |= {"domains": list(kept.index), "spread_ratio": ratio,
+                            "all_domains": with_selection(row["pearson"], 1 / ratio)}
             except StsError as error:  # e.g. no domain's accuracy moved: a fact to report, not a crash
-                rows.append(row | {"undefined": str(error)})
-                continue
-            row |= plain(found)
-            if extreme:
-                ratio = spread_ratio(change, EXTREMES)
-                row |= {"domains": list(kept.index), "spread_ratio": ratio,
-                        "all_domains": with_selection(found["pearson"], 1 / ratio)}
+                row["undefined"] = str(error)
             rows.append(row)
     return rows
 
@@ -64,11 +62,8 @@ def correlations(scores, domain_shift, bootstrap, permutations, seed):
 
 @stage("json", version=2)
 def extreme_correlations(scores, domain_shift, bootstrap, permutations, seed):
-    """The same on the four domains of largest and the four of smallest absolute shift, as in Figure 3.
-
-    Also `domains`, `spread_ratio` (of the absolute shift, extremes over all) and `all_domains`, what Thorndike's
-    formula makes of the correlation without the selection.
-    """
+    """The same on the four domains of largest and of smallest absolute shift, as in Figure 3; also `domains`,
+    `spread_ratio` (of the shifts, extremes over all), and `all_domains`: r without the selection, by Thorndike."""
     return _correlated(scores, domain_shift, True, resamples=bootstrap, permutations=permutations, seed=seed)
 
 
@@ -127,18 +122,24 @@ def probe_predictions(domain_stats, domain_raw_stats, domain_shift, baseline_dra
             means_DF = baselines.mean_vectors({domain: stats[domain] for domain in actual.index}).numpy()
             try:
                 predicted_DP = baselines.held_out_predictions(means_DF, targets_DP)
-                r_squared = baselines.out_of_sample_r_squared(actual.to_numpy(), predicted_DP[:, 0])
+                row |= {"r_squared": baselines.out_of_sample_r_squared(actual.to_numpy(), predicted_DP[:, 0]),
+                        "predicted": predicted_DP[:, 0].tolist(),
+                        "shuffled": correlation_rows(predicted_DP.T[1:], targets_DP.T[1:]).tolist()}
             except StsError as error:
-                rows.append(row | {"undefined": str(error)})
-                continue
-            rows.append(row | {"r_squared": r_squared, "predicted": predicted_DP[:, 0].tolist(),
-                               "shuffled": correlation_rows(predicted_DP.T[1:], targets_DP.T[1:]).tolist()})
+                row["undefined"] = str(error)
+            rows.append(row)
     return plain(rows)
 
 
-def _differences(each_seed) -> dict[str, dict[str, np.ndarray]]:
-    return item_differences({own.settings.seed: (own.get("evaluation_before"), own.get("evaluation_after"))
-                             for own in each_seed})
+def _measured(each_seed, names=()):
+    """Each measure with its questions' differences and, seeds x domains, the values of predictors (NaN of one that is
+    newer than the stored values)."""
+    tables = [own.get("baseline_values").set_index("domain").reindex(columns=list(names)) for own in each_seed]
+    for measure, differences in item_differences({own.settings.seed: (
+            own.get("evaluation_before"), own.get("evaluation_after")) for own in each_seed}).items():
+        frames = [table.reindex(sorted(differences)) for table in tables]
+        yield measure, differences, {name: np.stack([frame[name].to_numpy(float) for frame in frames])
+                                     for name in names}
 
 
 def _probes(each_seed, measure: str, probe: str) -> list[dict]:
@@ -147,48 +148,38 @@ def _probes(each_seed, measure: str, probe: str) -> list[dict]:
             if (row["measure"], row["features"]) == (measure, PROBES[probe])]
 
 
-def _predictors(each_seed, names, domains: list[str]) -> dict[str, np.ndarray]:
-    """Name -> seeds x domains; NaN for one that is newer than the stored values."""
-    frames = [own.get("baseline_values").set_index("domain").reindex(index=domains, columns=names) for own in each_seed]
-    return {name: np.stack([frame[name].to_numpy(float) for frame in frames]) for name in names}
-
-
 @stage("json", version=2, also=(*EVERY_SEED, "probe_predictions"))
 def baseline_correlations(each_seed, bootstrap, permutations, seed):
-    """Correlation of every predictor with the absolute change, mean over seeds; and how far the score exceeds it.
-
-    Rows of `compare.Correlated`. Leaving a domain out pulls r of probes down, so that only `baseline_nulls` judges it.
-    """
+    """Correlation of every predictor with the absolute change, mean over seeds; and how far the score exceeds it: rows
+    of `compare.Comparison`. Leaving a domain out pulls r of probes down, so that only `baseline_nulls` judges it."""
     rows = []
-    for measure, differences in _differences(each_seed).items():
-        values, reasons = _predictors(each_seed, list(baselines.PREDICTORS), sorted(differences)), {}
+    for measure, differences, values in _measured(each_seed, baselines.PREDICTORS):
+        reasons = {}
         for name in PROBES:
             own = _probes(each_seed, measure, name)
             values[name] = np.array([row.get("predicted", [np.nan] * len(differences)) for row in own], float)
             reasons[name] = next((row["undefined"] for row in own if "undefined" in row), "")
         compared = Comparison(differences, values, bootstrap=bootstrap, permutations=permutations, seed=seed,
                               reasons=reasons)
-        rows += [{"measure": measure, "predictor": name, **plain(row)}
+        rows += [{"measure": measure, "predictor": name, **row}
                  for name, row in compared.rows(against=SCORES, untested=list(PROBES)).items()]
     return rows
 
 
 @stage("json", also=(*EVERY_SEED, "probe_predictions", "random_latent_scores"))
 def baseline_nulls(baseline_correlations, each_seed):
-    """What chance gives: random sets of latents against the score's, shuffled targets against the probes'.
-
-    Rows of `compare.null`; of random sets also matched and chosen (mean rate or energy of the sets and of D_N) and
-    shared (share of latents that two sets have in common), of probes r_squared (out of sample).
-    """
+    """What chance gives: random sets of latents against the score's, shuffled targets against the probes'. Rows of
+    `compare.null`; of random sets also matched and chosen (mean rate or energy of the sets and of D_N) and shared
+    (share of latents that two sets have in common), of probes r_squared (out of sample)."""
     observed = {(row["measure"], row["predictor"]): row.get("pearson") for row in baseline_correlations}
     sets, rows = [own.get("random_latent_scores") for own in each_seed], []
     names = list(each_seed[0].get("baseline_values")["domain"])
 
     def row(kind, name, found_SR, **about):
         found = null(np.mean(found_SR, axis=0), observed[measure, name])
-        rows.append({"measure": measure, "null": kind, "predictor": name, **plain(found), **about})
+        rows.append({"measure": measure, "null": kind, "predictor": name, **found, **about})
 
-    for measure, differences in _differences(each_seed).items():
+    for measure, differences, _ in _measured(each_seed):
         domains = sorted(differences)
         change_SN = np.abs(np.stack([differences[domain].mean(0) for domain in domains], axis=1))
         places = [names.index(domain) for domain in domains]
@@ -210,11 +201,10 @@ def baseline_nulls(baseline_correlations, each_seed):
 def baseline_confounds(each_seed, bootstrap, permutations, seed):
     """The score's partial correlation with the absolute change given each of `CONTROLS`, and both."""
     rows = []
-    for measure, differences in _differences(each_seed).items():
-        compared = Comparison(differences, _predictors(each_seed, [*SCORES, *CONTROLS], sorted(differences)),
-                              bootstrap=bootstrap, permutations=permutations, seed=seed)
+    for measure, differences, values in _measured(each_seed, (*SCORES, *CONTROLS)):
+        compared = Comparison(differences, values, bootstrap=bootstrap, permutations=permutations, seed=seed)
         for controls in (*((name,) for name in CONTROLS), CONTROLS):
-            rows += [{"measure": measure, "score": score, "controls": list(controls), **plain(row)}
+            rows += [{"measure": measure, "score": score, "controls": list(controls), **row}
                      for score, row in zip(SCORES, compared.partial(SCORES, controls), strict=True)]
     return rows
 
@@ -224,9 +214,10 @@ def baseline_power(domain_shift):
     """What this design could have found (`power_of_design`), and the reliability of absolute changes, by measure."""
     rows = []
     for measure, own in domain_shift.groupby("measure"):
+        row = {"measure": measure}
         try:
-            rows.append({"measure": measure, **power_of_design(len(own)),
-                         "reliability": reliability(own["shift"].abs(), own["standard_error"])})
+            row |= power_of_design(len(own)) | {"reliability": reliability(own["shift"].abs(), own["standard_error"])}
         except StsError as error:
-            rows.append({"measure": measure, "undefined": str(error)})
+            row["undefined"] = str(error)
+        rows.append(row)
     return rows

@@ -29,11 +29,9 @@ def _lists(own) -> dict:
 
 @stage("parquet")
 def training_matrix(each_training, top_n):
-    """Forecast and actual change of every evaluation domain for every training set, seed and measure.
-
-    Also overlap, overlap_n, overlap_p (latents that demonstrations and fine-tuning both name, of how many, and p among
-    those that change at all) and loss_fall (held-out problems of the training set, share of the starting value).
-    """
+    """Forecast and actual change of every evaluation domain for every training set, seed and measure; also overlap,
+    overlap_n, overlap_p (latents that demonstrations and fine-tuning both name, of how many, p among those that change
+    at all) and loss_fall (held-out problems of the training set, share of the starting value)."""
     frames = []
     for own in each_training:
         cells = own.get("domain_shift").drop(columns=["before", "after", "mcnemar_p"])
@@ -63,14 +61,11 @@ def training_correlations(each_training):
 
 @stage("json")
 def training_overlap(each_training, top_n, seed):
-    """Latents that the lists of two training sets share: are a set's own latents foreseen, or those of any training?
-
-    foreseen: the list estimated for `estimated` and the one moved by training on `trained`; by_rate: the list of
-    latents that fire most instead of the estimated one; estimates and moved: lists of the same kind.
-    """
-    of = {(own.settings.seed, own.settings.sft_data): _lists(own) for own in each_training}
-    lists = {key: {kind: shifted_dimensions(values_L, top_n) for kind, values_L in own.items()}
-             for key, own in of.items()}
+    """Latents that the lists of two training sets share: are a set's own foreseen, or those of any training? foreseen:
+    the list estimated for `estimated` and the one moved by training on `trained`; by_rate: of latents that fire most
+    in place of the estimated one; estimates, moved: lists of the same kind."""
+    lists = {(own.settings.seed, own.settings.sft_data): {
+        kind: shifted_dimensions(values_L, top_n) for kind, values_L in _lists(own).items()} for own in each_training}
     kinds = {"foreseen": ("estimated", "moved"), "by_rate": ("rate", "moved"), "estimates": ("estimated", "estimated"),
              "moved": ("moved", "moved")}
     rows = [{"seed": one, "estimated": first, "trained": second,
@@ -78,7 +73,7 @@ def training_overlap(each_training, top_n, seed):
                 for kind, (left, right) in kinds.items()}}
             for one in dict.fromkeys(key[0] for key in lists) for first in dict.fromkeys(key[1] for key in lists)
             for second in dict.fromkeys(key[1] for key in lists)]
-    return {"rows": rows, "n": top_n, "width": len(next(iter(of.values()))["rate"]),
+    return {"rows": rows, "n": top_n, "width": len(_lists(each_training[0])["rate"]),
             "lead": {kind: list_lead(rows, kind, seed=seed) for kind in ("foreseen", "by_rate")}}
 
 
@@ -91,9 +86,9 @@ def training_specificity(training_matrix, bootstrap, permutations, seed):
         for forecast in FORECASTS:
             row = {"measure": measure, "forecast": forecast}
             try:
-                found = specificity(cube(cells, forecast), np.abs(cube(cells, "shift")), seed=seed,
-                                    resamples=permutations, bootstrap=bootstrap)
-                rows.append(row | plain(found))
+                row |= plain(specificity(cube(cells, forecast), np.abs(cube(cells, "shift")), seed=seed,
+                                         resamples=permutations, bootstrap=bootstrap))
             except StsError as error:
-                rows.append(row | {"undefined": str(error)})
+                row["undefined"] = str(error)
+            rows.append(row)
     return rows

@@ -21,7 +21,7 @@ from sts.engine.sae_quality import (
 from sts.engine.sae_training import collect_activations, save_sae, train_sae
 from sts.engine.saes import load_sae
 from sts.errors import StsError
-from sts.run.stage import stage
+from sts.run.stage import stage, steps
 
 #: Latents whose texts the first chapter shows.
 CARDS = 10
@@ -69,9 +69,9 @@ def _pieces(lm, texts, context, seed, part):
 @stage("folder")
 def text_activations(lm, layer, texts, context, seed, report, work, scratch):
     """The residual stream of chapter one's texts, in two parts: train and held_out."""
-    for part, done, share in (("train", 0.0, 0.8), ("held_out", 0.8, 0.2)):
+    for part, told in steps(("train", "held_out"), report):
         collect_activations(lm, {layer: scratch / part}, _pieces(lm, texts, context, seed, part), pieces_per_shard=64,
-                            work=work, report=lambda f, done=done, share=share: report(done + share * f))
+                            work=work, report=told)
     return scratch
 
 
@@ -87,23 +87,19 @@ def small_sae(text_activations, lm, layer, small_sae_latents, small_sae_k, small
     return scratch
 
 
-def _chapter_quality(lm, one, layer, texts, context, seed, text_activations, splice_tokens, report):
-    pieces = _pieces(lm, texts, context, seed, "held_out")
-    return {"k": getattr(one.cfg, "k", None), "architecture": one.cfg.architecture(),
-            **_quality(lm, one, layer, text_activations / "held_out", pieces, splice_tokens, report)}
-
-
 @stage("json", inputs_without=KNOWN)
 def sae_quality(lm, layer, texts, context, seed, reader, text_activations, splice_tokens, report):
     """Quality of the run's SAE on chapter one's held-out texts."""
-    return _chapter_quality(lm, reader, layer, texts, context, seed, text_activations, splice_tokens, report)
+    pieces = _pieces(lm, texts, context, seed, "held_out")
+    return {"k": getattr(reader.cfg, "k", None), "architecture": reader.cfg.architecture(),
+            **_quality(lm, reader, layer, text_activations / "held_out", pieces, splice_tokens, report)}
 
 
 @stage("json", inputs_without=KNOWN)
 def small_sae_quality(lm, layer, texts, context, seed, text_activations, small_sae, splice_tokens, report, device):
     """Quality of the small SAE on the same texts."""
-    one = load_sae(str(small_sae), device=device)
-    return _chapter_quality(lm, one, layer, texts, context, seed, text_activations, splice_tokens, report)
+    return sae_quality(lm, layer, texts, context, seed, load_sae(str(small_sae), device=device), text_activations,
+                       splice_tokens, report)
 
 
 @stage("json", inputs_without=KNOWN)

@@ -6,7 +6,7 @@ import pandas
 import torch
 
 from sts.data.groups import draws_of, other_domain_sets
-from sts.data.prompts import make_group, make_prompt, question_text, solution_prompt
+from sts.data.prompts import PromptGroup, make_group, make_prompt, question_text, solution_prompt
 from sts.engine.evaluate import evaluate
 from sts.engine.extract import folded, model_paired_folds, paired_stats
 from sts.engine.residuals import Extractor
@@ -32,24 +32,19 @@ def _codes(lm, reader) -> SideBySide:
     return SideBySide({"sae": reader, "random": random_code(reader, CODE_SEED), "raw": identity_sae(lm)})
 
 
-def _tuned_shift(lm, tuned, reader, layer, prompts, masks, report, passes):
-    codes = _codes(lm, reader)
+@stage("tensors", version=2)
+def sft_shift(lm, tuned, reader, layer, shift_groups, masks, report, passes):
+    """Actual shift: stage `shift`'s questions in the untuned and the tuned model, in folds; every code."""
+    codes, prompts = _codes(lm, reader), [prompt for group in shift_groups for prompt in group.base]
     return codes.split(folded(model_paired_folds(lm, tuned, codes, layer, prompts, masks, min(FOLDS, len(prompts)),
                                                  report=report, **passes)))
 
 
 @stage("tensors", version=2)
-def sft_shift(lm, tuned, reader, layer, shift_groups, masks, report, passes):
-    """Actual shift: stage `shift`'s questions in the untuned and the tuned model, in folds; every code."""
-    prompts = [prompt for group in shift_groups for prompt in group.base]
-    return _tuned_shift(lm, tuned, reader, layer, prompts, masks, report, passes)
-
-
-@stage("tensors", version=2)
 def sft_shift_solutions(lm, tuned, reader, layer, held_out, masks, report, passes):
     """The same on the worked solutions of held-out problems."""
-    prompts = [solution_prompt(lm.tokenizer, example) for example in held_out]
-    return _tuned_shift(lm, tuned, reader, layer, prompts, masks, report, passes)
+    prompts = tuple(solution_prompt(lm.tokenizer, example) for example in held_out)
+    return sft_shift(lm, tuned, reader, layer, [PromptGroup(prompts, ())], masks, report, passes)
 
 
 @stage("tensors")
@@ -95,29 +90,24 @@ def shift_by_demonstrations(lm, reader, layer, train, masks, overlap_tokens, ove
                             seed, report, passes):
     """Squared change behind 1, 2, ... demonstrations, each set holding the smaller ones; kind/number -> draws x L."""
     draws, questions = draws_of(train, max(overlap_demonstrations), overlap_draws, seed)
-    found = {}
-    for number, told in steps(overlap_demonstrations, report):
-        rows = _shifts_behind([own[:number] for own in draws], questions, overlap_tokens, lm, reader, layer, masks,
-                              told, passes)
-        found |= {f"{name.partition('/')[0]}/{number}": tensor for name, tensor in rows.items()
-                  if name.endswith("squared_difference_RL")}
-    return found
+    sets = [own[:number] for number in overlap_demonstrations for own in draws]
+    rows = _shifts_behind(sets, questions, overlap_tokens, lm, reader, layer, masks, report, passes)
+    return {f"{name.partition('/')[0]}/{number}": part.clone() for name, tensor in rows.items() if name.endswith("_RL")
+            for number, part in zip(overlap_demonstrations, tensor.split(overlap_draws), strict=True)}
 
 
-def _chosen(sft_shift, sft_shift_solutions, reader, tuned, counts, draws, seed):
-    """Firing rates and total energy on the solutions, and every set to zero."""
+def _zeroing(lm, tuned, reader, layer, held_out, masks, sft_shift, sft_shift_solutions, which, counts, draws, seed,
+             passes):
+    """The model, which of its tokens are left alone (first ones, and those above the norm that makes a sink), firing
+    rates and energies on the solutions, and every set to zero."""
+    model, prompts = tuned if which == "tuned" else lm, [
+        solution_prompt(lm.tokenizer, example) for example in held_out[:NORM_PROBLEMS]]
+    limit, = Extractor(model, layer, **passes).sink_norms(prompts, masks.outlier_norm)
     norms_L = reader.W_dec.detach().double().norm(dim=1).cpu()
-    rate_L, energy_L = latent_activity(split_domains(sft_shift_solutions)["sae"], norms_L, tuned=tuned)
+    rate_L, energy_L = latent_activity(split_domains(sft_shift_solutions)["sae"], norms_L, tuned=which == "tuned")
     change_L = split_domains(sft_shift)["sae"]["squared_difference_L"]
-    return rate_L, energy_L, sets_to_zero(change_L, energy_L, counts, draws, seed, rate_L)
-
-
-def _kept(lm, layer, held_out, masks, passes):
-    """Which tokens are left alone: first ones, and those above the norm that makes a sink."""
-    prompts = [solution_prompt(lm.tokenizer, example) for example in held_out[:NORM_PROBLEMS]]
-    limit, = Extractor(lm, layer, **passes).sink_norms(
-        [prompt.ids for prompt in prompts], [prompt.question for prompt in prompts], masks.outlier_norm)
-    return {"drop_first_positions": masks.drop_first_positions, "norm_limit": limit}
+    return (model, {"drop_first_positions": masks.drop_first_positions, "norm_limit": limit}, rate_L, energy_L,
+            sets_to_zero(change_L, energy_L, counts, draws, seed, rate_L))
 
 
 @stage("parquet", version=4)
@@ -125,15 +115,14 @@ def ablation(lm, tuned, reader, layer, held_out, masks, sft_shift, sft_shift_sol
              ablation_examples, ablation_latents, ablation_draws, eval_batch, seed, report, passes):
     """Bits per character of held-out training-domain solutions with latents zeroed, most shifted and others.
 
-    One row per set of latents and problem: kind (of `ZeroSet`), latents (number zeroed), draw, rate (mean firing rate
-    of the set), energy (sum of the set's, per token), share (of all latents' energy), example_id, bits, accuracy where
-    it has options. A matched set that failed to match has one row, without example_id and bits.
+    One row per set of latents and problem: kind (of `ZeroSet`), latents (their number), draw, rate (mean firing rate),
+    energy (their sum, per token), share (of all energy), example_id, bits, accuracy where it has options. A matched set
+    that failed to match has one row, without example_id and bits.
     """
-    model, work = tuned if ablation_model == "tuned" else lm, passes["work"]
-    kept = _kept(model, layer, held_out, masks, passes)
-    rate_L, energy_L, chosen = _chosen(sft_shift, sft_shift_solutions, reader, ablation_model == "tuned",
-                                       ablation_latents, ablation_draws, seed)
-    total, frames = energy_L.sum().item(), []
+    model, kept, rate_L, energy_L, chosen = _zeroing(lm, tuned, reader, layer, held_out, masks, sft_shift,
+                                                     sft_shift_solutions, ablation_model, ablation_latents,
+                                                     ablation_draws, seed, passes)
+    work, total, frames = passes["work"], energy_L.sum().item(), []
     with lower_layers_once(model, layer, work):
         for own, _ in steps(chosen, report):
             items = pandas.DataFrame(index=[0])
@@ -151,10 +140,10 @@ def ablation(lm, tuned, reader, layer, held_out, masks, sft_shift, sft_shift_sol
 def ablated_answers(lm, tuned, reader, layer, held_out, masks, sft_shift, sft_shift_solutions, ablation_model, top_n,
                     seed, passes):
     """The first held-out problem answered (greedily) with nothing zeroed, the most shifted, and as many others."""
-    model, example, answers = tuned if ablation_model == "tuned" else lm, held_out[0], []
-    kept, tokenizer = _kept(model, layer, held_out, masks, passes), model.tokenizer
+    model, kept, *_, chosen = _zeroing(lm, tuned, reader, layer, held_out, masks, sft_shift, sft_shift_solutions,
+                                       ablation_model, [top_n], 1, seed, passes)
+    tokenizer, example, answers = model.tokenizer, held_out[0], []
     ids = torch.tensor([make_prompt(tokenizer, question_text(example)).ids], device=model.device)
-    *_, chosen = _chosen(sft_shift, sft_shift_solutions, reader, ablation_model == "tuned", [top_n], 1, seed)
     for own in (one for one in chosen if one.usable):
         with torch.inference_mode(), zeroed(model, reader, layer, own.latents, **kept):
             text = model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS,

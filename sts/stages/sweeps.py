@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import pandas
@@ -17,7 +16,6 @@ from sts.engine.extract import paired_stats
 from sts.engine.sae_quality import reconstruction_quality
 from sts.engine.sae_training import collect_activations, save_sae, train_sae
 from sts.engine.saes import SideBySide, load_sae
-from sts.errors import StsError
 from sts.measure.baselines import chosen_by, split_domains
 from sts.measure.compare import AXES, SCORES, sweeps_compared
 from sts.measure.items import item_differences
@@ -28,6 +26,8 @@ from sts.run.stage import stage, steps
 SAE_SEED = 0
 #: Files in the folder of each SAE of the sweep.
 QUALITY, NORMS = "quality.json", "decoder_norms.safetensors"
+#: What a table calls an SAE whose decoder norms are not folded in.
+AS_TRAINED = "as trained"
 COLUMNS = ["axis", "value", "own", "domain", *SCORES]
 #: Names in `sweep_masks` -> what a table calls it, and which settings of the masks are switched off.
 MASKS_OFF = {"whole_prompt": ("template too", {"question_tokens_only": False}),
@@ -46,8 +46,7 @@ def _scores(chosen: torch.Tensor, domains: Mapping[str, Stats], **about) -> list
 def sweep_latents(shift, domain_stats, scores, top_n, sweep_bands, sweep_top_n):
     """Scores by rank band of the latents, by their number N, and by the formulas: axis, value, own, domain, scores."""
     width, domains = len(shift["squared_difference_L"]), split_domains(domain_stats)
-    if top_n > width:
-        raise StsError(f"A band of {top_n} ranks was asked for; the SAE has {width} latents. Set top_n lower.")
+    check_top_n(top_n, width)
     order, rows = chosen_by(shift, width), []
     for first in range(0, min(sweep_bands, width // top_n) * top_n, top_n):
         rows += _scores(order[first:first + top_n], domains, axis="bands", value=f"{first + 1:,}-{first + top_n:,}",
@@ -60,15 +59,6 @@ def sweep_latents(shift, domain_stats, scores, top_n, sweep_bands, sweep_top_n):
     return pandas.DataFrame(rows, columns=COLUMNS)
 
 
-def forecast_values(own: Mapping[str, int], listed: Iterable[list[int]],
-                    masks: list[str]) -> list[tuple[str, str, dict]]:
-    """The values that a run sweeps: setting, name of the value, what to change for it (nothing for the run's own)."""
-    found = [(name, f"{value:,}", {} if value == own[name] else {name: value})
-             for name, values in zip(own, listed, strict=True) if values for value in sorted({own[name], *values})]
-    masked = [("as in this run", {}), *(MASKS_OFF[name] for name in masks)] if masks else []
-    return found + [("masks", *each) for each in masked]
-
-
 @stage("parquet", version=1 + REVISION, also=("shift", "domain_stats", "lm", "reader", "layer",
                                               "shift_groups", "domain_groups", "masks"))
 def sweep_settings(variant, top_n, demonstrations, shift_demonstrations, score_tokens, shift_tokens,
@@ -77,8 +67,13 @@ def sweep_settings(variant, top_n, demonstrations, shift_demonstrations, score_t
     """Scores with other demonstrations, numbers of tokens and masks; each value's sums are stages of their own."""
     own = {"demonstrations": demonstrations, "shift_demonstrations": shift_demonstrations,
            "score_tokens": score_tokens, "shift_tokens": shift_tokens}
-    listed, rows = (sweep_demonstrations, sweep_shift_demonstrations, sweep_tokens, sweep_shift_tokens), []
-    for (axis, value, changes), _ in steps(forecast_values(own, listed, sweep_masks), report):
+    listed = (sweep_demonstrations, sweep_shift_demonstrations, sweep_tokens, sweep_shift_tokens)
+    swept = [(name, f"{value:,}", {} if value == own[name] else {name: value})
+             for name, values in zip(own, listed, strict=True) if values for value in sorted({own[name], *values})]
+    if sweep_masks:
+        swept += [("masks", *one) for one in (("as in this run", {}), *(MASKS_OFF[name] for name in sweep_masks))]
+    rows = []
+    for (axis, value, changes), _ in steps(swept, report):
         run = variant(**changes)
         rows += _scores(chosen_by(run.get("shift"), top_n), split_domains(run.get("domain_stats")), axis=axis,
                         value=value, own=not changes)
@@ -108,10 +103,9 @@ def sae_values(own: SaeSpec, widths: list[int], layers: list[int], ks: list[int]
 
 
 def _by_layer(axes: dict[str, list[SaeSpec]]) -> dict[int, list[SaeSpec]]:
-    found: dict[int, list[SaeSpec]] = {}
-    for spec in dict.fromkeys(spec for own in axes.values() for spec in own):
-        found.setdefault(spec.layer, []).append(spec)
-    return found
+    specs = dict.fromkeys(spec for own in axes.values() for spec in own)
+    return {layer: [spec for spec in specs if spec.layer == layer] for layer in dict.fromkeys(
+        spec.layer for spec in specs)}
 
 
 @stage("folder")
@@ -150,54 +144,44 @@ def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_gr
     """Scores with each SAE of the sweep; also layer, latents, k, l0, explained and silent (shares, held-out text)."""
     own = SaeSpec(layer, sae_latents, sae_k)
     axes = sae_values(own, sweep_widths, sweep_layers, sweep_k)
-    found: dict[SaeSpec, dict[str, list[dict]]] = {}
+    sums: dict[SaeSpec, dict[str, dict]] = {spec: {} for own in axes.values() for spec in own}
     for (one, specs), told in steps(_by_layer(axes).items(), report):
         for spec in specs:
             check_top_n(top_n, spec.latents)
-        together, sums = SideBySide({spec.name: load_sae(str(sweep_sae_training / spec.name), device=device,
-                                                         dtype=sae_dtype) for spec in specs}), {}
+        codes = SideBySide({spec.name: load_sae(str(sweep_sae_training / spec.name), device=device, dtype=sae_dtype)
+                            for spec in specs})
         for (name, groups), part in steps({"": shift_groups, **domain_groups}.items(), told):
-            stats = paired_stats(lm, together, one, groups, masks, report=part, **passes).to_tensors()
-            sums[name] = split_domains(together.split({field: stats[field] for field in ("tokens", *sums_of("paper"))}))
-        for spec in specs:
-            found[spec] = _scored(spec, sweep_sae_training / spec.name, {
-                name: stats[spec.name] for name, stats in sums.items()}, top_n, sae_latents)
-    rows = [{"axis": axis, "value": f"{getattr(spec, 'latents' if axis == 'width' else axis):,}", "own": spec == own,
-             **row} for axis, specs in axes.items() for spec in specs for row in found[spec]["number"]]
-    rows += [{"axis": "width_share", "value": f"{spec.latents:,}", "own": spec == own, **row}
-             for spec in axes.get("width", ()) for row in found[spec]["share"]]
-    rows += [{"axis": "norms", "value": value, "own": kind == "number", **row} for kind, value in (
-        ("number", "folded"), ("unfolded", "as trained")) if axes for row in found[own][kind]]
+            stats = paired_stats(lm, codes, one, groups, masks, report=part, **passes).to_tensors()
+            by_sae = split_domains(codes.split({field: stats[field] for field in ("tokens", *sums_of("paper"))}))
+            for spec in specs:
+                sums[spec][name] = by_sae[spec.name]
+    values = [(axis, f"{getattr(spec, 'latents' if axis == 'width' else axis):,}", spec, top_n)
+              for axis, specs in axes.items() for spec in specs]
+    values += [("width_share", f"{spec.latents:,}", spec, same_fraction(top_n, sae_latents, spec.latents))
+               for spec in axes.get("width", ())]
+    values += [("norms", value, own, top_n) for value in ("folded", AS_TRAINED) if axes]
+    rows = []
+    for axis, value, spec, count in values:
+        folder, domains = sweep_sae_training / spec.name, sums[spec]
+        quality = json.loads((folder / QUALITY).read_text(encoding="utf-8"))
+        if value == AS_TRAINED:
+            norms_L = load_file(folder / NORMS)["norms_L"].double()  # up to a factor, which no correlation notices
+            domains = {name: stats | {"base_sum_L": stats["base_sum_L"] / norms_L,
+                                      "squared_difference_L": stats["squared_difference_L"] / norms_L**2}
+                       for name, stats in domains.items()}
+        rows += _scores(chosen_by(domains[""], count), {name: stats for name, stats in domains.items() if name},
+                        axis=axis, value=value, own=spec == own and value != AS_TRAINED, **spec._asdict(),
+                        l0=quality["l0"], explained=quality["fraction_of_variance_explained"],
+                        silent=quality["dead"] / spec.latents)
     return pandas.DataFrame(rows, columns=[*COLUMNS, "layer", "latents", "k", "l0", "explained", "silent"])
-
-
-def _scored(spec: SaeSpec, folder: Path, sums: dict[str, Stats], top_n: int, sae_latents: int) -> dict[str, list[dict]]:
-    """Scores by domain with N latents, with N in proportion to the width, and without folded norms."""
-    norms_L = load_file(folder / NORMS)["norms_L"].double()
-    quality = json.loads((folder / QUALITY).read_text(encoding="utf-8"))
-    about = {**spec._asdict(), "l0": quality["l0"], "explained": quality["fraction_of_variance_explained"],
-             "silent": quality["dead"] / spec.latents}
-    before, share = ({name: unfolded(stats, norms_L) for name, stats in sums.items()},
-                     same_fraction(top_n, sae_latents, spec.latents))
-    return {kind: _scores(chosen_by(of[""], count), {name: stats for name, stats in of.items() if name}, **about)
-            for kind, of, count in (("number", sums, top_n), ("share", sums, share), ("unfolded", before, top_n))}
-
-
-def unfolded(stats: Stats, norms_L: torch.Tensor) -> Stats:
-    """The sums without decoder norms folded in; `norms_L` up to one common factor, which no correlation notices."""
-    return {**stats, "base_sum_L": stats["base_sum_L"] / norms_L,
-            "squared_difference_L": stats["squared_difference_L"] / norms_L**2}
 
 
 @stage("json", version=2, also=("sweep_latents", "sweep_settings", "sweep_saes", "evaluation_before",
                                 "evaluation_after"))
 def sweep_correlations(each_seed, sweep_seeds, seed, bootstrap, permutations):
-    """Correlation of each value's scores with the absolute change, mean over seeds; differences; the best by chance.
-
-    values: `compare.Correlated`, where less is r of this value minus r of the run's own. claims: last minus first value
-    of the axes whose ends the paper compares. best: `compare.best_of`, and less_own, its r minus that of the run's own
-    score. saes: r with the run's own SAE and with the sweep's middle one, and their difference.
-    """
+    """Correlation of each value's scores with the absolute change, mean over seeds; `values`: `compare.Correlated`,
+    `less` being r less that of the run's own; `claims`: last less first value of axes whose ends the paper compares;
+    `best`: `compare.best_of`, and r less the own one; `saes`: r with the run's SAE and the sweep's middle one."""
     runs = [own for own in each_seed if sweep_seeds is None or own.settings.seed in (seed, *sweep_seeds)]
     frames = [pandas.concat([part for name in ("sweep_latents", "sweep_saes", "sweep_settings")
                              if len(part := own.get(name)[COLUMNS])]).sort_values(

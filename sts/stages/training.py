@@ -23,7 +23,7 @@ def sft(fresh_lm, train, held_out, sft_epochs, sft_lr, sft_batch, sft_micro_batc
         lora_alpha, seed, report, work, scratch):
     """Fine-tune on the training domain's worked solutions: adapter, loss curve, held-out loss before and after."""
     # All weights in bf16 would round most updates away; adapters are float32 in any case.
-    log = fine_tune(fresh_lm("" if lora_rank else "float32"), train, held_out,
+    log = fine_tune(fresh_lm() if lora_rank else fresh_lm(dtype="float32"), train, held_out,
                     FineTuning(sft_epochs, sft_lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank, lora_alpha,
                                seed), scratch, report=report, work=work)
     if log:  # the main process alone has one
@@ -36,17 +36,14 @@ def sft(fresh_lm, train, held_out, sft_epochs, sft_lr, sft_batch, sft_micro_batc
 @stage("json")
 def sft_trials(fresh_lm, trial, sft_lr_tried, sft_epochs, sft_batch, sft_micro_batch, sft_max_length, lora_rank,
                lora_alpha, report, work, scratch):
-    """Held-out training-domain loss after a short fine-tuning with each rate in `sft_lr_tried`, at a seed of its own.
-
-    One row a rate: lr, train and held_out (numbers of problems), steps, held_out_before, held_out_after (nats per
-    solution token, averaged over problems). Run by hand before a profile is fixed.
-    """
+    """Held-out loss (nats per solution token) after a short fine-tuning with each rate in `sft_lr_tried`, at a seed of
+    its own: one row a rate, with numbers of problems and steps. Run by hand before a profile is fixed."""
     if not sft_lr_tried:
         raise StsError("sft_lr_tried is empty: name the learning rates to compare, such as [1.0e-4, 3.0e-4].")
     (train, held_out, seed), rows = trial, []
     for lr, told in steps(sft_lr_tried, report):
         # A finished rate's checkpoints stay, so that a killed stage does not train it again.
-        log = fine_tune(fresh_lm("" if lora_rank else "float32"), train, held_out,
+        log = fine_tune(fresh_lm() if lora_rank else fresh_lm(dtype="float32"), train, held_out,
                         FineTuning(sft_epochs, lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank, lora_alpha,
                                    seed), scratch / f"{lr:g}", report=told, work=work)
         rows.append({"lr": lr} | {name: log[name] for name in (
@@ -80,34 +77,31 @@ def domain_shift(evaluation_before, evaluation_after, bootstrap, seed):
     return item_shifts(before, after, resamples=bootstrap, seed=seed)
 
 
-def _answers(benchmarks, shots, max_tokens, backend, batch, lm, sft, location, **vllm):
+@stage("parquet", version=3)
+def generation_after(fresh_lm, sft, benchmarks, demonstrations, eval_max_tokens, eval_backend, eval_batch, model,
+                     model_revision, dtype, eval_tensor_parallel, lora_rank, seed, scratch):
+    """Generated answers to `eval_generate`, scored, by the tuned model."""
     if not benchmarks:
         raise StsError("eval_generate is empty: name what is to be answered in words, such as [gsm8k] or "
                        "[sft_held_out].")
-    if backend == "vllm":
-        engine = open_vllm(resolve_model(*location)[0], revision=location[1], adapter=sft and sft / "adapter", **vllm)
+    if eval_backend == "vllm":
+        engine = open_vllm(resolve_model(model, model_revision, scratch)[0], revision=model_revision, dtype=dtype,
+                           tensor_parallel=eval_tensor_parallel, adapter=sft and sft / "adapter", lora_rank=lora_rank,
+                           seed=seed)
     else:
-        engine = open_engine(load_tuned(lm(), sft) if sft else lm(), batch=batch)
+        engine = open_engine(load_tuned(fresh_lm(), sft) if sft else fresh_lm(), batch=eval_batch)
     return pandas.concat([
-        generate_and_score(engine, benchmark, questions, worked, shots=shots, max_tokens=max_tokens).assign(
-            benchmark=name) for name, (benchmark, questions, worked) in benchmarks.items()], ignore_index=True)
+        generate_and_score(engine, benchmark, questions, worked, shots=demonstrations, max_tokens=eval_max_tokens
+                           ).assign(benchmark=name)
+        for name, (benchmark, questions, worked) in benchmarks.items()], ignore_index=True)
 
 
 @stage("parquet", version=3)
 def generation_before(fresh_lm, benchmarks, demonstrations, eval_max_tokens, eval_backend, eval_batch, model,
                       model_revision, dtype, eval_tensor_parallel, seed, scratch):
-    """Generated answers to `eval_generate`, scored, by the untuned model."""
-    return _answers(benchmarks, demonstrations, eval_max_tokens, eval_backend, eval_batch, fresh_lm, None,
-                    (model, model_revision, scratch), dtype=dtype, tensor_parallel=eval_tensor_parallel, seed=seed)
-
-
-@stage("parquet", version=3)
-def generation_after(fresh_lm, sft, benchmarks, demonstrations, eval_max_tokens, eval_backend, eval_batch, model,
-                     model_revision, dtype, eval_tensor_parallel, lora_rank, seed, scratch):
-    """The same by the tuned model."""
-    return _answers(benchmarks, demonstrations, eval_max_tokens, eval_backend, eval_batch, fresh_lm, sft,
-                    (model, model_revision, scratch), dtype=dtype, tensor_parallel=eval_tensor_parallel,
-                    lora_rank=lora_rank, seed=seed)
+    """The same by the untuned model."""
+    return generation_after(fresh_lm, None, benchmarks, demonstrations, eval_max_tokens, eval_backend, eval_batch,
+                            model, model_revision, dtype, eval_tensor_parallel, 0, seed, scratch)
 
 
 @stage("parquet", version=3)

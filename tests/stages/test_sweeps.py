@@ -105,7 +105,7 @@ def test_bands_are_consecutive_ranks():
 
 def test_bands_that_do_not_fit_are_left_out_and_one_too_large_is_refused():
     assert {value for axis, value, _ in latents_swept(5, 4, []) if axis == "bands"} == {"1-5", "6-10"}
-    with pytest.raises(StsError, match="13 ranks was asked for; the SAE has 12 latents. Set top_n lower"):
+    with pytest.raises(StsError, match="13 most shifted latents were asked for; the SAE has 12"):
         latents_swept(13, 1, [])
 
 
@@ -115,23 +115,6 @@ def test_numbers_of_latents_stand_in_order_with_the_own_one_once():
     assert (rows["top_n", "2", "math"]["sts_act"], rows["top_n", "2", "math"]["sts_icl"]) == pytest.approx(
         naive(3, range(2)))
     assert [rows["top_n", value, "art"]["own"] for value in ("2", "5", "12")] == [False, True, False]
-
-
-def test_unfolding_gives_the_sums_of_the_latents_before():
-    norms = torch.linspace(0.5, 2, 12, dtype=torch.float64)
-    base, icl = activations(1)
-    found, before = sweeps.unfolded(stats(base * norms, icl * norms), norms), stats(base, icl)
-    assert found.keys() == before.keys()
-    for name in before:
-        torch.testing.assert_close(found[name], before[name])
-
-
-def test_a_runs_values_are_sorted_around_its_own():
-    own = {"demonstrations": 2, "score_tokens": 100}
-    assert sweeps.forecast_values(own, ([3, 1], []), ["whole_prompt"]) == [
-        ("demonstrations", "1", {"demonstrations": 1}), ("demonstrations", "2", {}),
-        ("demonstrations", "3", {"demonstrations": 3}), ("masks", "as in this run", {}),
-        ("masks", "template too", {"question_tokens_only": False})]
 
 
 def test_every_sae_differs_from_the_middle_one_in_one_thing():
@@ -144,6 +127,17 @@ def test_every_sae_differs_from_the_middle_one_in_one_thing():
 
 
 # --- sweeps of latents and settings -------------------------------------------------------------------------------
+
+def test_a_runs_values_are_sorted_around_its_own(run):
+    frame = run.get("sweep_settings").drop_duplicates(["axis", "value"])
+    numbers = frame[frame["axis"] != "masks"]
+    for name, own in numbers.groupby("axis"):
+        values = [int(value.replace(",", "")) for value in own["value"]]
+        assert values == sorted(values) and len(values) > 1
+        assert own.loc[own["own"], "value"].tolist() == [f"{getattr(run.settings, name):,}"]
+    masks = frame[frame["axis"] == "masks"]
+    assert masks["own"].tolist() == [True] + [False] * len(run.settings.sweep_masks)
+
 
 def test_the_runs_own_value_has_the_scores_of_the_run(run):
     frame = pandas.concat([run.get(name) for name in ("sweep_latents", "sweep_saes", "sweep_settings")])
