@@ -140,8 +140,8 @@ class SideBySide(Code):
 
 def check_fits(sae, lm: LanguageModel, layer: int) -> None:
     """Hold all that an SAE says of where and how it reads against the model and the layer: `StsError` for another
-    width, site, layer, or scale of its input; a note in the log where it names another model, or was trained behind a
-    BOS that the prompts do not have."""
+    width, site, layer, model, or scale of its input; a note in the log where it was trained on the base model of an
+    instruct model, or behind a BOS that the prompts do not have."""
     check_layer(lm.model, layer)
     width, said = int(lm.model.config.get_text_config().hidden_size), sae.cfg.metadata
     note = logging.getLogger("sts").warning
@@ -157,10 +157,15 @@ def check_fits(sae, lm: LanguageModel, layer: int) -> None:
         if after != layer:
             raise StsError(f"The SAE was trained on the residual stream after layer {after} ({hook}); layer {layer} "
                            f"was asked for. Set layer to {after}, or choose another SAE.")
-    trained_on = (getattr(said, "model_name", None) or lm.name).rstrip("/")
-    if trained_on.rpartition("/")[2].lower() != lm.name.rstrip("/").rpartition("/")[2].lower():
-        note("The SAE was trained on %s and reads %s: right if that is the same model by another name, else a base "
-             "model's SAE on its instruct model, or a mistake.", trained_on, lm.name)
+    own, theirs = (_family_name(name) for name in (lm.name, getattr(said, "model_name", None) or ""))
+    if theirs[0] and theirs[0] != own[0]:
+        theirs = _family_name(_official(said.model_name))
+    if theirs[0] and theirs[0] != own[0]:
+        raise StsError(f"The SAE was trained on another model, {said.model_name!r}, than {lm.name!r}. Choose an SAE of "
+                       "this model; if a folder of another name holds the same one, rename the folder.")
+    if theirs[0] and theirs[1] != own[1]:
+        note("The SAE was trained on %s and reads %s: a base model's on its instruct model, or the reverse.",
+             said.model_name, lm.name)
     if (getattr(said, "model_from_pretrained_kwargs", None) or {}).get("center_writing_weights"):
         raise StsError("The SAE was trained on a residual stream of centred weights (center_writing_weights), which "
                        "transformers' models do not have. Choose one trained with from_pretrained_no_processing.")
@@ -171,3 +176,20 @@ def check_fits(sae, lm: LanguageModel, layer: int) -> None:
     if getattr(said, "prepend_bos", None) and tokenizer.bos_token and not (
             start_ids(tokenizer) or render(tokenizer, "?").startswith(str(tokenizer.bos_token))):
         note("The SAE was trained behind BOS (%s), which this model's prompts do not begin with.", tokenizer.bos_token)
+
+
+def _official(name: str) -> str:
+    """The hub's name of a model that TransformerLens calls by another."""
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+
+    try:
+        return get_official_model_name(name)
+    except ValueError:
+        return name
+
+
+def _family_name(name: str) -> tuple[str, bool]:
+    """A model's name without folder and the words that tell a base model from an instruct model; whether it has any."""
+    words = re.split(r"[-_ ]+", name.rstrip("/").rpartition("/")[2].lower())
+    kept = [word for word in words if word not in ("it", "instruct", "chat", "base", "pt", "hf", "meta")]
+    return "-".join(kept), any(word in ("it", "instruct", "chat") for word in words)

@@ -312,11 +312,19 @@ def test_another_site_is_refused(lm_of, hook):
 
 @pytest.mark.parametrize(("model", "sae", "noted"), [
     ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B", False), ("google/gemma-2-2b", "gemma-2-2b", False),
-    ("results/models/my_model", "my_model", False), ("google/gemma-2-2b-it", "gemma-2-2b", True),
-    ("meta-llama/Meta-Llama-3-8B-Instruct", "Llama-3-8B", True), ("google/gemma-2-9b", "gemma-2-2b", True)])
-def test_an_sae_that_names_another_model_is_noted(lm_of, caplog, model, sae, noted):
+    ("results/models/my_model", "my_model", False), ("openai-community/gpt2", "gpt2-small", False),
+    ("google/gemma-2-2b-it", "gemma-2-2b", True), ("meta-llama/Meta-Llama-3-8B-Instruct", "Llama-3-8B", True)])
+def test_an_sae_of_the_model_or_of_its_base_model_is_taken(lm_of, caplog, model, sae, noted):
     said(dataclasses.replace(lm_of("llama"), name=model), model_name=sae)
-    assert (f"trained on {sae} and reads {model}" in caplog.text) == noted
+    assert ("base model" in caplog.text) == noted
+
+
+@pytest.mark.parametrize(("model", "sae"), [
+    ("mistralai/Mistral-7B-v0.1", "meta-llama/Llama-3.1-8B"), ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+                                                               "Llama-3.1-8B"), ("google/gemma-2-9b", "gemma-2-2b")])
+def test_an_sae_of_another_model_is_refused(lm_of, model, sae):
+    with pytest.raises(StsError, match=f"trained on another model, '{sae}', than '{model}'"):
+        said(dataclasses.replace(lm_of("llama"), name=model), model_name=sae)
 
 
 def test_another_scale_of_the_input_is_refused(lm_of):
