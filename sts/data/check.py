@@ -1,7 +1,5 @@
-"""What comes from outside is checked here, once: text files, and every row of a question set.
-
-What can be meant one way only is read so: a byte-order mark, numbers written as text, text written as numbers. All else
-is one line with file, row, column, what is wrong and what would work.
+"""What comes from outside is checked here, once: text files, and every row of a question set. What can be meant one way
+only is read so (a byte-order mark, numbers as text); all else is one line with file, row, column and what would work.
 """
 
 from __future__ import annotations

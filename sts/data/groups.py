@@ -71,8 +71,7 @@ def draws_of(examples: list[Example], count: int, draws: int, seed: int) -> tupl
 
 def other_domain_sets(train: Sequence[Example], pool: Mapping[str, list[Example]], count: int, draws: int,
                       seed: int) -> list[list[Example]]:
-    """Sets of demonstrations, each from one domain that is not the training set's own, put as its examples are;
-    `StsError` where no other domain has enough examples."""
+    """Sets of demonstrations, each from one domain that is not the training set's own, put as its examples are."""
     own = trained_domains(train)
     large = [domain for domain in sorted(set(pool) - own) if len(pool[domain]) >= count]
     if not large:

@@ -1,5 +1,4 @@
-"""Data sets, read into `Example`s from a local folder (`STS_DATA_DIR`), the hub at a pinned revision or an installed
-package alike, every row checked; and plain text."""
+"""Question sets from a local folder (`STS_DATA_DIR`), the hub or an installed package, every row checked; and text."""
 
 from __future__ import annotations
 
@@ -130,13 +129,10 @@ def shared_questions(first: Iterable[Example], second: Iterable[Example]) -> int
 
 def by_domain(examples: list[Example], domains: Iterable[str] = ()) -> dict[str, list[Example]]:
     """Group examples by domain, in alphabetical order; `StsError` where a domain asked for has none."""
-    groups: dict[str, list[Example]] = {}
-    for example in examples:
-        groups.setdefault(example.domain, []).append(example)
-    for domain in domains:
-        if domain not in groups:
-            raise one_of("Domain", domain, groups)
-    return {domain: groups[domain] for domain in sorted(domains or groups)}
+    known = {example.domain for example in examples}
+    if unknown := [domain for domain in domains if domain not in known]:
+        raise one_of("Domain", unknown[0], known)
+    return {domain: [one for one in examples if one.domain == domain] for domain in sorted(domains or known)}
 
 
 def gsm_symbolic(count: int, *, seed: int) -> list[Example]:
@@ -188,5 +184,5 @@ def load_texts(name: str) -> list[str]:
 
 def digest(examples: list[Example] | list[str]) -> str:
     """Hex digest of the content, for provenance and cache keys."""
-    rows = [asdict(item) if isinstance(item, Example) else item for item in examples]
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+    text = json.dumps(examples, sort_keys=True, ensure_ascii=False, default=asdict)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -76,8 +76,7 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: Se
            answer: str | None = None) -> str:
     """The prompt's text, for `encode`: demonstrations as earlier turns, the question last, ready for the answer; with
     `answer` the whole conversation, that answer included."""
-    pairs = [(question_text(example), solution_text(example)) for example in demonstrations]
-    pairs.append((question, answer or ""))
+    pairs = [*((question_text(one), solution_text(one)) for one in demonstrations), (question, answer or "")]
     messages = [{"role": role, "content": _plain(tokenizer, text)} for pair in pairs
                 for role, text in zip(("user", "assistant"), pair, strict=True)]
     return chat_text(tokenizer, messages[:-1] if answer is None else messages, awaiting=answer is None)
@@ -112,8 +111,7 @@ def _format_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """A text in which the format's tokens stand as plain text."""
     for place, token in enumerate(_format_tokens(tokenizer)):
-        if token in text:
-            text = text.replace(token, chr(PLAIN + place))
+        text = text.replace(token, chr(PLAIN + place))
     return text
 
 
@@ -171,8 +169,7 @@ def make_prompt(tokenizer: PreTrainedTokenizerBase, question: str, demonstration
 
 
 def solution_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> Prompt:
-    """A question with its worked solution; the `question` range holds the solution's tokens. Raises `StsError` where
-    there is no solution, or the template changes it."""
+    """A question with its worked solution, whose tokens are the `question` range; `StsError` where there is none."""
     question, solution = question_text(example), solution_text(example)
     return _prompt(tokenizer, render(tokenizer, question, answer=solution), len(context_text(tokenizer, question)),
                    blank(tokenizer) + _plain(tokenizer, solution), whole=False)

@@ -10,7 +10,7 @@ from sts.engine.saes import SideBySide, identity_sae
 from sts.errors import StsError
 from sts.measure.baselines import split_domains
 from sts.measure.cost import prompt_tokens
-from sts.measure.score import REVISION, VARIANTS, overlap, score_domains, shifted_dimensions
+from sts.measure.score import REVISION, overlap, score_domains, shifted_dimensions
 from sts.run.stage import stage, steps
 
 
@@ -72,9 +72,8 @@ def domain_model_change(lm, tuned, reader, layer, domain_groups, masks, report, 
 @stage("parquet", version=1 + REVISION)
 def scores(shift, shift_rows, domain_stats, domain_rows, top_n):
     """STS_act and STS_ICL of every domain in both variants."""
-    sums = {"paper": (shift, domain_stats), "official_code": (shift_rows, domain_rows)}
-    return pandas.DataFrame([row for variant in VARIANTS for row in score_domains(
-        variant, sums[variant][0], split_domains(sums[variant][1]), top_n)])
+    return pandas.DataFrame(score_domains("paper", shift, split_domains(domain_stats), top_n)
+                            + score_domains("official_code", shift_rows, split_domains(domain_rows), top_n))
 
 
 @stage("json")
@@ -93,8 +92,7 @@ def forecast_tokens(tokenizer, shift_groups, domain_groups):
 
 @stage("json")
 def forecast_sums(shift, domain_stats):
-    """Of `shift` and `domain_stats` the numbers of counted tokens and latents, and the bytes of the sums kept;
-    `StsError` where only a part of these is recorded."""
+    """Of `shift` and `domain_stats` the numbers of counted tokens and latents, and the bytes of the sums kept."""
     found = {}
     for name, domains in (("shift", {"": shift}), ("domain_stats", split_domains(domain_stats))):
         if missing := set(shift) - set.intersection(*map(set, domains.values())):

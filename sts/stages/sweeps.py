@@ -1,5 +1,5 @@
-"""The score with other values of single settings, beside the same changes of the domains: from stored sums, read again
-for each value, and with SAEs of the sweep's own, trained on the same text; empty where the run lists no values."""
+"""The score with other values of single settings: from stored sums, read again for each value, and with SAEs of the
+sweep's own, trained on the same text; empty where the run lists no values."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ from sts.measure.items import item_differences
 from sts.measure.score import REVISION, Stats, check_top_n, same_fraction, score_domain, sums_of
 from sts.run.stage import stage, steps
 
-#: Seed of the sweep's text and SAEs, the same in every seed of a run.
-SAE_SEED = 0
-#: Files in the folder of each SAE of the sweep.
-QUALITY, NORMS = "quality.json", "decoder_norms.safetensors"
+#: Seed of the sweep's text and SAEs, the same in every seed of a run; files in the folder of each of these SAEs.
+SAE_SEED, QUALITY, NORMS = 0, "quality.json", "decoder_norms.safetensors"
 #: What a table calls an SAE whose decoder norms are not folded in.
 AS_TRAINED = "as trained"
 COLUMNS = ["axis", "value", "own", "domain", *SCORES]
