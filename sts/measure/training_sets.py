@@ -100,7 +100,7 @@ def list_lead(rows: list[dict], *kinds: str, seed: int = 0) -> dict[str, Any]:
     (one-sided, over orders of the sets); or `undefined`, with one training set.
     """
     if (sets := len({row["trained"] for row in rows})) < 2:
-        return {"undefined": "One training set given; only with two can its own fine-tuning be told apart."}
+        return {"undefined": "one training set given; its own fine-tuning can be told apart only with two"}
     first, *less = (np.array([row[kind] for row in rows], float).reshape(-1, sets, sets) for kind in kinds)
     shared_TT = (first - sum(less)).mean(0)
     own = float(shared_TT.trace() / sets)

@@ -161,12 +161,9 @@ class _Loader(yaml.SafeLoader):
     """YAML that reads 4e-4 as a number (YAML 1.1 alone takes it for a word), and in which no key stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = []
-        for key, _ in node.value:
-            if key.value in seen:  # PyYAML would keep the last and say nothing
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice; keep one of them",
-                                           problem_mark=key.start_mark)
-            seen.append(key.value)
+        for place, (key, _) in enumerate(node.value):
+            if key.value in [before.value for before, _ in node.value[:place]]:  # PyYAML would keep the last
+                raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} stands twice; keep one", key.start_mark)
         return super().construct_mapping(node, deep)
 
 

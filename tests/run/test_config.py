@@ -68,7 +68,7 @@ def test_broken_yaml_is_one_clear_error(tmp_path, text):
 def test_a_key_that_stands_twice_is_an_error_that_names_it(tmp_path, text, key, line):
     path = tmp_path / "twice.yaml"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(StsError, match=rf"twice.yaml .*key {key} stands twice; keep one of them\n.*{line}"):
+    with pytest.raises(StsError, match=rf"twice.yaml .*key {key} stands twice; keep one\n.*{line}"):
         load_run(str(path))
 
 

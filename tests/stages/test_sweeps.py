@@ -361,5 +361,5 @@ def test_impossible_sweeps_are_refused_by_name(key, value, words):
 
 
 def test_saes_need_a_text_to_train_on():
-    with pytest.raises(StsError, match="sae_text names no text"):
-        sts.open_run("laptop", sweep_k=[8])
+    with pytest.raises(StsError, match="text named by sae_text, which is empty"):
+        sts.open_run("smoke", sae_text={}).get("sae")
