@@ -115,8 +115,8 @@ def doctor() -> None:
             row("ok", package, version(package))
         except PackageNotFoundError:
             row("missing", package, "pip install -c constraints.txt -e '.[book,test]'")
-    threads = f"none; {torch.get_num_threads()} CPU threads"
-    row("-", "GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else threads)
+    gpu = torch.cuda.is_available()
+    row("ok" if gpu else "-", "GPU", torch.cuda.get_device_name() if gpu else f"none; {torch.get_num_threads()} threads")
     for name, packaged in PACKAGED.items():
         try:
             row("ok", name, f"{sum(path.stat().st_size for path in packaged_files(name)) / 1e6:.0f} MB")
