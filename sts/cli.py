@@ -116,7 +116,7 @@ def doctor() -> None:
         except PackageNotFoundError:
             row("missing", package, "pip install -c constraints.txt -e '.[book,test]'")
     gpu = torch.cuda.is_available()
-    row("ok" if gpu else "-", "GPU", torch.cuda.get_device_name() if gpu else f"none; {torch.get_num_threads()} threads")
+    row("ok" if gpu else "-", "GPU", torch.cuda.get_device_name() if gpu else f"none; {os.cpu_count()} CPUs")
     for name, packaged in PACKAGED.items():
         try:
             row("ok", name, f"{sum(path.stat().st_size for path in packaged_files(name)) / 1e6:.0f} MB")
