@@ -1,9 +1,8 @@
-"""What a forecast costs on paper: operations of one token in a decoder, and the tokens that a plan needs.
+"""What a forecast costs on paper: the passes of a plan, in a unit that does not depend on a machine.
 
-Two units, neither of which depends on a machine. A *token-forward-pass* is one token through all decoder layers once: a
-token that leaves after k of n layers counts k / n, a backward pass once for the gradient of activations and once for
-that of weights. A *FLOP* is one multiplication or addition in a matrix product; norms, activation functions and rotary
-positions are left out, as in Kaplan et al. (2020), "Scaling Laws for Neural Language Models", section 2.1.
+A *token-forward-pass* is one token through all decoder layers once: a token that leaves after k of n layers counts
+k / n, a backward pass once for the gradient of activations and once for that of weights, as in Kaplan et al. (2020),
+"Scaling Laws for Neural Language Models", section 2.1.
 """
 
 from __future__ import annotations
@@ -20,46 +19,19 @@ from sts.errors import StsError
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a decoder with grouped-query attention and gated MLPs, and of the SAE that reads its residual stream."""
+    """What of a decoder, and of the SAE that reads its residual stream, decides the number of passes."""
 
     name: str
     layers: int
-    width: int  # of the residual stream
-    heads: int  # query heads
-    kv_heads: int
-    head_width: int
-    mlp_width: int
-    vocabulary: int
     context: int  # longest prompt, in tokens
     sae_layer: int  # zero-based; the SAE reads after it
     sae_latents: int
 
-    @property
-    def layer_weights(self) -> int:
-        """Weights in the matrices of one layer: query, key, value, output; gate, up, down."""
-        return 2 * self.width * self.head_width * (self.heads + self.kv_heads) + 3 * self.width * self.mlp_width
-
-    @property
-    def sae_flops(self) -> float:
-        """FLOPs of the SAE's encoder for one token."""
-        return 2.0 * self.width * self.sae_latents
-
-    def flops(self, keys: float, layers: int | None = None) -> float:
-        """FLOPs of one token through `layers` layers (all by default) without the LM head, attending to `keys` tokens.
-
-        Two for each weight, and four times heads x head width for each key: its score, and the weighted sum of values.
-        Windows of sliding attention are not applied: for longer prompts this is an upper bound.
-        """
-        attention = 4.0 * self.heads * self.head_width * keys
-        return (self.layers if layers is None else layers) * (2.0 * self.layer_weights + attention)
-
 
 #: Published configurations of the paper's models, with the paper's SAE sites and widths (data/paper, "Settings").
-ARCHITECTURES = {
-    "llama3-8b-instruct": Architecture("Llama3-8B-Instruct", 32, 4096, 32, 8, 128, 14336, 128_256, 8192, 25, 16_384),
-    "qwen2.5-7b-instruct": Architecture("Qwen2.5-7B-Instruct", 28, 3584, 28, 4, 128, 18944, 152_064, 32_768, 25,
-                                        28_672),
-    "gemma2-9b-it": Architecture("Gemma2-9B-Instruct", 42, 3584, 16, 8, 256, 14336, 256_000, 8192, 31, 131_072)}
+ARCHITECTURES = {"llama3-8b-instruct": Architecture("Llama3-8B-Instruct", 32, 8192, 25, 16_384),
+                 "qwen2.5-7b-instruct": Architecture("Qwen2.5-7B-Instruct", 28, 32_768, 25, 28_672),
+                 "gemma2-9b-it": Architecture("Gemma2-9B-Instruct", 42, 8192, 31, 131_072)}
 #: Largest assumption, and largest factor that one may be off by: beyond any experiment, and every product is finite.
 LARGEST, LARGEST_FACTOR = 1_000_000_000, 1000
 

@@ -1,10 +1,9 @@
-"""The paper's own numbers (`data/paper/`, whose README says where each file comes from), statistics recomputed from its
-published points, and what choosing the eight most extreme of fourteen domains does to a correlation."""
+"""The paper's own numbers (`data/paper/`, whose README says where each file comes from), and statistics recomputed from
+its published points: those of eight extreme domains, chosen from fourteen."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from numpy.typing import ArrayLike
 from statsmodels.stats.multitest import multipletests
 
 from sts.errors import ROOT, StsError
-from sts.measure.correlation import correlate, correlation_rows, needed_correlation, random_orders
+from sts.measure.correlation import correlate
 
 FOLDER = ROOT / "data" / "paper"
 #: The paper's models, in its order, and how they are written in text.
@@ -83,35 +82,3 @@ def with_selection(correlation: float, ratio: float) -> float:
     """The correlation after selecting on y so that y's spread grows by `ratio`; `1 / ratio` undoes the selection.
     Thorndike's formula assumes a linear relation with even noise: only the spread of y changes."""
     return correlation * ratio / math.sqrt(1 - correlation ** 2 + (correlation * ratio) ** 2)
-
-
-def selection_effect(correlations: Sequence[float], *, domains: int = 14, count: int = 4, simulations: int = 10_000,
-                     seed: int = 0) -> pd.DataFrame:
-    """*Simulated*: Pearson on all domains, on as many random ones, and on the `count` largest and smallest y, where a
-    score x and an absolute shift y are bivariate normal with a known true correlation, from -1 to 1.
-
-    One row a true correlation: true, all_mean, random_mean, extremes_mean (mean Pearson), extremes_low and
-    extremes_high (central 95% of the simulations), formula (`with_selection`), and all_found, random_found,
-    extremes_found (share of simulations beyond the two-sided 5% threshold of the t test for that many points).
-    """
-    if count < 2 or 2 * count > domains:
-        raise StsError(f"The {count} largest and smallest of {domains} domains were asked for; "
-                       f"2 to {domains // 2} work.")
-    kept = np.r_[0:count, domains - count:domains]
-    generator, rows = np.random.default_rng(seed), []
-    for true in correlations:
-        noise_SD = generator.standard_normal((simulations, domains))
-        y_SD = np.sort(generator.standard_normal((simulations, domains)), axis=1)
-        x_SD = true * y_SD + math.sqrt(1 - true ** 2) * noise_SD
-        order_SD = random_orders(domains, simulations, generator)[:, :kept.size]
-        found = {"all": correlation_rows(x_SD, y_SD), "extremes": correlation_rows(x_SD[:, kept], y_SD[:, kept]),
-                 "random": correlation_rows(*(np.take_along_axis(own, order_SD, 1) for own in (x_SD, y_SD)))}
-        ratio = math.sqrt(y_SD[:, kept].var(axis=1, ddof=1).mean() / y_SD.var(axis=1, ddof=1).mean())
-        low, high = np.quantile(found["extremes"], [0.025, 0.975])
-        beyond = {name: np.abs(own) > needed_correlation(domains if name == "all" else kept.size)
-                  for name, own in found.items()}
-        rows.append({"true": float(true), "extremes_low": low, "extremes_high": high,
-                     "formula": with_selection(true, ratio)}
-                    | {f"{name}_mean": own.mean() for name, own in found.items()}
-                    | {f"{name}_found": own.mean() for name, own in beyond.items()})
-    return pd.DataFrame(rows)

@@ -91,7 +91,6 @@ def test_extremes_by_hand():
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: paper.extremes(shifts_of("gemma2-9b-it"), 8), "1 to 7 work"),
-    (lambda: paper.selection_effect([0.5], domains=6), "2 to 3 work"),
 ])
 def test_impossible_requests_say_what_would_work(call, message):
     with pytest.raises(StsError, match=message):
@@ -100,21 +99,14 @@ def test_impossible_requests_say_what_would_work(call, message):
 
 # --- selection ---
 
-def test_choosing_extremes_inflates_a_true_correlation_but_makes_none_from_nothing():
-    none, some = paper.selection_effect([0.0, 0.5], simulations=8000).itertuples()
-    assert abs(none.extremes_mean) < 0.02 and none.extremes_found == pytest.approx(0.05, abs=0.01)
-    assert some.extremes_mean > some.all_mean + 0.08 and some.extremes_mean > some.random_mean + 0.08
-    assert some.extremes_mean == pytest.approx(some.formula, abs=0.03)
-    # Eight extremes are found more often than eight random domains, but less often than all fourteen.
-    assert some.random_found < some.extremes_found < some.all_found
-
-
-def test_the_simulated_power_is_that_of_the_t_test():
-    row = paper.selection_effect([0.7], domains=14, simulations=8000).iloc[0]
-    generator = np.random.default_rng(9)
-    x, y = generator.multivariate_normal([0, 0], [[1, 0.7], [0.7, 1]], size=(1500, 14)).transpose(2, 0, 1)
-    found = np.mean([scipy_stats.pearsonr(a, b).pvalue < 0.05 for a, b in zip(x, y, strict=True)])
-    assert row["all_found"] == pytest.approx(found, abs=0.04)
+def test_thorndikes_formula_foresees_what_choosing_the_extremes_does():
+    generator, true = np.random.default_rng(9), 0.5
+    y = np.sort(generator.standard_normal((8000, 14)), axis=1)
+    x = true * y + math.sqrt(1 - true**2) * generator.standard_normal((8000, 14))
+    ends = np.r_[0:4, 10:14]
+    ratio = math.sqrt(y[:, ends].var(axis=1, ddof=1).mean() / y.var(axis=1, ddof=1).mean())
+    found = np.mean([scipy_stats.pearsonr(a, b).statistic for a, b in zip(x[:, ends], y[:, ends], strict=True)])
+    assert found > true + 0.05 and found == pytest.approx(paper.with_selection(true, ratio), abs=0.03)
 
 
 def test_undoing_the_selection_lowers_every_correlation_and_can_be_redone(results):
