@@ -14,7 +14,7 @@ import yaml
 import sts
 from sts.errors import ROOT, StsError
 from sts.run.log import PACKAGES
-from sts.run.settings import Run, available_runs, load_run, read_yaml
+from sts.run.settings import Run, load_run, read_yaml
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Forecast which domains of a language model move when it is fine-tuned.")
@@ -132,7 +132,6 @@ def doctor() -> None:
     data = os.environ.get("STS_DATA_DIR", "")
     row("ok" if data and Path(data).expanduser().is_dir() else "-", "STS_DATA_DIR", data or "not set: the hub is asked")
     row("-", "results", str(results_folder()))
-    row("-", "runs", ", ".join(available_runs()))
 
 
 def main() -> None:

@@ -1,8 +1,5 @@
-"""One exception for everything a user can put right.
-
-Its text says what was asked, what is wrong with it and what would work. The command line prints it as one
-line without a traceback; anything else that escapes is a bug.
-"""
+"""One exception for everything a user can put right: its text says what was asked, what is wrong with it and what would
+work. The command line prints it as one line without a traceback; anything else that escapes is a bug."""
 
 from __future__ import annotations
 

@@ -36,9 +36,9 @@ def lines_of(path):
 
 def test_the_house_is_small():
     lines = {str(path.relative_to(ROOT)): lines_of(path) for path in FILES}
-    assert len(lines) <= 63
+    assert len(lines) <= 62
     assert {name: count for name, count in lines.items() if count > 300} == {}
-    assert sum(lines.values()) <= 10_200  # the aim is 7,500: lower this with the house, never raise it
+    assert sum(lines.values()) <= 7_500
 
 
 def private(name):

@@ -1,8 +1,5 @@
-"""Evaluation by log-likelihoods. The kinds of target:
-
-- `letter`: each option's letter after "The answer is (", one forward pass a question.
-- `solution`: the right answer with its worked solution; divided by its characters it gives bits per character, which a
-  small model can resolve where its accuracy is near chance.
+"""Evaluation by log-likelihoods: of each option's `letter` after "The answer is (", and of the right answer with its
+worked `solution`, whose bits per character a small model can resolve where its accuracy is near chance.
 
 What is scored are the very tokens that fine-tuning trains on (`prompts.solution_prompt`). Sequences that begin alike
 are packed into one row: the tokens that they share once, then each one's rest, which attends to what is shared and to
@@ -83,8 +80,6 @@ def targets(tokenizer, example: Example, kinds: Sequence[str]) -> Iterator[tuple
         # The blank behind "Answer:" is scored, so it is counted.
         yield "solution", -1, len(blank(tokenizer) + solution_text(example)), ids[:first], ids[first:last]
 
-
-# --- log-likelihoods ----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Row:

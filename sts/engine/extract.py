@@ -50,8 +50,6 @@ def _checked(stats: list[PairedStats]) -> list[PairedStats]:
     return stats
 
 
-# --- without and behind demonstrations ------------------------------------------------------------------------------
-
 def _share(extractor: Extractor, sides: list[Side]) -> Prefix:
     """What all prompts begin with, but for tokens that count."""
     if not sides:
@@ -117,8 +115,6 @@ def row_paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGrou
     _add(stats, sae, *first, limit=float("inf"))
     return stats
 
-
-# --- in two models ------------------------------------------------------------------------------------------------
 
 def model_paired_folds(lm: LanguageModel, tuned: LanguageModel, sae, layer: int, prompts: list[Prompt], masks: Masks,
                        folds: int = 1, *, tokens_per_batch: int = 4096,

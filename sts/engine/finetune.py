@@ -80,11 +80,8 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
     processes call this with the same arguments; a step holds the same examples as with one process, but for an epoch's
     last one, which is filled up with the epoch's first examples where it cannot be shared equally.
 
-    Args:
-        lm: the base model; its weights are changed in memory, so load it for this purpose alone.
-        held_out: examples of the training domain that are not trained on.
-        work: counts what is run: a backward pass as one forward pass for activations and, in full fine-tuning, one more
-            for weights.
+    The model's weights are changed in memory, so load it for this purpose alone. `work` counts a backward pass as one
+    forward pass for activations and, in full fine-tuning, one more for weights.
 
     Returns:
         {"curve": [{"step", "loss"}], "held_out_before", "held_out_after" (nats per solution token, averaged over

@@ -53,19 +53,12 @@ def is_same_answer(right: str, text: str) -> bool:
 def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
                        demonstrations: Sequence[Example] = (), *, shots: int = 5,
                        max_tokens: int = 1024) -> pandas.DataFrame:
-    """Let a model answer in words, greedily, and score its answers.
+    """Let a model (of `open_engine` or `open_vllm`) answer in words, greedily, and score its answers.
 
-    Args:
-        engine: a model of the harness, of `open_engine` or `open_vllm`.
-        benchmark: of mmlu_pro a letter is read from the answer, of gsm8k and math a mathematical expression.
-        demonstrations: worked examples; a question of mmlu_pro gets the first `shots` of its own domain.
-
-    Returns:
-        One row per question: example_id, domain, characters (of the answer), sha256 (its first 12 hexadecimal digits),
-        answer (the right letter or expression) and correct.
-
-    Raises:
-        StsError: a question of mmlu_pro without options, or a prompt that leaves no room for `max_tokens`.
+    Of mmlu_pro a letter is read from the answer, and a question gets the first `shots` demonstrations of its own
+    domain; of gsm8k and math a mathematical expression is read. One row a question: example_id, domain, characters (of
+    the answer), sha256 (its first 12 hexadecimal digits), answer (the right letter or expression) and correct.
+    `StsError` for a question of mmlu_pro without options, or a prompt that leaves no room for `max_tokens`.
     """
     from lm_eval.api.instance import Instance
 

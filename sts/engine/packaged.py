@@ -72,11 +72,8 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 
 def convert(name: str, folder: Path) -> None:
-    """Write a packaged GGUF model as an ordinary safetensors checkpoint.
-
-    transformers dequantises the file but then treats the model as quantised and refuses to train or save it, so
-    the weights move into a plain model built from the same configuration.
-    """
+    """Write a packaged GGUF model as an ordinary safetensors checkpoint. transformers dequantises the file but then
+    refuses to train or save the model, so its weights move into a plain one of the same configuration."""
     transformers.utils.logging.disable_progress_bar()
     with _whole(folder) as partial, TemporaryDirectory(dir=partial.parent) as scratch:
         path, *parts = packaged_files(name)
@@ -90,8 +87,6 @@ def convert(name: str, folder: Path) -> None:
         plain.save_pretrained(partial)
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
 
-
-# --- random models ------------------------------------------------------------------------------------------------
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

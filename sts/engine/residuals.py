@@ -37,8 +37,6 @@ def is_content(residual_TD: torch.Tensor, limit: float) -> torch.Tensor:
     return residual_TD.float().norm(dim=-1) <= limit
 
 
-# --- batches ------------------------------------------------------------------------------------------------------
-
 def batches(lengths: Sequence[int], budget: Callable[[], float] | float = float("inf"), *, extra: float = 0.0,
             most: float = float("inf"), padding: float = PADDING, slack: int = 0) -> Iterator[list[int]]:
     """Indices grouped by length: rows x longest row within a budget of tokens, which as a function is asked anew for
@@ -87,8 +85,6 @@ class Budget:
         return self.run(call, items[:half], size) + self.run(call, items[half:], size)
 
 
-# --- leading tokens that many prompts share -----------------------------------------------------------------------
-
 class _SharedLayer(DynamicLayer):
     """One layer's keys and values of a prefix, put before those of every row of a batch. A copy lives as long as the
     layer's attention, where transformers' own would be kept for all layers at once; the prefix is never changed."""
@@ -133,8 +129,6 @@ def why_not_reusable(model: Any) -> str:
     scaled = {part.get("rope_type") for part in parts} & {"dynamic", "longrope"}
     return f"its rotary positions ({scaled.pop()}) change with the prompt's length" if scaled else ""
 
-
-# --- reading ------------------------------------------------------------------------------------------------------
 
 class Extractor:
     """Runs prompts up to one layer or several, which are read side by side, with a budget of padded tokens in one

@@ -22,8 +22,6 @@ from sts.errors import StsError
 BARS = 12
 
 
-# --- quality ------------------------------------------------------------------------------------------------------
-
 def _encoded(sae, activations: Path) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Stored activations with their places, and their latents T x L, chunk after chunk."""
     for shard in map(load_file, shard_paths(activations)):
@@ -85,8 +83,6 @@ def spliced_loss(lm: LanguageModel, sae, layer: int, pieces: list[list[int]], *,
     return {"tokens": total, **losses,
             "recovered": (losses["mean_ablated"] - losses["spliced"]) / harm if harm else math.nan}
 
-
-# --- latents ------------------------------------------------------------------------------------------------------
 
 def latent_statistics(sae, activations: Path) -> LatentStats:
     """Per-latent sums over all stored activations (see `sae_training.collect_activations`)."""

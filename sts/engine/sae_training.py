@@ -14,7 +14,6 @@ from sts.engine.residuals import OUTLIER_NORM, Extractor, is_content
 from sts.engine.work import Work
 from sts.errors import StsError
 
-# --- activations to train on --------------------------------------------------------------------------------------
 
 def collect_activations(lm: LanguageModel, folders: Mapping[int, Path], pieces: list[list[int]], *,
                         tokens_per_batch: int = 8192, pieces_per_shard: int = 512,
@@ -69,8 +68,6 @@ def _epochs(paths: list[Path], seed: int) -> Iterator[torch.Tensor]:
             activations_TD = load_file(paths[index])["activations_TD"]
             yield activations_TD[torch.randperm(len(activations_TD), generator=generator)].float()
 
-
-# --- training -----------------------------------------------------------------------------------------------------
 
 #: Activations that are mixed before training takes them, and steps without firing after which a latent is dead.
 BUFFER, DEAD_STEPS = 262_144, 200

@@ -68,11 +68,8 @@ def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_nor
 
 
 def fold_decoder_norms(sae) -> None:
-    """Scale each latent by its decoder norm, in place; what the SAE reconstructs stays the same.
-
-    A TopK SAE that ranks unscaled values would choose other latents after folding, which sae-lens refuses: then the
-    norms must already be equal to one.
-    """
+    """Scale each latent by its decoder norm, in place; what the SAE reconstructs stays the same. A TopK SAE that ranks
+    unscaled values would choose other latents afterwards, which sae-lens refuses: then norms must be one already."""
     rescales, norms = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False), sae.W_dec.norm(dim=-1)
     if rescales or not torch.allclose(norms, torch.ones_like(norms), atol=1e-3):
         try:
@@ -83,8 +80,6 @@ def fold_decoder_norms(sae) -> None:
     if rescales:  # it multiplies by the norms whenever it encodes; now that they are one, that is time for nothing
         sae.cfg.rescale_acts_by_decoder_norm = False
 
-
-# --- what can stand for an SAE ------------------------------------------------------------------------------------
 
 class Code:
     """What is read as an SAE is: `encode` makes latents, T x L, of residual streams, T x D, in float32."""
@@ -135,8 +130,6 @@ class SideBySide(Code):
         return {f"{part}/{name}": (tensor.split(self.widths, dim=-1)[place] if name.endswith("L") else tensor).clone()
                 for name, tensor in tensors.items() for place, part in enumerate(self.parts)}
 
-
-# --- whether an SAE fits ------------------------------------------------------------------------------------------
 
 def check_fits(sae, lm: LanguageModel, layer: int) -> None:
     """Hold all that an SAE says of where and how it reads against the model and the layer: `StsError` for another

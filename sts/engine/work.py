@@ -13,21 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Work:
-    """What was run.
+    """What was run; a cached token counts once, not once for every question behind it."""
 
-    Attributes:
-        tokens: tokens that went through the layers; a cached token counts once, not once for every question behind it.
-        padded_tokens: the same with padding.
-        layer_tokens: sum over `padded_tokens` of the decoder layers each went through.
-        of_layers: decoder layers of the model.
-        notes: lines worth a reader's attention, such as a fallback.
-    """
-
-    tokens: int = 0
-    padded_tokens: int = 0
-    layer_tokens: float = 0
-    of_layers: int = 0
-    notes: list[str] = field(default_factory=list)
+    tokens: int = 0  # that went through the layers
+    padded_tokens: int = 0  # the same with padding
+    layer_tokens: float = 0  # sum over padded tokens of the decoder layers each went through
+    of_layers: int = 0  # decoder layers of the model
+    notes: list[str] = field(default_factory=list)  # lines worth a reader's attention, such as a fallback
 
     def add(self, tokens: int, padded_tokens: int, layers: float) -> None:
         """Count a pass; training counts its backward pass in `layers` as well."""
@@ -47,8 +39,6 @@ class Work:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"passes": self.passes}
 
-
-# --- the processes of one `accelerate launch` ---------------------------------------------------------------------
 
 def count() -> int:
     """How many processes were launched together; 1 for a program started by itself."""

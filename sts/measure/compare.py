@@ -8,7 +8,7 @@ Shape suffixes: N domains, I items, S seeds, K controls or scores, R random draw
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pandas
@@ -21,12 +21,35 @@ from sts.measure.correlation import correlation_rows, p_value, pearson, percenti
 SCORES = ("sts_act", "sts_icl")
 
 
+class Difference(TypedDict, total=False):
+    """Of two correlations, from the same resamples; p if they were swapped, p_holm if corrected for many."""
+
+    mean: float
+    interval: dict[str, float] | None
+    p: float
+    p_holm: float
+
+
+class Correlated(TypedDict, total=False):
+    """A predictor beside the change, mean over seeds, or why there is no correlation."""
+
+    n: int
+    seeds: int
+    undefined: str
+    by_seed: list[float]
+    pearson: float
+    pearson_interval: dict[str, float]
+    p: float
+    exact: bool
+    permutations: int
+    spearman: float
+    less: dict[str, Difference] | Difference
+
+
 class Comparison:
     """Predictors (name -> values, seeds x domains in alphabetical order) beside the absolute change of one measure.
 
-    `differences`: domain -> after minus before of its questions, items x seeds; `reasons`: why one has no values. All
-    rows have n and seeds. Those with r have by_seed, pearson (mean over seeds), pearson_interval and p; the others say
-    why there is none: undefined. A difference of two has mean and interval, from the same resamples, and p if swapped.
+    `differences`: domain -> after minus before of its questions, items x seeds; `reasons`: why one has no values.
     """
 
     def __init__(self, differences: Mapping[str, np.ndarray], predictors: Mapping[Any, np.ndarray], *, bootstrap: int,
@@ -49,10 +72,10 @@ class Comparison:
         return correlation.permutation_tests(np.stack([self.values[name] for name in names]), self.change_SN,
                                              controls_SNK, resamples=self.permutations, seed=self.seed)
 
-    def rows(self, against: Sequence[Any] = (), untested: Sequence[Any] = ()) -> dict[Any, dict[str, Any]]:
+    def rows(self, against: Sequence[Any] = (), untested: Sequence[Any] = ()) -> dict[Any, Correlated]:
         """Every predictor's row; beside others to set it `against` also spearman, exact, permutations and less, the
         differences of r of each other predictor and this one's. Those `untested` have no p and what rests on it."""
-        rows = {name: self._about | ({} if name in self.r else {"undefined": self.undefined[name]})
+        rows: Any = {name: self._about | ({} if name in self.r else {"undefined": self.undefined[name]})
                 for name in self.values}
         for (name, by_seed), test in zip(self.r.items(), self._tests(list(self.r)) if self.r else [], strict=True):
             row = rows[name]
@@ -68,12 +91,12 @@ class Comparison:
                     other: self.difference(other, name) for other in against if other in self.r and other != name}}
         return rows
 
-    def difference(self, one: Any, other: Any) -> dict[str, Any]:
+    def difference(self, one: Any, other: Any) -> Difference:
         """r of one less r of the other."""
         return {"mean": float(np.mean(self.r[one]) - np.mean(self.r[other])),
                 "interval": percentile_interval(self._drawn[one] - self._drawn[other])}
 
-    def swapped(self, pairs: Sequence[tuple[Any, Any]]) -> dict[tuple[Any, Any], dict[str, Any]]:
+    def swapped(self, pairs: Sequence[tuple[Any, Any]]) -> dict[tuple[Any, Any], Difference]:
         """The differences of pairs, with p by swapping them within domains."""
         if not pairs:
             return {}
@@ -81,12 +104,12 @@ class Comparison:
         tests = correlation.swap_tests(first, second, self.change_SN, seed=self.seed)
         return {pair: self.difference(*pair) | {"p": test.p} for pair, test in zip(pairs, tests, strict=True)}
 
-    def partial(self, names: Sequence[str], controls: Sequence[str]) -> list[dict[str, Any]]:
+    def partial(self, names: Sequence[str], controls: Sequence[str]) -> list[Correlated]:
         """Rows of partial r given controls, which keep their measured values in resamples; p by Freedman and Lane."""
         controls_SNK = np.stack([self.values[name] for name in controls], axis=-1)
         if self._about["n"] < len(controls) + 3 or not np.isfinite(controls_SNK).all():
-            return [self._about | {"undefined": "too few domains, or a control without values"}] * len(names)
-        rows = []
+            return [Correlated(**self._about, undefined="too few domains, or a control without values")] * len(names)
+        rows: Any = []
         for name, test in zip(names, self._tests(names, controls_SNK), strict=True):
             r_S = correlation_rows(self.values[name], self.change_SN, controls_SNK)
             interval = percentile_interval(self._resamples.correlations(self.values[name], controls_SNK))
@@ -140,7 +163,8 @@ def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], difference
     compared = Comparison(differences, {
         (score, *place): np.stack([table.loc[place].loc[sorted(differences), score].to_numpy(float)
                                    for table in tables]) for score in SCORES for place in owns}, **numbers)
-    rows, found = compared.rows(), {"values": [], "claims": [], "best": [], "saes": []}
+    rows: Any = compared.rows()
+    found: dict[str, list[Any]] = {"values": [], "claims": [], "best": [], "saes": []}
     for score in SCORES:
         keys, about = [(score, *place) for place in owns], {"measure": measure, "score": score}
         known = [key for key in keys if key in compared.r]
@@ -160,7 +184,7 @@ def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], difference
         top = known[tried[best["index"]]]
         # A score that is the run's own under another name is not compared with itself.
         picked = bool(own) and not np.array_equal(compared.values[top], compared.values[own])
-        less = compared.swapped(list(dict.fromkeys([
+        less: Any = compared.swapped(list(dict.fromkeys([
             *pairs.items(), *ends.values(), *[(top, own)] * picked, *[(middle, own)] * bool(own and middle)])))
         for pair in pairs.items():
             rows[pair[0]]["less"] = less[pair].copy()

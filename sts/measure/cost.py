@@ -32,8 +32,7 @@ class Architecture:
 ARCHITECTURES = {"llama3-8b-instruct": Architecture("Llama3-8B-Instruct", 32, 8192, 25, 16_384),
                  "qwen2.5-7b-instruct": Architecture("Qwen2.5-7B-Instruct", 28, 32_768, 25, 28_672),
                  "gemma2-9b-it": Architecture("Gemma2-9B-Instruct", 42, 8192, 31, 131_072)}
-#: Largest assumption, and largest factor that one may be off by: beyond any experiment, and every product is finite.
-LARGEST, LARGEST_FACTOR = 1_000_000_000, 1000
+LARGEST, LARGEST_FACTOR = 1_000_000_000, 1000  # assumption, and factor that one may be off by: every product is finite
 
 
 @dataclass(frozen=True)
@@ -104,15 +103,6 @@ def ratio(one: Architecture, settings: Settings, assumed: Assumptions) -> float:
     """How many forecasts finding out by fine-tuning and evaluating costs, in token-forward-passes."""
     found_out = training_cost(settings, assumed) + evaluation_cost(settings, assumed)
     return found_out / forecast_cost(one, settings, assumed)
-
-
-def plan(settings: Settings, assumed: Assumptions) -> pandas.DataFrame:
-    """The paper's models' costs: model, what (forecast, forecast_uncached, training, evaluation), passes."""
-    return pandas.DataFrame([
-        {"model": one.name, "what": what, "passes": passes} for one in ARCHITECTURES.values() for what, passes in (
-            ("forecast", forecast_cost(one, settings, assumed)),
-            ("forecast_uncached", forecast_cost(one, settings, assumed, cached=False)),
-            ("training", training_cost(settings, assumed)), ("evaluation", evaluation_cost(settings, assumed)))])
 
 
 def sensitivity(settings: Settings, assumed: Assumptions, *, factor: float = 2.0) -> pandas.DataFrame:

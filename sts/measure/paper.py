@@ -33,11 +33,6 @@ def figure3_points() -> pd.DataFrame:
     return pd.read_csv(FOLDER / "figure3_points_digitised.csv")
 
 
-def disagreements() -> pd.DataFrame:
-    """Where the paper's text and its official code differ: topic, paper, code, why_it_matters."""
-    return pd.read_csv(FOLDER / "disagreements.csv")
-
-
 def recomputed_correlations(*, permutations: int = 100_000, resamples: int = 5_000, seed: int = 0) -> pd.DataFrame:
     """Figure 3's correlations from its digitised points, beside the published ones; one row a model and metric.
 

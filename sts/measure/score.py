@@ -4,8 +4,7 @@ how concentrated a shift is, and how far two shifts agree.
 Two named variants. `paper`: the formulas of arXiv 2603.02908, section 3: activations summed over the shifted latents
 and averaged over tokens; changes taken between the same token without and behind demonstrations. `official_code`: what
 the notebook of the official repository computes: squared activations averaged over tokens and latents; changes taken
-between row r of two separate runs. Whatever scores anything goes through `score_domain`; a changed formula is changed
-in this file alone.
+between row r of two separate runs. A changed formula is changed in this file alone.
 
 Shape suffixes: F folds (groups of questions), L latents, K numbers of latents, R random orders.
 """

@@ -21,11 +21,8 @@ PACKAGES = ("torch", "transformers", "sae-lens", "peft", "trl", "lm-eval", "math
 
 
 class Reporter:
-    """One stage's progress: call it with a fraction between 0 and 1. `work` counts what the stage runs.
-
-    A terminal shows one line that is rewritten; a file gets one a minute, and one at the end. Nobody is told unless
-    `shown`: of several processes at one stage, one reports.
-    """
+    """One stage's progress: call it with a fraction between 0 and 1; `work` counts what it runs. A terminal shows one
+    line that is rewritten, a file gets one a minute and one at the end; nobody is told unless `shown`."""
 
     def __init__(self, stage: str, *, shown: bool = True):
         self.stage, self.work, self.started, self.stream = stage, Work(), time.monotonic(), -1

@@ -1,8 +1,5 @@
-"""An open run: a profile with its results, each a stage computed once and found again by its key.
-
-A key is made of the settings that the stage uses, the keys of the stages it needs, digests of its data and weights, and
-its version.
-"""
+"""An open run: a profile with its results, each a stage computed once and found again by its key, which is made of the
+settings that it uses, the keys of the stages it needs, digests of its data and weights, and its version."""
 
 from __future__ import annotations
 

@@ -7,17 +7,7 @@ import random
 import shutil
 
 from sts.data.groups import token_pieces
-from sts.engine.sae_quality import (
-    Firings,
-    activation_mean,
-    latent_statistics,
-    promoted_tokens,
-    reconstruction_quality,
-    spliced_loss,
-    spread_by_rate,
-    strengths,
-    top_contexts,
-)
+from sts.engine import sae_quality as quality
 from sts.engine.sae_training import collect_activations, save_sae, train_sae
 from sts.engine.saes import load_sae
 from sts.errors import StsError
@@ -31,8 +21,8 @@ KNOWN = ("model", "text_data")
 
 def _quality(lm, one, layer, held_out, pieces, splice_tokens, report=lambda fraction: None):
     """How well an SAE reconstructs held-out activations, which came from `pieces`, and what that costs the model."""
-    return reconstruction_quality(one, held_out) | {"splice": spliced_loss(
-        lm, one, layer, pieces, tokens=splice_tokens, mean_D=activation_mean(held_out), report=report)}
+    return quality.reconstruction_quality(one, held_out) | {"splice": quality.spliced_loss(
+        lm, one, layer, pieces, tokens=splice_tokens, mean_D=quality.activation_mean(held_out), report=report)}
 
 
 @stage("folder", also=("seed",))
@@ -46,9 +36,9 @@ def sae(lm, layer, sae_texts, sae_latents, sae_k, sae_samples, sae_lr, splice_to
         scratch / "train", sae_latents, sae_k, sae_samples, lr=sae_lr, seed=seed, model_name=lm.name, layer=layer,
         device=device, report=lambda f: report(0.5 + 0.5 * f))
     save_sae(trained, scratch, dtype="bfloat16")
-    quality = _quality(lm, load_sae(str(scratch), device=device), layer, scratch / "held_out", held_out, splice_tokens)
+    found = _quality(lm, load_sae(str(scratch), device=device), layer, scratch / "held_out", held_out, splice_tokens)
     (scratch / "training.json").write_text(json.dumps({
-        "text": dict(sae_texts.sources), "tokens": sum(map(len, train)), "curve": curve, "held_out": quality},
+        "text": dict(sae_texts.sources), "tokens": sum(map(len, train)), "curve": curve, "held_out": found},
         indent=1) + "\n", encoding="utf-8")
     for part in ("train", "held_out"):  # gigabytes that nothing needs any more
         shutil.rmtree(scratch / part)
@@ -106,18 +96,19 @@ def small_sae_quality(lm, layer, texts, context, seed, text_activations, small_s
 def latent_examples(lm, layer, texts, context, seed, reader, text_activations):
     """Ten latents of the run's SAE, spread over firing rates by rule, with the texts they fire on most."""
     train, pieces = text_activations / "train", _pieces(lm, texts, context, seed, "train")
-    chosen = spread_by_rate(latent_statistics(reader, train), CARDS)
-    return top_contexts(Firings(reader, train, pieces, lm.tokenizer, chosen))
+    chosen = quality.spread_by_rate(quality.latent_statistics(reader, train), CARDS)
+    return quality.top_contexts(quality.Firings(reader, train, pieces, lm.tokenizer, chosen))
 
 
 @stage("json", inputs_without=KNOWN)
 def latent_strengths(latent_examples, lm, layer, texts, context, seed, reader, text_activations):
     """How strongly the latents of `latent_examples` fire, and texts on which half as strongly as they can."""
     train, pieces = text_activations / "train", _pieces(lm, texts, context, seed, "train")
-    return strengths(Firings(reader, train, pieces, lm.tokenizer, [row["latent"] for row in latent_examples]))
+    latents = [row["latent"] for row in latent_examples]
+    return quality.strengths(quality.Firings(reader, train, pieces, lm.tokenizer, latents))
 
 
 @stage("json")
 def latent_logits(latent_examples, lm, reader):
     """Tokens that the latents of `latent_examples` promote and demote: their decoder vectors through the LM head."""
-    return promoted_tokens(lm, reader, [row["latent"] for row in latent_examples])
+    return quality.promoted_tokens(lm, reader, [row["latent"] for row in latent_examples])
