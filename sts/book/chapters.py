@@ -106,10 +106,12 @@ def quick_page(notebook: Path) -> Path:
 def build_book(run: str = "laptop") -> Path:
     """Execute every chapter and render the book, warnings as errors (-W, -n); its index.html."""
     name = load_run(run).name
-    # What is computed uses all processors by itself; what is recorded is only read, two chapters side by side.
-    workers = 2 if (ROOT / "data" / "recorded" / name).is_dir() else 1
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        executed = [*pool.map(functools.partial(run_chapter, run=run), [one for one in CHAPTERS if one != LAST])]
+    execute, chapters = functools.partial(run_chapter, run=run), [one for one in CHAPTERS if one != LAST]
+    if (ROOT / "data" / "recorded" / name).is_dir():  # only read, and so two chapters side by side
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            executed = [*pool.map(execute, chapters)]
+    else:  # what is computed uses all processors by itself
+        executed = [*map(execute, chapters)]
     executed.append(run_chapter(LAST, run))
     source, built = results_folder() / name / "book-source", ROOT / "book" / "_build" / name
     shutil.rmtree(source, ignore_errors=True)

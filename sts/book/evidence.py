@@ -172,7 +172,7 @@ def zeroing(run: OpenRun) -> Evidence:
     most = bits.loc["most_shifted"].iloc[0]
     energy = {"matched": "others of as much energy"} if "matched" in bits.index else {
         "most_active": "the most active latents"}
-    leads = {name: _estimate(vars(crossed_mean_interval(most - bits.loc[kind], against_one=True)), "mean", "")
+    leads = {name: _estimate(crossed_mean_interval(most - bits.loc[kind], against_one=True)._asdict(), "mean", "")
              for kind, name in {"random": "", **energy, "like_rate": "others that fire as often"}.items()
              if kind in bits.index}
     return replace(leads.pop(""), n=len(most), of="problems", against=leads)
@@ -189,7 +189,7 @@ def _named(run: OpenRun, values_RL: torch.Tensor, code: str = "sae") -> np.ndarr
 
 def _lead(run: OpenRun, differences_R: np.ndarray) -> Evidence:
     found = paired_mean_interval(differences_R, resamples=run.settings.bootstrap, seed=run.settings.seed)
-    return replace(_estimate(vars(found), "mean", ""), n=found.n, of="sets of demonstrations")
+    return replace(_estimate(found._asdict(), "mean", ""), n=found.n, of="sets of demonstrations")
 
 
 def foreseen(run: OpenRun) -> Evidence:

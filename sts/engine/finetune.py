@@ -164,8 +164,8 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
 
 
 def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:
-    """The base model, which is wrapped, with the adapter that `fine_tune` wrote to `folder` (not merged: in bf16 that
-    would round small changes away), or the whole model; `StsError` for a recorded folder, which holds no weights."""
+    """The base model, which is changed, with the adapter that `fine_tune` wrote to `folder` (merged in float32 alone: in
+    bf16 that would round small changes away), or the whole model; `StsError` for a recorded folder without weights."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -174,8 +174,9 @@ def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:
         raise StsError(f"{folder.name} was recorded without its weights. To compute it here: sts stage sft --again, "
                        "with the same run and parameters.")
     if (adapter / "adapter_config.json").is_file():
-        # The adapted layers sit inside the base model; that is what a harness expects to be handed.
-        model: Any = PeftModel.from_pretrained(lm.model, str(adapter)).get_base_model()
+        # Adapted layers may stay inside the base model; that is what a harness expects to be handed.
+        adapted: Any = PeftModel.from_pretrained(lm.model, str(adapter))
+        model: Any = adapted.merge_and_unload() if lm.model.dtype == torch.float32 else adapted.get_base_model()
     else:
         model = AutoModelForCausalLM.from_pretrained(adapter, dtype=lm.model.dtype)
     return replace(lm, name=f"{lm.name} (tuned)", model=model.to(lm.device).eval().requires_grad_(False))
