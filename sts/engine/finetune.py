@@ -164,8 +164,8 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
 
 
 def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:
-    """The base model, which is changed, with the adapter that `fine_tune` wrote to `folder` (merged in float32 alone: in
-    bf16 that would round small changes away), or the whole model; `StsError` for a recorded folder without weights."""
+    """The base model, which is changed, with the adapter that `fine_tune` wrote to `folder` (merged in float32; in bf16
+    that would round small changes away), or the whole model; `StsError` for a recorded folder without weights."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
