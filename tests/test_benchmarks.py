@@ -123,7 +123,7 @@ def test_the_whole_benchmark_writes_what_the_book_reads(tmp_path, capsys):
 
 def test_an_unknown_run_is_one_line(capsys):
     assert main(["--run", "nope"]) == 1
-    assert "Run profile 'nope' is not known" in capsys.readouterr().err
+    assert "'nope' is not known" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "named"), [

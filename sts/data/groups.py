@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sts.data.load import load_examples, load_texts
 from sts.data.prompts import PromptGroup, document_ids, make_group, start_ids, without_options
@@ -126,7 +126,7 @@ class SaeTexts:
     and text files, each with its tokens."""
 
     sources: Mapping[str, int]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     context: int
 
     def documents(self, name: str) -> list[Example | str]:
@@ -154,7 +154,7 @@ class SaeTexts:
             kept = max(1000, share // 20) if tokens else max(2_000, own // 50)
             held_out += token_pieces(self.tokenizer, documents[:cut], self.context, kept)
             train += token_pieces(self.tokenizer, documents[cut:], self.context, share)
-        if not train:
+        if not (train and held_out):
             raise StsError("sae_text holds too little text: one document is held out, and nothing is left to train on.")
         random.Random(seed).shuffle(train)
         return train, held_out

@@ -208,10 +208,11 @@ def _model_digest(run: OpenRun) -> str:
 
 
 def _sae_text_digest(run: OpenRun) -> str:
-    own = sae_texts(run)  # as the model sees them, as recorded keys are
+    own = groups.SaeTexts(run.settings.sae_text, None, run.settings.context)
+    # Read before the tokenizer, which comes with the model: missing text is said at once.
     documents = [one for name in own.sources for one in own.documents(name)]
-    return load.digest([one if isinstance(one, str) else render(
-        own.tokenizer, question_text(one), answer=solution_text(one)) for one in documents])
+    return load.digest([one if isinstance(one, str) else render(  # as the model sees them, as recorded keys are
+        tokenizer(run), question_text(one), answer=solution_text(one)) for one in documents])
 
 
 #: Input -> the settings that decide what it is, and a function of a run: its examples, or its digest.

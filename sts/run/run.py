@@ -4,6 +4,7 @@ settings that it uses, the keys of the stages it needs, digests of its data and 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
 from collections.abc import Callable
@@ -215,5 +216,10 @@ def open_run(run: str | Run = "laptop", *, results: Path | None = None, **overri
     opened.changed = {name: own for name in overrides
                       if (own := getattr(opened.settings, name)) != getattr(profile, name)}
     if opened.settings.sae != "train":
-        resources.identity(opened, "sae")  # a wrong name is said now, not after minutes of work
+        resources.identity(opened, "sae")  # a wrong name is said now, not after minutes of work, and too large a top_n
+        from sts.engine.saes import sae_folder
+        from sts.measure.score import check_top_n
+
+        if folder := sae_folder(opened.settings.sae):
+            check_top_n(opened.settings.top_n, json.loads((folder / "cfg.json").read_text(encoding="utf-8"))["d_sae"])
     return opened

@@ -152,6 +152,9 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
                               ("top_n", self.top_n if self.sae == "train" else 0, own)):
             if k > width:
                 raise ValueError(f"{key}: {k} latents of only {width}")
+        for key, values in self:
+            if isinstance(values, list) and len(set(values)) < len(values):
+                raise ValueError(f"{key}: {values} names a value twice")
         if unknown := [seed for seed in self.sweep_seeds or [] if seed not in self.seeds]:
             raise ValueError(f"sweep_seeds: {unknown} must be among the run's seeds, {self.seeds}")
         return self

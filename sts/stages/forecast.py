@@ -7,10 +7,9 @@ import pandas
 
 from sts.engine.extract import model_paired_folds, paired_stats, row_paired_stats
 from sts.engine.saes import SideBySide, identity_sae
-from sts.errors import StsError
 from sts.measure.baselines import split_domains
 from sts.measure.cost import prompt_tokens
-from sts.measure.score import REVISION, overlap, score_domains, shifted_dimensions
+from sts.measure.score import REVISION, score_domains
 from sts.run.stage import stage, steps
 
 
@@ -76,31 +75,8 @@ def scores(shift, shift_rows, domain_stats, domain_rows, top_n):
                             + score_domains("official_code", shift_rows, split_domains(domain_rows), top_n))
 
 
-@stage("json")
-def variant_overlap(shift, shift_rows, top_n):
-    """How many shifted latents the two variants agree on."""
-    sets = [shifted_dimensions(own["squared_difference_L"], top_n) for own in (shift, shift_rows)]
-    return {"overlap": overlap(*sets), "top_n": top_n, "latents": len(shift["squared_difference_L"])}
-
-
 @stage("json", version=2)
 def forecast_tokens(tokenizer, shift_groups, domain_groups):
     """Tokens of the forecast's prompts, each counted whole, beside which `shift` and `domain_stats` ran fewer."""
     return {"shift": prompt_tokens(shift_groups),
             "domain_stats": prompt_tokens([group for own in domain_groups.values() for group in own])}
-
-
-@stage("json")
-def forecast_sums(shift, domain_stats):
-    """Of `shift` and `domain_stats` the numbers of counted tokens and latents, and the bytes of the sums kept."""
-    found = {}
-    for name, domains in (("shift", {"": shift}), ("domain_stats", split_domains(domain_stats))):
-        if missing := set(shift) - set.intersection(*map(set, domains.values())):
-            raise StsError(f"Stage {name!r} was recorded without {', '.join(sorted(missing))}, so the bytes of its "
-                           f"sums are not known. To compute it here: sts stage {name} --again, with the same run and "
-                           "parameters.")
-        found[name] = {"tokens": sum(own["tokens"].item() for own in domains.values()),
-                       "latents": len(shift["squared_difference_L"]),
-                       "bytes": sum(tensor.numel() * tensor.element_size()
-                                    for own in domains.values() for tensor in own.values())}
-    return found

@@ -28,7 +28,11 @@ def sft(fresh_lm, train, held_out, sft_epochs, sft_lr, sft_batch, sft_micro_batc
                                seed), scratch, report=report, work=work)
     if log:  # the main process alone has one
         (scratch / "training.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+        for what, said in (("left_out", "left out: no solution, or no room for it"), ("cut", "cut at sft_max_length")):
+            if log[what]:
+                work.note(f"{len(log[what])} examples to train on or to hold out are {said}.")
         # Renamed first: killed halfway through the removal, nobody takes the rest for checkpoints.
+        shutil.rmtree(scratch / "finished", ignore_errors=True)
         shutil.rmtree((scratch / "checkpoints").rename(scratch / "finished"))
     return scratch
 

@@ -182,7 +182,7 @@ def test_the_lead_of_the_own_list_is_diagonal_less_the_rest():
 def test_lists_that_any_training_moves_have_no_lead():
     found = training_sets.list_lead(rows_of(np.full((2, 4, 4), 37)), "foreseen")
     assert found["lead"] == pytest.approx(0) and found["p"] == 1
-    assert "One training set" in training_sets.list_lead(rows_of(np.ones((1, 1, 1))), "foreseen")["undefined"]
+    assert "one training set" in training_sets.list_lead(rows_of(np.ones((1, 1, 1))), "foreseen")["undefined"]
 
 
 def test_the_lead_beyond_another_kind_of_list_is_taken_pair_by_pair():

@@ -20,7 +20,6 @@ from sts.engine.extract import Masks, paired_stats
 from sts.errors import ROOT, StsError
 from sts.measure.baselines import split_domains
 from sts.run import resources
-from sts.stages import forecast
 
 
 @pytest.fixture(scope="module")
@@ -46,27 +45,6 @@ def test_scores_are_sums_over_the_most_shifted_latents(run):
             ("official_code", "sts_icl"): row_stats["squared_difference_L"].numpy()[top_rows].mean() / count}
         for (variant, score), value in expected.items():
             assert scores.loc[(variant, domain), score] == pytest.approx(value, rel=1e-9)
-
-
-def test_variants_agree_on_the_latents_that_both_name():
-    shift, rows = (torch.tensor(own, dtype=torch.float64) for own in ([5.0, 4, 3, 0, 1], [0.0, 7, 9, 2, 8]))
-    found = forecast.variant_overlap({"squared_difference_L": shift}, {"squared_difference_L": rows}, 3)
-    assert found == {"overlap": 2, "top_n": 3, "latents": 5}  # {0, 1, 2} and {1, 2, 4}
-
-
-def test_the_forecasts_sums_are_counted_as_they_are_stored():
-    def sums(tokens):
-        return {"tokens": torch.tensor(tokens), "squared_difference_L": torch.zeros(6, dtype=torch.float64),
-                "base_fired_L": torch.zeros(6, dtype=torch.int32)}
-
-    shift = sums(30)
-    domains = {f"{domain}/{name}": tensor for domain in ("law", "health") for name, tensor in sums(7).items()}
-    found = forecast.forecast_sums(shift, domains)
-    assert found["shift"] == {"tokens": 30, "latents": 6, "bytes": 8 + 6 * 8 + 6 * 4}
-    assert found["domain_stats"] == {"tokens": 14, "latents": 6, "bytes": 2 * (8 + 6 * 8 + 6 * 4)}
-    kept = {name: tensor for name, tensor in domains.items() if not name.endswith("base_fired_L")}
-    with pytest.raises(StsError, match="'domain_stats' was recorded without base_fired_L"):
-        forecast.forecast_sums(shift, kept)
 
 
 def test_masks_of_the_run_reach_the_extraction(run):
