@@ -1,7 +1,4 @@
-"""Claims are records in book/claims.yaml, each judged by a rule: a function whose docstring is the text on the page.
-
-The rules were made harder after first results were seen, never easier.
-"""
+"""Claims are records in book/claims.yaml, each judged by a rule: a function whose docstring is the text on the page."""
 
 from __future__ import annotations
 
@@ -163,8 +160,9 @@ def read_claims() -> tuple[dict[str, dict[str, str]], dict[str, Claim]]:
 
 
 def together(words: Sequence[str]) -> str:
-    """The verdict on a result from those of its claims that could be tested: held if all are, in part if some are."""
-    tested = {word for word in words if word in (HELD, IN_PART, NOT_HELD)}
-    if len(tested) > 1:
-        return IN_PART
-    return tested.pop() if tested else NOT_TESTABLE if NOT_TESTABLE in words else NOT_DONE
+    """The verdict on a result from those of its claims: held if all are, in part if some are, so that what could not be
+    tested never counts as held; a gap where none could be tested."""
+    tested = {*words} & {HELD, IN_PART, NOT_HELD}
+    if not tested:
+        return NOT_DONE if NOT_DONE in words or not words else NOT_TESTABLE
+    return NOT_HELD if tested == {NOT_HELD} else HELD if {*words} == {HELD} else IN_PART

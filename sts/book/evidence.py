@@ -142,9 +142,9 @@ def planned_cost(run: OpenRun) -> Evidence:
 
 
 def sae(run: OpenRun, field: str) -> Evidence:
-    """Share of latents that are "silent" on a token; or what the SAE explains of the variance "more" than the small."""
+    """Share of latents "inactive" on a token; or what the SAE explains of the variance "more" than the small."""
     own, name = run.get("sae_quality"), "fraction_of_variance_explained"
-    value = 1 - own["l0"] / own["latents"] if field == "silent" else own[name] - run.get("small_sae_quality")[name]
+    value = 1 - own["l0"] / own["latents"] if field == "inactive" else own[name] - run.get("small_sae_quality")[name]
     return Evidence(value, n=own["tokens"], of="tokens")
 
 

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -89,9 +90,12 @@ class Page:
                 f"<table>{lines}</table>{figures.folded('The rule and the numbers behind it', details)}</section>")
 
     def _number(self, claim: claims.Claim, found: claims.Evidence) -> str:
-        n = f"n = {found.n:,} {found.of}, " if found.n else ""
+        if found.value is None:
+            return ""
+        about = [f"n = {found.n:,} {found.of}"] * bool(found.n)
         seeds = 1 + (len(self.run.other_seeds) if claim.learned == "every" else 0)
-        return f"{escape(claim.number(found))} <small>{escape(n)}{seeds} seed{'s' * (seeds > 1)}</small>"
+        about += [f"{seeds} seed{'s' * (seeds > 1)}"] * (claim.learned != "no")
+        return f"{escape(claim.number(found))} <small>{escape(', '.join(about))}</small>"
 
     def scorecard(self) -> HTML:
         """A row for each of the paper's results, from the records of claims and what is stored; counted at the top."""
@@ -188,7 +192,7 @@ def _shaded(context: Mapping) -> str:
             if place >= peak:
                 break
             spans = []
-        elif spans or (token.strip() and not (place and TEMPLATE.search(tokens[place - 1]) and token in ROLES)):
+        elif spans or (token.strip() and not (token in ROLES and (not place or TEMPLATE.search(tokens[place - 1])))):
             text, share = escape(token).replace("\n", "&#8629;"), value / (max(context["values"]) or 1)
             colour = f"rgba(230, 159, 0, {0.15 + 0.6 * share:.2f})"
             spans.append(f'<span class="sts-tok" style="background-color: {colour}" title="{value:.2f}">{text}</span>'
@@ -197,8 +201,8 @@ def _shaded(context: Mapping) -> str:
 
 
 def _histogram(counts: Sequence[int]) -> str:
-    """Bars whose height is the number of digits."""
-    bars = "".join(f'<span style="height: {100 * len(str(count)) / len(str(max(counts))) if count else 0:.0f}%"></span>'
+    """Bars whose height is the logarithm of a count."""
+    bars = "".join(f'<span style="height: {100 * math.log1p(count) / math.log1p(max(counts)):.0f}%"></span>'
                    for count in counts)
     label = f"Tokens by strength, from weak to strong: {', '.join(map(str, counts))}"
     return f'<div class="sts-histogram" role="img" aria-label="{label}">{bars}</div>' if counts else ""

@@ -118,20 +118,27 @@ class Firings:
             for row, column in chosen_TK.nonzero().tolist():
                 self.fired[latents[column]][places[row]] = chosen_TK[row, column].item()
 
-    def contexts(self, latent: int, near: float = math.inf, *, top: int = 4, before: int = 14,
-                 after: int = 6) -> list[dict[str, Any]]:
-        """The texts on which a latent's value is nearest to `near`, at most one place from each, the nearest first:
-        [{"value", "tokens": [str], "values": [float], "peak"}], with so many tokens `before` and `after` the peak."""
+    def _nearest(self, latent: int, near: float) -> dict[int, int]:
+        """Of each piece the position at which a latent's value is nearest to `near`, the nearest first."""
         fired, found = self.fired[latent], {}
         for piece, position in sorted(fired, reverse=True, key=lambda place: (
                 fired[place] if near == math.inf else -abs(fired[place] - near), place)):
-            if piece not in found and len(found) < top:
+            found.setdefault(piece, position)
+        return found
+
+    def contexts(self, latent: int, near: float = math.inf, *, top: int = 4, shown: int = 0, before: int = 14,
+                 after: int = 6) -> list[dict[str, Any]]:
+        """The texts on which a latent's value is nearest to `near`, one place from each, the nearest first, without
+        those `shown` as the strongest: [{"value", "tokens": [str], "values": [float], "peak"}], with so many tokens
+        `before` and `after` the peak."""
+        fired, strongest, found = self.fired[latent], [*self._nearest(latent, math.inf)][:shown], []
+        for piece, position in self._nearest(latent, near).items():
+            if piece not in strongest and len(found) < top:
                 places = range(max(0, position - before), min(len(self.pieces[piece]), position + after + 1))
-                found[piece] = {
-                    "value": fired[piece, position], "peak": position - places.start,
-                    "tokens": [self.tokenizer.decode([self.pieces[piece][place]]) for place in places],
-                    "values": [fired.get((piece, place), 0.0) for place in places]}
-        return list(found.values())
+                found.append({"value": fired[piece, position], "peak": position - places.start,
+                              "tokens": [self.tokenizer.decode([self.pieces[piece][place]]) for place in places],
+                              "values": [fired.get((piece, place), 0.0) for place in places]})
+        return found
 
 
 def top_contexts(firings: Firings) -> list[dict[str, Any]]:
@@ -148,7 +155,7 @@ def strengths(firings: Firings) -> list[dict[str, Any]]:
         values_N = torch.tensor(list(firings.fired[latent].values()) or [0.0])
         largest = values_N.max().item() or 1.0
         rows.append({"latent": latent, "histogram": values_N.histc(BARS, 0, largest).int().tolist(),
-                     "middling": firings.contexts(latent, largest / 2, top=2)})
+                     "middling": firings.contexts(latent, largest / 2, top=2, shown=4)})
     return rows
 
 

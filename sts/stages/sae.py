@@ -100,7 +100,7 @@ def latent_examples(lm, layer, texts, context, seed, reader, text_activations):
     return quality.top_contexts(quality.Firings(reader, train, pieces, lm.tokenizer, chosen))
 
 
-@stage("json", inputs_without=KNOWN)
+@stage("json", version=2, inputs_without=KNOWN)
 def latent_strengths(latent_examples, lm, layer, texts, context, seed, reader, text_activations):
     """How strongly the latents of `latent_examples` fire, and texts on which half as strongly as they can."""
     train, pieces = text_activations / "train", _pieces(lm, texts, context, seed, "train")

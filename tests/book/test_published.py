@@ -12,6 +12,7 @@ import yaml
 import sts
 from sts.book import claims, evidence
 from sts.book.chapters import CHAPTERS, chapter_source
+from sts.book.claims import HELD, IN_PART, NOT_DONE, NOT_HELD, NOT_TESTABLE
 from sts.errors import ROOT
 
 NUMERAL = re.compile(r"(?<![\w.])[-+±−]?\d[\d,]*(?:\.\d+)?%?(?!\w)")
@@ -118,3 +119,67 @@ def test_every_number_in_prose_is_read_from_the_records(run, chapter, place, cel
 
 def test_there_is_something_to_check():
     assert len(CELLS) >= 5
+
+
+# --- verdicts ------------------------------------------------------------------------------------------------------
+
+#: Claim -> its verdict in the recorded runs, `full` and the one on Gemma. A rule, bound or record that changes shows here.
+VERDICTS = {
+    "reconstructs": (HELD, HELD),
+    "few-active": (HELD, HELD),
+    "splice-harmless": (HELD, HELD),
+    "wider-better": (HELD, HELD),
+    "few-latents": (NOT_HELD, NOT_HELD),
+    "beyond-activity": (NOT_HELD, NOT_HELD),
+    "raw-more-even": (HELD, HELD),
+    "zeroing-hurts": (IN_PART, IN_PART),
+    "foreseen": (IN_PART, IN_PART),
+    "latents-better-than-raw": (NOT_HELD, NOT_HELD),
+    "more-demonstrations": (NOT_HELD, NOT_HELD),
+    "score-act": (HELD, HELD),
+    "score-icl": (HELD, NOT_HELD),
+    "accuracy-act": (NOT_TESTABLE, NOT_TESTABLE),
+    "accuracy-icl": (NOT_TESTABLE, NOT_TESTABLE),
+    "extremes": (HELD, NOT_HELD),
+    "tables-2-4": (NOT_TESTABLE, NOT_TESTABLE),
+    "beats-raw": (HELD, HELD),
+    "choice-matters": (NOT_HELD, NOT_HELD),
+    "probe": (NOT_HELD, NOT_HELD),
+    "beyond-hardness": (NOT_HELD, HELD),
+    "width": (NOT_TESTABLE, NOT_DONE),
+    "layers": (NOT_TESTABLE, NOT_DONE),
+    "sparsity": (NOT_TESTABLE, NOT_DONE),
+    "rank": (NOT_HELD, NOT_HELD),
+    "code": (NOT_HELD, NOT_DONE),
+    "health": (NOT_HELD, NOT_DONE),
+    "specific": (NOT_TESTABLE, NOT_TESTABLE),
+    "own-list": (NOT_TESTABLE, NOT_TESTABLE),
+    "cheaper": (HELD, HELD),
+    "cheaper-on-paper": (HELD, HELD),
+    "paper-losses": (HELD, HELD),
+    "paper-fig3": (NOT_HELD, NOT_HELD),
+}
+
+
+@pytest.mark.parametrize(("place", "name"), enumerate(["full", "full-gemma3-270m"]))
+def test_the_recorded_runs_have_these_verdicts(place, name):
+    recorded = sts.open_run(name).only_stored(reading=False)
+    found = {claim.id: evidence.weigh(recorded, claim)[1] for claim in claims.read_claims()[1].values()}
+    assert found == {claim: words[place] for claim, words in VERDICTS.items()}
+
+
+# --- the README ------------------------------------------------------------------------------------------------------
+
+
+def test_the_results_in_the_readme_are_those_of_the_records(run):
+    said = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").split("\n") if line.startswith("- **")]
+    wanted = [
+        read(run, f"baseline_correlations[measure=bits, predictor={predictor}].{field}")
+        for predictor in ("sts_act", "sts_icl", "base_bits")
+        for field in ("pearson", "pearson_interval.low", "pearson_interval.high")
+    ]
+    wanted += [read(run, f"correlations[measure=bits, variant=official_code, score={score}].pearson")
+               for score in ("sts_act", "sts_icl")]
+    numbers = numerals(" ".join(said))
+    assert len(numbers) == len(wanted)
+    assert all(agrees(text, value) for text, value in zip(numbers, wanted, strict=True)), (numbers, wanted)

@@ -53,12 +53,13 @@ def test_top_contexts_are_the_largest_activations_one_a_text(activations):
     assert [context["value"] for context in firings.contexts(1)] == [7.0, 2.0]
     # Of the three texts with 5, 3 and 2, the nearest to 2.5 are the last two.
     assert {context["value"] for context in firings.contexts(0, 2.4, top=2)} == {3.0, 2.0}
+    assert [context["value"] for context in firings.contexts(0, 2.4, shown=2)] == [2.0]
 
 
 def test_strengths_count_every_firing_and_show_middling_texts(activations):
     row, silent = strengths(Firings(Sae, activations, PIECES, Tokenizer, [0, 2]))
     assert sum(row["histogram"]) == 5 and row["histogram"][-1] == 1  # of 1 to 5, one token is at the largest value
-    assert {context["value"] for context in row["middling"]} == {3.0, 2.0}
+    assert row["middling"] == []  # all three texts are shown as the strongest
     assert silent["middling"] == []
 
 
