@@ -14,7 +14,7 @@ import yaml
 import sts
 from sts.errors import ROOT, StsError
 from sts.run.log import PACKAGES
-from sts.run.settings import Run, load_run, read_yaml
+from sts.run.settings import GROUPS, Run, load_run, read_yaml
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Forecast which domains of a language model move when it is fine-tuned.")
@@ -90,9 +90,11 @@ def record(run: RunOption = "full") -> None:
 
 @app.command()
 def settings(run: RunOption = "laptop") -> None:
-    """List all settings with the run's values and what they mean."""
+    """List all settings, by what they are about, with the run's values and what they mean."""
     values = load_run(run)
     for name, field in Run.model_fields.items():
+        if name in GROUPS:
+            print(f"\n{GROUPS[name]}\n{'-' * len(GROUPS[name])}")
         print(f"{name} = {getattr(values, name)!r}\n    {field.description}")
 
 

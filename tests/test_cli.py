@@ -351,4 +351,6 @@ def test_settings_are_listed_with_value_and_meaning(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert not stopped.value.code
-    assert "top_n = 16\n    how many shifted latents (N)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "top_n = 16\n    how many shifted latents (N)" in said
+    assert "\nforecast\n--------\nquestion_tokens_only = True\n" in said and said.count("\n--") == 11

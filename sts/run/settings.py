@@ -42,6 +42,12 @@ QuestionSet = Annotated[str, AfterValidator(_question_sets)]
 Located = Annotated[str, AfterValidator(_located)]
 Mask = Literal["whole_prompt", "first_positions", "outliers", "none"]
 
+#: What settings are about, by the first of each group, in the order of `Run`.
+GROUPS = {"name": "the run", "model": "model", "sae": "SAE", "text_data": "texts of chapter one", "sft_data": "data",
+          "question_tokens_only": "forecast", "overlap_draws": "how well demonstrations foresee training; zeroing",
+          "sft_examples": "fine-tuning", "eval_limit": "evaluation", "seeds": "further runs; resampling",
+          "sweep_seeds": "ablations"}
+
 
 class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     """All settings of one run, flat. Token counts are tokens of the model's own tokenizer."""
@@ -51,13 +57,11 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     published: bool = _is("whether the book's discussions are about this run", False)
     seed: Index = _is("seed of sampling, training and resampling", 0)
     device: Literal["auto", "cpu", "cuda"] = _is("where models run; auto: CUDA if there is one", "auto")
-    # model
     model: Located = _is("packaged name, local folder or hub id")
     model_revision: str = _is("hub revision; empty for the default branch", "")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _is("of the model; auto: bfloat16 where fast", "auto")
     layer: Index = _is("zero-based decoder layer after which the residual stream is read")
     tokens_per_batch: int = _is("padded tokens a pass at most; in no key, though bf16 may round otherwise", 8192, ge=64)
-    # SAE
     sae: Located = _is("folder in sae-lens format, release/sae_id of its registry, or 'train'")
     sae_dtype: Literal["float32", "bfloat16"] = _is("precision in which the SAE encodes", "float32")
     fold_norms: bool = _is("scale latents so that decoder norms are one", True)
@@ -67,20 +71,17 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     sae_samples: Count = _is("training samples, repeats counted", 6_000_000)
     sae_lr: Rate = _is("peak learning rate of the SAE", 4e-4)
     context: int = _is("longest piece of text the SAE trains on, in tokens", 512, ge=16)
-    # the first chapter's texts
     text_data: list[QuestionSet] = _is("question sets rendered as chats, for chapter one", [])
     text_examples: Count = _is("examples of each of them at most", 300)
     small_sae_latents: Count = _is("width of the small SAE", 1152)
     small_sae_k: Count = _is("active latents per token of the small SAE", 16)
     small_sae_samples: Count = _is("training samples of the small SAE", 300_000)
     splice_tokens: int = _is("tokens on which the spliced-in loss is measured", 12_000, ge=100)
-    # data
     sft_data: QuestionSet = _is("question set to fine-tune on and foresee; several in equal parts: gsm8k+math")
     domain_data: QuestionSet = _is("question set whose domains are scored and evaluated")
     domain_split: str = _is("its split; empty for the first", "")
     domains: list[str] = _is("domains to keep; empty for all", [])
     domain_limit: Index = _is("questions a domain at most, drawn once for all seeds; 0 for all", 0)
-    # forecast
     question_tokens_only: bool = _is("leave out chat template and special tokens", True)
     drop_first_positions: Index = _is("positions at the start of a prompt to leave out", 1)
     outlier_norm: float = _is("leave out tokens above this multiple of the median norm; 0 keeps all", 10.0, ge=0)
@@ -92,7 +93,6 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     score_tokens: Count = _is("question tokens a domain, at most", 10_000)
     top_n: Count = _is("how many shifted latents (N)", 100)
     official_rows: Count = _is("rows compared in the official_code variant, at most", 10_000)
-    # how well demonstrations foresee training, zeroing
     overlap_draws: Count = _is("sets of demonstrations behind which the shift is estimated one by one", 4)
     overlap_tokens: Count = _is("question tokens behind each of those sets, at most", 2_000)
     overlap_demonstrations: list[Count] = _is("numbers of demonstrations to compare", [1, 2, 4, 8], min_length=1)
@@ -100,7 +100,6 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     ablation_examples: Count = _is("held-out training-domain problems scored with latents zeroed", 16)
     ablation_latents: list[Count] = _is("numbers of latents to zero", [10, 100, 500], min_length=1)
     ablation_draws: int = _is("random sets of latents of each kind and number", 5, ge=2)
-    # fine-tuning
     sft_examples: Count = _is("training examples", 300)
     sft_held_out: Count = _is("held-out examples of the training domain", 40)
     sft_epochs: Count = _is("passes over them", 1)
@@ -112,7 +111,6 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     sft_max_length: int = _is("tokens an example at most", 1024, ge=16)
     lora_rank: Index = _is("rank of the adapters; 0 for full fine-tuning", 32)
     lora_alpha: Count = _is("their scale", 64)
-    # evaluation
     eval_limit: Index = _is("questions a domain at most; 0 for all", 0)
     eval_batch: Count = _is("questions in one evaluation batch", 8)
     eval_kinds: list[Literal["letter", "solution"]] = _is(
@@ -122,14 +120,12 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     eval_max_tokens: Count = _is("tokens of a generated answer, at most", 1024)
     eval_backend: Literal["hf", "vllm"] = _is("what generates answers: transformers, or vLLM", "hf")
     eval_tensor_parallel: Count = _is("GPUs that vLLM splits one copy of the model over", 1)
-    # further runs, resampling
     seeds: list[Index] = _is("seeds of further runs to compare with; all but the SAE is done again for each", [])
     training_sets: list[QuestionSet] = _is("further values of sft_data; all but the SAE is done again for each", [])
     training_seeds: list[Index] = _is("further seeds at which training sets are compared, sft_data among them", [])
     bootstrap: int = _is("bootstrap resamples", 5000, ge=100)
     permutations: int = _is("Monte Carlo permutations where exact ones are too many", 100_000, ge=100)
     baseline_draws: int = _is("random sets of latents of each kind, and shuffled targets of the probes", 500, ge=19)
-    # sweeps
     sweep_seeds: list[Index] | None = _is("those of `seeds` that the ablations are repeated at; by default all", None)
     sweep_bands: Count = _is("rank bands of top_n latents each that are scored by themselves", 5)
     sweep_top_n: list[Count] = _is("other numbers N of latents, as far as the SAE has them", [10, 30, 100, 300, 1000])

@@ -123,7 +123,7 @@ def test_there_is_something_to_check():
 
 # --- verdicts ------------------------------------------------------------------------------------------------------
 
-#: Claim -> its verdict in the recorded runs, `full` and the one on Gemma. A rule, bound or record that changes shows here.
+#: Claim -> its verdict in the recorded runs, `full` and the one on Gemma: a changed rule, bound or record shows here.
 VERDICTS = {
     "reconstructs": (HELD, HELD),
     "few-active": (HELD, HELD),
