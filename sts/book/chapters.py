@@ -99,7 +99,8 @@ def _render(source: Path, *options: str) -> None:
 
 def quick_page(notebook: Path) -> Path:
     """One executed notebook as a page of its own that looks as in the book; its links to other pages lead nowhere."""
-    _render(notebook, "--config", str(ROOT / "_config.yml"))
+    # Where to is said, as the repository's own configuration would otherwise draw the page to its root.
+    _render(notebook, "--config", str(ROOT / "_config.yml"), "--path-output", str(notebook.parent))
     return notebook.parent / "_build" / "_page" / notebook.stem / "html" / f"{notebook.stem}.html"
 
 

@@ -108,8 +108,7 @@ class Page:
                            for claim, found, word in own if found)
             link = f'<a href="{result["chapter"]}.html">{escape(name)}</a>' if "chapter" in result else escape(name)
             rows.append({"of the paper": HTML(link), "verdict": HTML(_pill(words[-1])), "claim": result["says"],
-                         "the paper": result["paper"], "here, with 95% interval": HTML(ours),
-                         "run": self.settings.name})
+                         "the paper": result["paper"], f"run {self.settings.name}, with 95% interval": HTML(ours)})
         counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
         return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scorecard">{figures.table(rows).data}</div>')
 

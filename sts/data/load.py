@@ -58,7 +58,7 @@ def _rows(name: str, split: str) -> Iterator[Row]:
     there = "without that file" if Path(root).expanduser().is_dir() else "which is no folder"
     hint = (f"put {name}/{split}.jsonl in a folder and name that folder in STS_DATA_DIR "
             f"({f'now {root}, {there}' if root else 'not set now'})")
-    if not (source.hub and _HUB.get()):
+    if not (source.hub and _HUB.get()) or there == "which is no folder" and root:
         raise MissingData(f"Data set {name!r} is in no local folder: {hint}.")
     import datasets
     from datasets.exceptions import DatasetNotFoundError

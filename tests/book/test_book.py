@@ -1,8 +1,11 @@
 """The smoke book, from notebooks to a browser: every chapter runs, the strict build is clean, pages work."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -90,6 +93,15 @@ def test_a_changed_parameter_has_a_notebook_and_a_page_of_its_own(book):
     page = quick_page(target).read_text(encoding="utf-8")
     assert "Changed from the profile: top_n = 5." in page and "data:image/png" in page and "{term}" not in page
     assert (target.parent / "_build" / "_page" / target.stem / "html" / "_static" / "sts.css").is_file()
+
+
+def test_a_page_lies_where_it_is_said_to_below_the_repository_too(book):
+    # Where Jupyter Book finds the repository's configuration above a notebook, it takes that for the book's root.
+    with tempfile.TemporaryDirectory(dir=ROOT / "tests") as folder:
+        target = Path(folder) / "the_papers_numbers.ipynb"
+        shutil.copy2(results_folder() / "smoke" / "notebooks" / target.name, target)
+        assert quick_page(target).is_file()
+    assert not (ROOT / "_build").exists()
 
 
 def test_a_failing_chapter_is_one_error_and_keeps_finished_stages(book):
