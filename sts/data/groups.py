@@ -152,9 +152,10 @@ class SaeTexts:
             cut = max(1, len(documents) // 50)
             share = max(1, round(own / whole * tokens)) if tokens else own
             kept = max(1000, share // 20) if tokens else max(2_000, own // 50)
-            held_out += token_pieces(self.tokenizer, documents[:cut], self.context, kept)
-            train += token_pieces(self.tokenizer, documents[cut:], self.context, share)
-        if not (train and held_out):
-            raise StsError("sae_text holds too little text: one document is held out, and nothing is left to train on.")
+            parts = (token_pieces(self.tokenizer, documents[:cut], self.context, kept),
+                     token_pieces(self.tokenizer, documents[cut:], self.context, share))
+            if not all(parts):
+                raise StsError(f"sae_text: {name} has too little text to train on some documents and hold out others.")
+            held_out, train = held_out + parts[0], train + parts[1]
         random.Random(seed).shuffle(train)
         return train, held_out

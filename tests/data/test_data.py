@@ -393,3 +393,9 @@ def test_questions_that_are_trained_on_and_evaluated_are_counted(local):
     local("gsm8k", "train", *arithmetic(8))
     local("gsm8k", "test", *arithmetic(6, start=5), {"question": " What is  3 + 1? ", "answer": "#### 4"})
     assert shared_questions(load_examples("gsm8k"), load_examples("gsm8k", split="test")) == 3 + 1
+
+
+def test_a_data_folder_that_is_not_there_is_never_replaced_by_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("STS_DATA_DIR", str(tmp_path / "mistyped"))
+    with pytest.raises(StsError, match="'gsm8k' is in no local folder: .*mistyped, which is no folder"):
+        load_examples("gsm8k")

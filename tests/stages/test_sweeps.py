@@ -363,3 +363,10 @@ def test_impossible_sweeps_are_refused_by_name(key, value, words):
 def test_saes_need_a_text_to_train_on():
     with pytest.raises(StsError, match="text named by sae_text, which is empty"):
         sts.open_run("smoke", sae_text={}).get("sae")
+
+
+def test_an_sae_text_that_would_not_be_trained_on_is_named(tmp_path):
+    (tmp_path / "own.txt").write_text("One document alone, of which a part cannot be held out. " * 40)
+    run = sts.open_run("smoke", results=tmp_path, sae_text={"gsm_symbolic": 2000, str(tmp_path / "own.txt"): 2000})
+    with pytest.raises(StsError, match="own.txt has too little text to train on some documents and hold out others"):
+        run.get("sae")
