@@ -27,6 +27,7 @@ def isolation(tmp_path_factory):
         yield
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist 3.8 reads the marks, which it cannot under pytest 9.2
 def pytest_collection_modifyitems(items):
     """A file's tests run in one process, and so do all that need a built book: each book is built once."""
     for item in items:

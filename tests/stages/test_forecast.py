@@ -20,7 +20,6 @@ from sts.engine.extract import Masks, paired_stats
 from sts.errors import ROOT, StsError
 from sts.measure.baselines import split_domains
 from sts.run import resources
-from sts.stages.training import domain_shift
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +112,6 @@ def test_domain_shift_is_after_minus_before(run):
     shifts = run.get("domain_shift").set_index(["domain", "measure"])
     assert shifts.loc[("law", "bits"), "shift"] == pytest.approx(change)
     assert set(shifts.index.get_level_values("measure")) == {"bits", "accuracy", "p_right"}
-
-
-def test_two_domains_cannot_be_compared(run):
-    rows = run.get("evaluation_before")
-    few = rows[rows["domain"].isin(sorted(set(rows["domain"]))[:2])]
-    with pytest.raises(StsError, match="2 domains were evaluated, and a comparison of domains needs at least 3"):
-        domain_shift(few, few, 100, 0)
 
 
 def test_correlations_are_those_of_the_absolute_shift(run):
