@@ -160,8 +160,7 @@ def read_claims() -> tuple[dict[str, dict[str, str]], dict[str, Claim]]:
 
 
 def together(words: Sequence[str]) -> str:
-    """The verdict on a result from those of its claims: held if all are, in part if some are, so that what could not be
-    tested never counts as held; a gap where none could be tested."""
+    """The verdict on a result from those of its claims: held if all are, in part if some are; a gap if none was."""
     tested = {*words} & {HELD, IN_PART, NOT_HELD}
     if not tested:
         return NOT_DONE if NOT_DONE in words or not words else NOT_TESTABLE

@@ -23,7 +23,7 @@ from sts.run.run import OpenRun
 
 #: Measures of change, the finest first.
 MEASURES = ("bits", "p_right", "accuracy", "accuracy_generated")
-#: Tokens of chat templates, and the roles that follow one of them.
+#: Tokens of chat templates, and the roles that follow one of them, of one token or several, up to a blank.
 TEMPLATE = re.compile(r"<\|[\w-]+\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad)>")
 ROLES = ("system", "user", "assistant", "model")
 
@@ -92,10 +92,10 @@ class Page:
     def _number(self, claim: claims.Claim, found: claims.Evidence) -> str:
         if found.value is None:
             return ""
-        about = [f"n = {found.n:,} {found.of}"] * bool(found.n)
         seeds = 1 + (len(self.run.other_seeds) if claim.learned == "every" else 0)
-        about += [f"{seeds} seed{'s' * (seeds > 1)}"] * (claim.learned != "no")
-        return f"{escape(claim.number(found))} <small>{escape(', '.join(about))}</small>"
+        about = (f"n = {found.n:,} {found.of}" if found.n else "",
+                 f"{seeds} seed{'s' * (seeds > 1)}" if claim.learned != "no" else "")
+        return f"{escape(claim.number(found))} <small>{escape(', '.join(filter(None, about)))}</small>"
 
     def scorecard(self) -> HTML:
         """A row for each of the paper's results, from the records of claims and what is stored; counted at the top."""
@@ -185,13 +185,16 @@ def _neuronpedia(sae: str) -> str:
 
 def _shaded(context: Mapping) -> str:
     """A text, shaded by strength, from one token of the chat template to the next, without the name of its role."""
-    tokens, peak, spans = context["tokens"], context["peak"], []
+    tokens, peak, spans, said = context["tokens"], context["peak"], [], ""
     for place, (token, value) in enumerate(zip(tokens, context["values"], strict=True)):
         if TEMPLATE.search(token):
             if place >= peak:
                 break
-            spans = []
-        elif spans or (token.strip() and not (token in ROLES and (not place or TEMPLATE.search(tokens[place - 1])))):
+            spans, said = [], ""
+        elif said and token.isspace() and any(role.endswith(said) for role in ROLES):
+            spans, said = [], ""
+        elif spans or token.strip():
+            said += token
             text, share = escape(token).replace("\n", "&#8629;"), value / (max(context["values"]) or 1)
             colour = f"rgba(230, 159, 0, {0.15 + 0.6 * share:.2f})"
             spans.append(f'<span class="sts-tok" style="background-color: {colour}" title="{value:.2f}">{text}</span>'

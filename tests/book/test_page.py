@@ -229,6 +229,7 @@ def test_cards_show_text_and_no_template(tmp_path):
         "rate": 0.0123,
         "contexts": [
             context("<|im_start|>", "user", "\n", "What", " is", " <b>", "?", "<|im_end|>", "\n", peak=4),
+            context("<|im_start|>", "us", "er", "\n", "Why", "?", peak=4),
             context("no", "<|im_start|>", "assistant", peak=1),
         ],
     }
@@ -247,7 +248,7 @@ def test_cards_show_text_and_no_template(tmp_path):
     said = texts(found.select("blockquote"))
     assert "What is <b>?" in said and "a mid" in said and not any("<|" in text or "user" in text for text in said)
     assert texts(found.select("code")) == ["maths", "'\\n'", "<i>"] and not found.select("b, i, a")
-    assert texts(found.select(".sts-tok")) == ["is", "mid"]
+    assert texts(found.select(".sts-tok")) == ["is", "Why", "mid"]
     heights = [
         float(bar["style"].removeprefix("height: ").removesuffix("%")) for bar in found.select(".sts-histogram span")
     ]
