@@ -55,10 +55,10 @@ def _rows(name: str, split: str) -> Iterator[Row]:
         yield from json_lines(path)
         return
     root = os.environ.get("STS_DATA_DIR", "")
-    there = "without that file" if Path(root).expanduser().is_dir() else "which is no folder"
-    hint = (f"put {name}/{split}.jsonl in a folder and name that folder in STS_DATA_DIR "
-            f"({f'now {root}, {there}' if root else 'not set now'})")
-    if not (source.hub and _HUB.get()) or there == "which is no folder" and root:
+    mistyped = bool(root) and not Path(root).expanduser().is_dir()
+    there = f"now {root}, {'which is no folder' if mistyped else 'without that file'}" if root else "not set now"
+    hint = f"put {name}/{split}.jsonl in a folder and name that folder in STS_DATA_DIR ({there})"
+    if mistyped or not (source.hub and _HUB.get()):
         raise MissingData(f"Data set {name!r} is in no local folder: {hint}.")
     import datasets
     from datasets.exceptions import DatasetNotFoundError

@@ -63,6 +63,15 @@ def test_strengths_count_every_firing_and_show_middling_texts(activations):
     assert silent["middling"] == []
 
 
+def test_middling_texts_are_others_than_the_strongest(tmp_path):
+    values = [8.0, 7.0, 6.0, 5.0, 4.5, 4.0, 1.0]  # one a text; four are shown as the strongest
+    save_file({"activations_TD": torch.tensor([[value, 0, 0] for value in values], dtype=torch.bfloat16),
+               "piece_T": torch.arange(7), "position_T": torch.ones(7, dtype=torch.long)},
+              tmp_path / "shard-00000.safetensors")
+    row, = strengths(Firings(Sae, tmp_path, [[0, 1, 2]] * 7, Tokenizer, [0]))
+    assert [context["value"] for context in row["middling"]] == [4.0, 4.5]
+
+
 def test_promoted_tokens_are_those_that_a_step_along_the_decoder_direction_raises(lm_of):
     lm, sae = lm_of("gemma3"), topk_sae(64)
     row, = promoted_tokens(lm, sae, [5], top=3)
