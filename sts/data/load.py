@@ -33,7 +33,8 @@ def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) 
         raise one_of(f"Split of data set {name!r}", split, known[name])
     if name == "gsm_symbolic":
         return gsm_symbolic(limit or 1000, seed=seed + (1_000_000 if split == "test" else 0))
-    examples = mmlu_exemplars() if name == "mmlu_exemplars" else _read(name, split or known[name][0])
+    worked = (name, split) in (("mmlu_exemplars", split), ("mmlu", "worked"))
+    examples = mmlu_exemplars(by_subject=name == "mmlu") if worked else _read(name, split or known[name][0])
     return random.Random(seed).sample(examples, min(limit, len(examples))) if limit else examples
 
 
@@ -65,7 +66,8 @@ def _rows(name: str, split: str) -> Iterator[Row]:
 
     try:
         for config in source.hub_configs:
-            table: Any = datasets.load_dataset(source.hub, config, split=split, revision=source.revision)
+            table: Any = datasets.load_dataset(source.hub, config, split=dict(source.hub_splits).get(split, split),
+                                               revision=source.revision)
             yield from (Row(row, f"{source.hub} ({config}, {split})", number) for number, row in enumerate(table, 1))
     except (OSError, ValueError, DatasetNotFoundError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -145,9 +147,9 @@ def gsm_symbolic(count: int, *, seed: int) -> list[Example]:
             for index, row in enumerate(reasoning_gym.create_dataset("gsm_symbolic", size=count, seed=seed))]
 
 
-def mmlu_exemplars() -> list[Example]:
+def mmlu_exemplars(*, by_subject: bool = False) -> list[Example]:
     """The 282 worked MMLU examples (4 or 5 for each of 57 subjects) of lm-evaluation-harness' `flan_cot_fewshot` tasks,
-    without the boilerplate that opens each solution."""
+    without the boilerplate that opens each solution; their domain is MMLU-Pro's category, or the subject."""
     import lm_eval
     import yaml
 
@@ -157,8 +159,8 @@ def mmlu_exemplars() -> list[Example]:
         for index, sample in enumerate(document["fewshot_config"]["samples"]):
             question, options = split_options(sample["question"])
             right = LETTERS.index(re.findall(r"answer is \(?([A-J])\)?", sample["target"])[0])
-            examples.append(Example(f"mmlu_exemplars-{subject}-{index}", domain, question, options, right,
-                                    options[right], without_preamble(sample["target"])))
+            examples.append(Example(f"mmlu_exemplars-{subject}-{index}", subject if by_subject else domain, question,
+                                    options, right, options[right], without_preamble(sample["target"])))
     return examples
 
 

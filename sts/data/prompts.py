@@ -72,6 +72,21 @@ def without_options(example: Example) -> Example:
     return replace(example, options=(), answer_index=-1, solution=solution)
 
 
+def few_shot_text(example: Example, shots: Sequence[Example], kind: str) -> str:
+    """A question behind examples of its domain in plain text, ready for the right option's `letter` or `text`, to the
+    letter as lm-evaluation-harness' tasks `mmlu` and `mmlu_continuation` ask it."""
+    def asked(one: Example) -> str:
+        if kind == "text":
+            return f"Question: {one.question.strip()}\nAnswer:"
+        options = [f"{letter}. {option}" for letter, option in zip(LETTERS, one.options, strict=False)]
+        return "\n".join([one.question.strip(), *options, "Answer:"])
+
+    about = "questions" if kind == "text" else "multiple choice questions"
+    return (f"The following are {about} (with answers) about {example.domain.replace('_', ' ')}.\n\n" + "".join(
+        f"{asked(one)} {LETTERS[one.answer_index] if kind == 'letter' else one.answer}\n\n" for one in shots)
+        + asked(example))
+
+
 def render(tokenizer: PreTrainedTokenizerBase, question: str, demonstrations: Sequence[Example] = (),
            answer: str | None = None) -> str:
     """The prompt's text, for `encode`: demonstrations as earlier turns, the question last, ready for the answer; with

@@ -28,14 +28,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Source:
-    """A question set: its reader of rows, its splits, and repository, configurations and revision on the hub, if any.
-    Local files are <name>/<split>.jsonl."""
+    """A question set: its reader of rows, its splits, and repository, configurations and revision on the hub, if any,
+    with splits that are called otherwise there. Local files are <name>/<split>.jsonl. `shots`: the split whose examples
+    of the same domain are put in front of a question that is evaluated; `validation`: one that is never reported on."""
 
     read: Callable[[Row, str], Example]
     splits: tuple[str, ...]
     hub: str = ""
     revision: str | None = None
     hub_configs: tuple[str, ...] = ("default",)
+    hub_splits: tuple[tuple[str, str], ...] = ()
+    shots: str = ""
+    validation: str = ""
 
 
 _PREAMBLE = re.compile(
@@ -82,8 +86,8 @@ def _mmlu_pro(row: Row, row_id: str) -> Example:
 
 def _mmlu(row: Row, row_id: str) -> Example:
     options = row.options("choices")
-    index, domain = row.index("answer", options), MMLU_PRO_CATEGORY[row.text("subject", of=MMLU_PRO_CATEGORY)]
-    return Example(row_id, domain, row.text("question"), options, index, options[index], "")
+    index, subject = row.index("answer", options), row.text("subject", of=MMLU_PRO_CATEGORY)
+    return Example(row_id, subject, row.text("question"), options, index, options[index], "")
 
 
 def _arc(row: Row, row_id: str) -> Example:
@@ -125,7 +129,9 @@ SOURCES: dict[str, Source] = {
                    ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
                     "prealgebra", "precalculus")),
     "limo": Source(_open("math", "question", "solution", "answer"), ("train",), "GAIR/LIMO"),
-    "mmlu": Source(_mmlu, ("test", "val", "dev")),
+    # "worked": the same five questions a subject as "dev", with solutions, which lm-evaluation-harness carries.
+    "mmlu": Source(_mmlu, ("test", "val", "dev", "worked"), "cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe",
+                   ("all",), (("val", "validation"),), shots="dev", validation="val"),
     "arc_easy": Source(_arc, ("train", "test")),
     "arc_challenge": Source(_arc, ("train", "test")),
     "mbpp": Source(_open("code", "text", "code"), ("all",)),

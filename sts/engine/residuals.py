@@ -107,6 +107,11 @@ class Prefix:
     cached: int = 0
     cache: DynamicCache | None = None
 
+    def inputs(self) -> dict[str, Any]:
+        """What a forward pass of rows that stand behind it takes."""
+        layers: list[Any] = [_SharedLayer(one) for one in self.cache.layers] if self.cache else []
+        return {"use_cache": True, "past_key_values": Cache(layers=layers)} if layers else {"use_cache": False}
+
 
 NO_PREFIX = Prefix()
 
@@ -179,9 +184,7 @@ class Extractor:
         rest = [torch.tensor(ids[prefix.cached:last]) for ids, (_, last) in rows]
         # Padding on the right needs no mask: causal attention never looks at it, and its rows are not chosen.
         ids_BP = pad_sequence(rest, batch_first=True)
-        layers: list[Any] = [_SharedLayer(one) for one in prefix.cache.layers] if prefix.cache else []
-        inputs = {"use_cache": True, "past_key_values": Cache(layers=layers)} if layers else {"use_cache": False}
-        residual_BPD = self._forward(ids_BP, **inputs)
+        residual_BPD = self._forward(ids_BP, **prefix.inputs())
         residual_TD = torch.cat([row_PD[first - prefix.cached:last - prefix.cached]
                                  for row_PD, (_, (first, last)) in zip(residual_BPD, rows, strict=True)])
         # Before any mask of the caller: an outlier norm is left out on purpose, an overflow must not be.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,15 @@ class Work:
         self.tokens += tokens
         self.padded_tokens += padded_tokens
         self.layer_tokens += padded_tokens * layers
+
+    def include(self, counted: Mapping[Any, Any]) -> None:
+        """Add what another computation counted, as `to_dict` gives it."""
+        self.tokens += counted["tokens"]
+        self.padded_tokens += counted["padded_tokens"]
+        self.layer_tokens += counted["layer_tokens"]
+        self.of_layers = counted["of_layers"]
+        for text in counted["notes"]:
+            self.note(text)
 
     def note(self, text: str) -> None:
         if text not in self.notes:

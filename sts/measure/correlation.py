@@ -203,6 +203,25 @@ def bootstrap_interval(x_N: np.ndarray, y_N: np.ndarray, resamples: int, seed: i
     return percentile_interval(values_B[np.isfinite(values_B)][:resamples])
 
 
+def cluster_interval(x_SN: np.ndarray, y_SN: np.ndarray, clusters_N: Sequence, resamples: int = 5000,
+                     seed: int = 0) -> dict[str, Any] | None:
+    """Interval of the mean over seeds of Pearson's correlation, whole clusters of points drawn with replacement: what
+    points of one cluster have in common (subjects of one category) is then drawn once, not as often as it has points.
+    """
+    members_CN = np.asarray(clusters_N) == np.unique(clusters_N)[:, None]
+    n = len(members_CN)
+    weights_BN = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples) @ members_CN
+    weights_BN = weights_BN / weights_BN.sum(1, keepdims=True)
+
+    def covariances(one_SN: np.ndarray, other_SN: np.ndarray) -> np.ndarray:
+        return weights_BN @ (one_SN * other_SN).T - (weights_BN @ one_SN.T) * (weights_BN @ other_SN.T)
+
+    x_SN, y_SN = units(x_SN), units(y_SN)
+    spread_BS = np.sqrt(np.maximum(covariances(x_SN, x_SN) * covariances(y_SN, y_SN), 0))
+    # Of a resample of one value alone, rounding is left.
+    return percentile_interval((covariances(x_SN, y_SN) / np.where(spread_BS > CONSTANT, spread_BS, np.nan)).mean(1))
+
+
 class Resamples(NamedTuple):
     """Resampled experiments: the domain at each place, the share of each seed, and the absolute mean change there."""
 

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
 from sts.errors import StsError
+from sts.measure.correlation import correlation_rows
 
 #: What the domain shift is measured in: percentage points, and bits per character of the right answer.
 MEASURES = ("accuracy", "p_right", "bits", "accuracy_generated")
@@ -80,12 +81,14 @@ def mcnemar_p(before_N: np.ndarray, after_N: np.ndarray) -> float:
 def item_measures(rows: pandas.DataFrame) -> pandas.DataFrame:
     """Every measure of every item (index example_id, column domain), from rows of `engine.evaluate.evaluate`.
 
-    accuracy: the right option's letter is the likeliest, the first of those that tie; p_right: its share of the
-    letters' probability; both 0 to 100. bits: of the right answer, per character. NaN where not evaluated.
+    accuracy: the right option's letter, or text where no letters are scored, is the likeliest, the first of those that
+    tie; p_right: its share of the options' probability; both 0 to 100. bits: of the worked solution, or where none is
+    scored of the right option's text, per character. NaN where not evaluated.
     """
     items = rows.groupby("example_id", sort=False)["domain"].first().to_frame()
     items[list(MEASURES)] = np.nan
-    letters = rows[rows["kind"] == "letter"]
+    letters, texts, solutions = (rows[rows["kind"] == kind] for kind in ("letter", "text", "solution"))
+    letters = letters if len(letters) else texts
     if len(letters):
         by_item = letters.groupby("example_id")["loglikelihood"]
         weight = pandas.Series(np.exp(letters["loglikelihood"] - by_item.transform("max")))
@@ -93,9 +96,20 @@ def item_measures(rows: pandas.DataFrame) -> pandas.DataFrame:
         right = np.asarray(letters["is_right"], bool)
         items["p_right"] = pandas.Series(100 * np.asarray(p)[right], index=np.asarray(letters["example_id"])[right])
         items["accuracy"] = 100.0 * rows.loc[by_item.idxmax()].set_index("example_id")["is_right"].astype(float)
-    solutions = rows[rows["kind"] == "solution"].set_index("example_id")
+    solutions = (solutions if len(solutions) else texts.loc[texts["is_right"]]).set_index("example_id")
     items["bits"] = -solutions["loglikelihood"] / math.log(2) / solutions["characters"]
     return items
+
+
+def above_chance(rows: pandas.DataFrame) -> dict[str, float]:
+    """Of rows of one kind of option: n questions, mean accuracy, its standard error, p_right and what guessing gives,
+    in per cent; z: accuracy above guessing, in standard errors."""
+    items, options = item_measures(rows), rows.groupby("example_id").size()
+    right = paired_mean_interval(items["accuracy"])
+    chance = float(np.mean(100 / options.to_numpy()))
+    return {"n": right.n, "accuracy": right.mean, "standard_error": right.standard_error,
+            "p_right": float(np.mean(items["p_right"])), "chance": chance,
+            "z": (right.mean - chance) / right.standard_error if right.standard_error else 0.0}
 
 
 def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples: int = 5000,
@@ -132,6 +146,30 @@ def item_differences(evaluations: Mapping[int, tuple[pandas.DataFrame, pandas.Da
               for measure in MEASURES}
     return {measure: {str(domain): rows.to_numpy() for domain, rows in frame.groupby(frame.index.map(domains))}
             for measure, frame in frames.items() if len(frame)}
+
+
+def change_quality(differences: Mapping[str, np.ndarray], *, splits: int = 500, seed: int = 0) -> dict[str, float]:
+    """How well the absolute changes of domains are known, mean over seeds; domain -> after minus before of its
+    questions, items x seeds.
+
+    Returns:
+        change: mean absolute change; noise: what questions that rise and fall by chance alone would give; beyond: share
+        of domains above 1.96 standard errors; reliability: Spearman and Brown's, of the correlation over domains of
+        two random halves of every domain's questions, mean over `splits`. `StsError` for a domain of fewer than 4.
+    """
+    if few := [domain for domain, own in differences.items() if len(own) < 4]:
+        raise StsError(f"Domain {few[0]!r} has {len(differences[few[0]])} questions, too few for two halves; raise "
+                       "eval_limit.")
+    generator, r = np.random.default_rng(seed), []
+    for _ in range(splits):
+        halves_2NS = np.abs([[half.mean(0) for half in np.array_split(generator.permutation(own), 2)]
+                             for own in differences.values()]).swapaxes(0, 1)
+        r.append(correlation_rows(*halves_2NS.swapaxes(1, 2)).mean())
+    halves = float(np.mean(r))
+    change_NS = np.abs([own.mean(0) for own in differences.values()])
+    error_NS = np.array([own.std(0, ddof=1) / math.sqrt(len(own)) for own in differences.values()])
+    return {"change": float(change_NS.mean()), "noise": float(error_NS.mean() * math.sqrt(2 / math.pi)),
+            "beyond": float((change_NS > 1.96 * error_NS).mean()), "reliability": 2 * halves / (1 + halves)}
 
 
 def reliability(changes: ArrayLike, standard_errors: ArrayLike) -> float:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sts.data import groups, load
 from sts.data.prompts import question_text, render, solution_text
-from sts.data.sources import Example
+from sts.data.sources import SOURCES, Example
 from sts.errors import StsError
 from sts.run.stage import RESOURCES, Resource
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _MODEL = ("model", "model_revision")
 _TRAINING = ("sft_data", "sft_examples", "sft_held_out", "seed")
 _DOMAINS = ("domain_data", "domain_split", "domains", "domain_limit")
+_VALIDATION = ("domain_data", "domains", "validation_limit")
 _SET_ASIDE = ("domain_data", "demonstration_split", "domains")
 _TEXTS = ("text_data", "text_examples", "seed")
 #: Inputs of which records keep the settings that decide them, as stages need not use them.
@@ -128,6 +129,24 @@ def questions(run):
     return run.once("evaluation data", _DOMAINS, partial(_by_domain, run, own.domain_split, own.domain_limit))
 
 
+def _of_split(run, what: str, limit: int) -> dict[str, list]:
+    name = run.settings.domain_data
+    split = getattr(SOURCES[name], what) if name in SOURCES else ""
+    return run.once(what, _VALIDATION, partial(_by_domain, run, split, limit)) if split else {}
+
+
+@resource(inputs=("domain_data",))
+def shots(run):
+    """Domain -> examples put in front of a question that is evaluated; empty where the set names no split of them."""
+    return _of_split(run, "shots", 0)
+
+
+@resource(("validation_limit",), ("validation",))
+def validation(run):
+    """Domain -> questions that are never reported on, to choose by how a model is asked."""
+    return _of_split(run, "validation", run.settings.validation_limit)
+
+
 @resource(inputs=("demonstrations",))
 def examples_set_aside(run):
     """Domain -> examples for demonstrations; empty if they come from the questions themselves."""
@@ -217,8 +236,10 @@ def _sae_text_digest(run: OpenRun) -> str:
 
 #: Input -> the settings that decide what it is, and a function of a run: its examples, or its digest.
 INPUTS = {"model": (_MODEL, _model_digest), "sft_train": (_TRAINING, train), "sft_held_out": (_TRAINING, held_out),
-          "domain_data": (_DOMAINS, questions), "demonstrations": (_SET_ASIDE, examples_set_aside),
-          "text_data": (_TEXTS, texts), "sae_text": ((*_MODEL, "sae_text"), _sae_text_digest),
+          "domain_data": (_DOMAINS, lambda run: [questions(run), shots(run)]),
+          "demonstrations": (_SET_ASIDE, examples_set_aside),
+          "validation": (_VALIDATION, validation), "text_data": (_TEXTS, texts),
+          "sae_text": ((*_MODEL, "sae_text"), _sae_text_digest),
           "trial_problems": ((*_TRAINING, "sft_trial_examples"), trial),
           "generation_data": ((*_TRAINING, *_DOMAINS, *_SET_ASIDE, "eval_generate", "eval_limit", "demonstrations"),
                               benchmarks)}

@@ -113,8 +113,10 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     lora_alpha: Count = _is("their scale", 64)
     eval_limit: Index = _is("questions a domain at most; 0 for all", 0)
     eval_batch: Count = _is("questions in one evaluation batch", 8)
-    eval_kinds: list[Literal["letter", "solution"]] = _is(
-        "what log-likelihoods are taken of: options' letters, worked solution", ["letter", "solution"], min_length=1)
+    eval_kinds: list[Literal["letter", "text", "solution"]] = _is(
+        "what log-likelihoods are taken of: options' letters, their texts (behind examples), worked solution",
+        ["letter", "solution"], min_length=1)
+    validation_limit: Index = _is("questions a domain at most on which letters and texts are compared; 0 for all", 0)
     eval_generate: list[Literal["mmlu_pro", "gsm8k", "math", "sft_held_out"]] = _is(
         "answered in words as well: domain_data (mmlu_pro), GSM8K, MATH, held-out problems of sft_data", [])
     eval_max_tokens: Count = _is("tokens of a generated answer, at most", 1024)

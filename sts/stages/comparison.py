@@ -9,7 +9,7 @@ import pandas
 
 from sts.data.prompts import question_text
 from sts.errors import StsError
-from sts.measure import baselines
+from sts.measure import baselines, items
 from sts.measure.baselines import split_domains
 from sts.measure.compare import SCORES, Comparison, null
 from sts.measure.correlation import correlate, correlation_rows, plain, power_of_design
@@ -207,6 +207,13 @@ def baseline_confounds(each_seed, bootstrap, permutations, seed):
             rows += [{"measure": measure, "score": score, "controls": list(controls), **row}
                      for score, row in zip(SCORES, compared.partial(SCORES, controls), strict=True)]
     return rows
+
+
+@stage("json", also=EVERY_SEED)
+def change_quality(each_seed, seed):
+    """How well each measure's changes are known: `items.change_quality`."""
+    return [{"measure": measure, "n": len(differences), "seeds": len(each_seed)}
+            | plain(items.change_quality(differences, seed=seed)) for measure, differences, _ in _measured(each_seed)]
 
 
 @stage("json")

@@ -14,7 +14,7 @@ from sts.engine.finetune import FineTuning, fine_tune, load_tuned
 from sts.engine.generation import generate_and_score, open_engine, open_vllm
 from sts.engine.models import resolve_model
 from sts.errors import StsError
-from sts.measure.items import item_measures, item_shifts
+from sts.measure.items import above_chance, item_measures, item_shifts
 from sts.run.stage import stage, steps
 
 
@@ -59,19 +59,30 @@ def _asked(questions, limit):
     return [example for group in questions.values() for example in group[:limit or None]]
 
 
+@stage("json")
+def answer_forms(lm, validation, shots, eval_batch, report, work, scratch):
+    """Options' letters and texts on validation questions, untuned: `items.above_chance` of each, by which `eval_kinds`
+    is chosen before anything is trained."""
+    rows = evaluate(lm, _asked(validation, 0), kinds=("letter", "text"), shots=shots, batch=eval_batch, scratch=scratch,
+                    report=report, work=work)
+    return [{"form": str(form)} | above_chance(own) for form, own in rows.groupby("kind")]
+
+
 @stage("parquet", version=2)
-def evaluation_before(lm, questions, eval_limit, eval_batch, eval_kinds, report, work):
-    """Log-likelihoods of `eval_kinds` (option letters, worked solutions) under the untuned model."""
-    return evaluate(lm, _asked(questions, eval_limit), kinds=eval_kinds, batch=eval_batch, report=report, work=work)
+def evaluation_before(lm, questions, shots, eval_limit, eval_batch, eval_kinds, report, work, scratch):
+    """Log-likelihoods of `eval_kinds` under the untuned model."""
+    return evaluate(lm, _asked(questions, eval_limit), kinds=eval_kinds, shots=shots, batch=eval_batch, scratch=scratch,
+                    report=report, work=work)
 
 
 @stage("parquet", version=2, inputs_without=("sft_train",))
-def evaluation_after(tuned, train, questions, eval_limit, eval_batch, eval_kinds, report, work):
+def evaluation_after(tuned, train, questions, shots, eval_limit, eval_batch, eval_kinds, report, work, scratch):
     """The same under the tuned model; questions that it was trained on are counted in the record of what was run."""
     asked = _asked(questions, eval_limit)
     if shared := shared_questions(train, asked):
         work.note(f"{shared} of the {len(asked)} questions that are evaluated were trained on.")
-    return evaluate(tuned, asked, kinds=eval_kinds, batch=eval_batch, report=report, work=work)
+    return evaluate(tuned, asked, kinds=eval_kinds, shots=shots, batch=eval_batch, scratch=scratch, report=report,
+                    work=work)
 
 
 @stage("parquet", version=4)

@@ -9,6 +9,7 @@ from scipy import stats as scipy_stats
 
 from sts.errors import StsError
 from sts.measure.items import (
+    change_quality,
     crossed_mean_interval,
     item_differences,
     item_measures,
@@ -246,3 +247,20 @@ def test_reliability_bounds_what_a_perfect_forecast_can_reach():
         reliability([1, 1, 1], [1, 1, 1])
     with pytest.raises(StsError, match="one question"):
         reliability([1, 2, 3], [np.nan] * 3)
+
+
+def test_the_reliability_of_changes_is_the_share_of_their_variance_that_is_not_noise():
+    # Domains' true changes have variance 1 and lie far from 0; a mean over 40 questions has noise of variance 0.5.
+    generator = np.random.default_rng(5)
+    true_N = 8 + generator.standard_normal(400)
+    differences = {str(place): mean + generator.normal(0, math.sqrt(20), (40, 2)) for place, mean in enumerate(true_N)}
+    found = change_quality(differences, splits=50)
+    assert found["reliability"] == pytest.approx(1 / 1.5, abs=0.05)
+    assert found["change"] == pytest.approx(8, abs=0.2)
+    assert found["beyond"] == 1
+    nothing = change_quality({name: own - own.mean(0) + generator.normal(0, math.sqrt(0.5), 2)
+                                    for name, own in differences.items()}, splits=50)
+    assert nothing["noise"] == pytest.approx(nothing["change"], rel=0.1)
+    assert nothing["beyond"] == pytest.approx(0.05, abs=0.03)
+    with pytest.raises(StsError, match="'law' has 3 questions, too few"):
+        change_quality({"law": np.zeros((3, 1))})

@@ -13,6 +13,7 @@ from sts.measure import correlation
 from sts.measure.correlation import (
     Resamples,
     bootstrap_interval,
+    cluster_interval,
     correlation_rows,
     hierarchical_resamples,
     percentile_interval,
@@ -162,3 +163,21 @@ def test_swapping_rarely_finds_a_difference_where_there_is_none():
     noise = generator.normal(size=(2, 400, 1, 10))
     tests = swap_tests(change + noise[0], change + noise[1], change)
     assert 0.02 < np.mean([test.p <= 0.05 for test in tests]) < 0.09
+
+
+def test_whole_clusters_are_drawn():
+    generator = np.random.default_rng(3)
+    clusters_N = generator.integers(0, 6, 40)
+    x_SN = generator.standard_normal((2, 40)) + 0.3 * clusters_N
+    y_SN = 0.5 * x_SN + generator.standard_normal((2, 40))
+    naive = []
+    for _ in range(4000):
+        points = np.concatenate([np.flatnonzero(clusters_N == one) for one in generator.integers(0, 6, 6)])
+        naive.append(np.mean([pearsonr(x_N[points], y_N[points])[0] for x_N, y_N in zip(x_SN, y_SN, strict=True)]))
+    found = cluster_interval(x_SN, y_SN, clusters_N.tolist(), 4000)
+    assert [found["low"], found["high"]] == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.03)
+    # Four copies of every point say nothing more than one; drawing points, they would.
+    copied = [np.repeat(own, 4, axis=1) for own in (x_SN, y_SN)]
+    names = [f"subject {place}" for place in range(40)]
+    assert cluster_interval(*copied, np.repeat(names, 4)) == pytest.approx(cluster_interval(x_SN, y_SN, names))
+    assert cluster_interval(x_SN[:, :3], np.ones((2, 3)), ["a", "b", "c"]) is None

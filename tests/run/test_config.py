@@ -237,7 +237,7 @@ def test_paths_in_a_profile_are_relative_to_its_file_and_overrides_to_where_one_
     ({"sweep_seeds": [7]}, r"sweep_seeds: \[7\] must be among the run's seeds, \[1\]"),
     ({"sweep_widths": [4]}, "sweep_widths: 8 latents of only 4"),
     ({"overlap_demonstrations": []}, "'overlap_demonstrations'.*at least 1 item"),
-    ({"eval_kinds": ["option"]}, "'eval_kinds.0'.*'letter' or 'solution'")], ids=str)
+    ({"eval_kinds": ["option"]}, "'eval_kinds.0'.*'letter', 'text' or 'solution'")], ids=str)
 def test_values_that_do_not_go_together_are_one_line(changes, message):
     with pytest.raises(StsError, match=message) as error:
         load_run("smoke", changes)

@@ -308,12 +308,13 @@ def test_changed_data_recomputes_what_reads_it(tmp_path, calls, monkeypatch):
 
     def asked(text):
         row = {"subject": "virology", "question": text, "choices": ["a", "b"], "answer": 0}
-        (tmp_path / "data" / "mmlu" / "test.jsonl").write_text(json.dumps(row) + "\n")
+        for split in ("test", "dev", "val"):
+            (tmp_path / "data" / "mmlu" / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
         return open_run("smoke", results=tmp_path, domain_data="mmlu").get("delta")
 
-    assert asked("first?") == asked("first?") == {"health": ["first?"]}
+    assert asked("first?") == asked("first?") == {"virology": ["first?"]}
     assert calls == ["delta"]
-    assert asked("second?") == {"health": ["second?"]}
+    assert asked("second?") == {"virology": ["second?"]}
     assert calls == ["delta", "delta"]
 
 
