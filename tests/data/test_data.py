@@ -134,7 +134,7 @@ ROWS = {
     ("mmlu", "val"): (
         {"question": "Who drafts contracts?", "subject": "jurisprudence",
          "choices": ["bakers", "sailors", "lawyers", "actors"], "answer": 2},
-        Example("mmlu-val-0", "law", "Who drafts contracts?", ("bakers", "sailors", "lawyers", "actors"), 2,
+        Example("mmlu-val-0", "jurisprudence", "Who drafts contracts?", ("bakers", "sailors", "lawyers", "actors"), 2,
                 "lawyers", "")),
     # ARC numbers some options 1 to 4 rather than A to D.
     ("arc_easy", "test"): (
