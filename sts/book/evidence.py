@@ -58,7 +58,7 @@ def _learned(run: OpenRun, claim: Claim) -> bool:
 def _at_chance(run: OpenRun) -> bool:
     """Whether accuracy before training is within 1.96 standard errors of guessing, or below."""
     rows = run.get("evaluation_before")
-    items = rows[rows["kind"] == "letter"].groupby("example_id")
+    items = rows[rows["option"] >= 0].groupby("example_id")
     right_N = rows.loc[items["loglikelihood"].idxmax(), "is_right"].to_numpy(float)
     guess_N = 1 / items.size().to_numpy(float)
     return bool(right_N.mean() <= guess_N.mean() + 1.96 * math.sqrt((guess_N * (1 - guess_N)).sum()) / len(guess_N))

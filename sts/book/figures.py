@@ -23,15 +23,16 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sts.data.sources import DOMAINS, MMLU_PRO_CATEGORY
+
 #: Okabe and Ito, without its yellow, which is too pale for points on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS, LINES, HATCHES = ("o", "s", "^", "D", "v", "P", "X", "*"), ("-", "--", "-.", ":"), ("", "///", "...", "xx")
 GREY = "#666666"
 THEME = {"figure.dpi": 110, "savefig.bbox": "tight"} | dict.fromkeys(
     ("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 10)
-#: The paper's domains in their order; others take what comes by their name.
-DOMAINS = ("biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history",
-           "law", "math", "other", "philosophy", "physics", "psychology")
+#: With more domains lines lie closer, and a scatter names those at its rim alone.
+MANY, NAMED = 20, 12
 Column = str | Callable[[dict], Any]
 
 
@@ -51,7 +52,8 @@ def value_of(row: Any, path: str | None) -> Any:
 
 
 def domain_style(domain: str) -> tuple[str, str]:
-    """Colour and marker of a domain, the same in every figure."""
+    """Colour and marker of a domain, of a subject those of its category; the same in every figure."""
+    domain = MMLU_PRO_CATEGORY.get(domain, domain)
     place = DOMAINS.index(domain) if domain in DOMAINS else len(DOMAINS) + sum(domain.encode())
     return COLOURS[place % len(COLOURS)], MARKERS[place // len(COLOURS) % len(MARKERS)]
 
@@ -85,7 +87,8 @@ def _listed(rows: Any, y: str, x: str, panel: str | None, hue: str | None, xlabe
     """A figure with labels from the top, and for each row: axis, row, height, place of the hue, width."""
     rows = [row for row in rows_of(rows) if value_of(row, x) is not None]
     labels, hues = _kinds(rows, y), _kinds(rows, hue)
-    figure, axes = _axes(_kinds(rows, panel), 1.1 + len(labels) * (0.2 + room * len(hues)), names, xlabel=xlabel)
+    each = 0.2 + room * len(hues) if len(labels) <= MANY else 0.16
+    figure, axes = _axes(_kinds(rows, panel), 1.1 + len(labels) * each, names, xlabel=xlabel)
     for axis in axes.values():
         axis.set_yticks(range(len(labels)), [names.get(label, label) for label in labels])
         axis.set_ylim(len(labels) - 0.4, -0.6)
@@ -140,7 +143,7 @@ def scatter(rows: Any, x: str = "score", y: str = "change", *, panel: str | None
         axis, (colour, marker) = axes[value_of(row, panel)], domain_style(row["domain"])
         face = colour if filled is None or row[filled] else "white"
         axis.plot(row[x], row[y], marker, color=colour, markerfacecolor=face)
-        texts[axis].append(axis.text(row[x], row[y], row["domain"], path_effects=halo))
+        texts[axis].append(axis.text(row[x], row[y], row["domain"].replace("_", " "), path_effects=halo))
     for axis, own in texts.items():
         right, up = numpy.array([text.get_position() for text in own], dtype=float).reshape(-1, 2).T
         if fit and len(own) > 2:
@@ -148,6 +151,11 @@ def scatter(rows: Any, x: str = "score", y: str = "change", *, panel: str | None
                             line_kws={"linestyle": "--", "linewidth": 1.5})
         axis.margins(x=0.14, y=0.1)
         axis.locator_params(axis="x", nbins=4)
+        if len(own) > MANY:
+            far = sum(((values - values.mean()) / (values.std() or 1)) ** 2 for values in (right, up))
+            for place in numpy.argsort(far)[:-NAMED]:
+                own[place].remove()
+            own = [own[place] for place in numpy.argsort(far)[-NAMED:]]
         if own:
             adjust_text(own, x=right, y=up, ax=axis, expand=(1.15, 1.7), iter_lim=300,
                         arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6})
@@ -175,9 +183,11 @@ def curves(lines: Mapping[str, Any], xlabel: str = "", ylabel: str = "", *, logx
 def heat(frame: pandas.DataFrame, xlabel: str = "", ylabel: str = "", label: str = "", form: str = ".2f",
          centre: float | None = None) -> Figure:
     """A table of numbers, coloured; diverging about `centre`, if there is one."""
-    figure, axes = _axes([None], 1.4 + 0.36 * len(frame))
-    seaborn.heatmap(frame.astype(float), ax=axes[None], annot=True, fmt=form, center=centre, linewidths=0.5,
-                    cmap="viridis" if centre is None else "vlag", cbar_kws={"label": label}, annot_kws={"size": 10})
+    few = len(frame) <= MANY
+    figure, axes = _axes([None], 1.4 + (0.36 if few else 0.16) * len(frame))
+    seaborn.heatmap(frame.astype(float), ax=axes[None], annot=few, yticklabels=True, fmt=form, center=centre,
+                    linewidths=0.5, cmap="viridis" if centre is None else "vlag", cbar_kws={"label": label},
+                    annot_kws={"size": 10})
     axes[None].set(xlabel=xlabel, ylabel=ylabel)
     axes[None].tick_params(axis="y", rotation=0)
     return _closed(figure)

@@ -67,7 +67,10 @@ def units(values_N: np.ndarray, controls_NK: np.ndarray | None = None) -> np.nda
     spread = np.where(spread > 0, spread, np.nan)
     left = (values_N - values_N.mean(-1, keepdims=True)) / spread
     if controls_NK is not None:
-        basis_NK = np.linalg.qr(units(controls_NK.swapaxes(-1, -2)).swapaxes(-1, -2))[0]
+        # Of a control that is constant here (a category without a domain in this resample) nothing is taken out.
+        known_NK = np.nan_to_num(units(controls_NK.swapaxes(-1, -2))).swapaxes(-1, -2)
+        basis_NK, size_K, _ = np.linalg.svd(known_NK, full_matrices=False)
+        basis_NK = basis_NK * (size_K > 1e-9)[..., None, :]
         left = left - (basis_NK @ (basis_NK.swapaxes(-1, -2) @ left[..., None]))[..., 0]
     length, size = (np.sqrt((own**2).sum(-1, keepdims=True)) for own in (left, values_N / spread))
     return left / np.where(length > CONSTANT * size, length, np.nan)

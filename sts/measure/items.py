@@ -155,11 +155,10 @@ def change_quality(differences: Mapping[str, np.ndarray], *, splits: int = 500, 
     Returns:
         change: mean absolute change; noise: what questions that rise and fall by chance alone would give; beyond: share
         of domains above 1.96 standard errors; reliability: Spearman and Brown's, of the correlation over domains of
-        two random halves of every domain's questions, mean over `splits`. `StsError` for a domain of fewer than 4.
+        two random halves of every domain's questions, mean over `splits`. `StsError` for a domain of fewer than 2.
     """
-    if few := [domain for domain, own in differences.items() if len(own) < 4]:
-        raise StsError(f"Domain {few[0]!r} has {len(differences[few[0]])} questions, too few for two halves; raise "
-                       "eval_limit.")
+    if few := [domain for domain, own in differences.items() if len(own) < 2]:
+        raise StsError(f"Domain {few[0]!r} has one question, too few for two halves; raise eval_limit.")
     generator, r = np.random.default_rng(seed), []
     for _ in range(splits):
         halves_2NS = np.abs([[half.mean(0) for half in np.array_split(generator.permutation(own), 2)]
@@ -170,15 +169,3 @@ def change_quality(differences: Mapping[str, np.ndarray], *, splits: int = 500, 
     error_NS = np.array([own.std(0, ddof=1) / math.sqrt(len(own)) for own in differences.values()])
     return {"change": float(change_NS.mean()), "noise": float(error_NS.mean() * math.sqrt(2 / math.pi)),
             "beyond": float((change_NS > 1.96 * error_NS).mean()), "reliability": 2 * halves / (1 + halves)}
-
-
-def reliability(changes: ArrayLike, standard_errors: ArrayLike) -> float:
-    """Share of the variance of measured changes over domains that is not noise of the questions, 0 to 1. No forecast
-    can be expected to correlate beyond its square root."""
-    changes_N, errors_N = np.asarray(changes, float), np.asarray(standard_errors, float)
-    if not np.isfinite(errors_N).any():
-        raise StsError("Every domain has one question, so the noise of its change is not known; raise eval_limit.")
-    variance = changes_N.var(ddof=1)
-    if not variance > 0:
-        raise StsError("The changes do not differ, so there is no variance to divide.")
-    return float(np.clip(1 - np.nanmean(errors_N**2) / variance, 0, 1))

@@ -8,18 +8,22 @@ import numpy as np
 import pandas
 
 from sts.data.prompts import question_text
+from sts.data.sources import MMLU_PRO_CATEGORY
 from sts.errors import StsError
 from sts.measure import baselines, items
 from sts.measure.baselines import split_domains
 from sts.measure.compare import SCORES, Comparison, null
-from sts.measure.correlation import correlate, correlation_rows, plain, power_of_design
-from sts.measure.items import MEASURES, item_differences, reliability
+from sts.measure.correlation import cluster_interval, correlate, correlation_rows, plain, power_of_design
+from sts.measure.items import MEASURES, item_differences, item_measures
 from sts.measure.paper import extremes, spread_ratio, with_selection
 from sts.measure.score import REVISION, VARIANTS, same_fraction
 from sts.run.stage import stage
 
-#: What the score is corrected for: how hard a domain is, and how long its questions are.
+#: What the score is corrected for: how hard a domain is, and how long its questions are; beside them the category of a
+#: subject and, where it is known, p(right) before training.
 CONTROLS = ("base_bits", "question_tokens")
+#: Below this reliability a correlation corrected for noise would be a guess.
+SMALLEST_SHARE = 0.1
 PROBES = {"probe_raw": "raw", "probe_sae": "sae"}
 #: Stages that the ones over all seeds read of every seed.
 EVERY_SEED = ("baseline_values", "evaluation_before", "evaluation_after")
@@ -197,34 +201,62 @@ def baseline_nulls(baseline_correlations, each_seed):
     return rows
 
 
-@stage("json", version=3, also=EVERY_SEED)
+def _categories(domains) -> list[str]:
+    """The category of each domain, of those that hold several; empty where none does."""
+    own = [MMLU_PRO_CATEGORY.get(domain, domain) for domain in domains]
+    return own if 1 < len(set(own)) < len(own) else []
+
+
+@stage("json", version=4, also=EVERY_SEED)
 def baseline_confounds(each_seed, bootstrap, permutations, seed):
-    """The score's partial correlation with the absolute change given each of `CONTROLS`, and both."""
-    rows = []
+    """The score's partial correlation with the absolute change given each control, and all of them (`all`)."""
+    rows, before = [], item_measures(each_seed[0].get("evaluation_before")).groupby("domain")["p_right"].mean()
     for measure, differences, values in _measured(each_seed, (*SCORES, *CONTROLS)):
+        domains, seeds = sorted(differences), len(each_seed)
+        controls, categories = {name: [name] for name in CONTROLS}, np.array(_categories(domains))
+        if before[domains].notna().all():
+            controls["base_p_right"], values["base_p_right"] = ["base_p_right"], np.tile(before[domains], (seeds, 1))
+        members = {f"category {name}": np.tile(categories == name, (seeds, 1)).astype(float)
+                   for name in sorted(set(categories))[1:]}
+        values |= members
+        controls |= {"category": list(members)} if members else {}
         compared = Comparison(differences, values, bootstrap=bootstrap, permutations=permutations, seed=seed)
-        for controls in (*((name,) for name in CONTROLS), CONTROLS):
-            rows += [{"measure": measure, "score": score, "controls": list(controls), **row}
-                     for score, row in zip(SCORES, compared.partial(SCORES, controls), strict=True)]
+        for own in (*([name] for name in controls), list(controls)):
+            taken = [column for name in own for column in controls[name]]
+            rows += [{"measure": measure, "score": score, "controls": own, "all": len(own) == len(controls), **row}
+                     for score, row in zip(SCORES, compared.partial(SCORES, taken), strict=True)]
     return rows
 
 
-@stage("json", also=EVERY_SEED)
+@stage("json", version=2, also=EVERY_SEED)
 def change_quality(each_seed, seed):
-    """How well each measure's changes are known: `items.change_quality`."""
-    return [{"measure": measure, "n": len(differences), "seeds": len(each_seed)}
-            | plain(items.change_quality(differences, seed=seed)) for measure, differences, _ in _measured(each_seed)]
-
-
-@stage("json")
-def baseline_power(domain_shift):
-    """What this design could have found (`power_of_design`), and the reliability of absolute changes, by measure."""
-    rows = []
-    for measure, own in domain_shift.groupby("measure"):
-        row = {"measure": measure}
+    """How well each measure's changes are known (`items.change_quality`) and what so many domains can find
+    (`power_of_design`); before: mean of the domains' values before training."""
+    rows, before = [], item_measures(each_seed[0].get("evaluation_before")).groupby("domain")[list(MEASURES)].mean()
+    for measure, differences, _ in _measured(each_seed):
+        row = {"measure": measure, "n": len(differences), "seeds": len(each_seed), "before": before[measure].mean()}
         try:
-            row |= power_of_design(len(own)) | {"reliability": reliability(own["shift"].abs(), own["standard_error"])}
+            row |= power_of_design(len(differences)) | items.change_quality(differences, seed=seed)
         except StsError as error:
             row["undefined"] = str(error)
         rows.append(row)
+    return plain(rows)
+
+
+@stage("json", also=EVERY_SEED)
+def score_checks(baseline_correlations, change_quality, each_seed, bootstrap, seed):
+    """r of each score as in `baseline_correlations`, and the same with whole categories of subjects drawn
+    (`category_interval`, None where there are none), and divided by the root of the change's reliability, which noise
+    of the questions lowers it by (`corrected`; None where the change has hardly any)."""
+    rows, known = [], {row["measure"]: row.get("reliability") for row in change_quality}
+    for measure, differences, values in _measured(each_seed, SCORES):
+        domains, share = sorted(differences), known[measure] or 0.0
+        change_SN = np.abs(np.stack([differences[domain].mean(0) for domain in domains], axis=1))
+        for row in baseline_correlations:
+            if (row["measure"], row["predictor"]) in {(measure, score) for score in SCORES} and "pearson" in row:
+                categories = _categories(domains)
+                rows.append({"measure": measure, "score": row["predictor"], "pearson": row["pearson"],
+                             "pearson_interval": row["pearson_interval"], "category_interval": cluster_interval(
+                                 values[row["predictor"]], change_SN, categories, bootstrap, seed) if categories
+                             else None, "corrected": row["pearson"] / share**0.5 if share > SMALLEST_SHARE else None})
     return rows

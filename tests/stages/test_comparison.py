@@ -1,6 +1,7 @@
 """Stages that compare forecasts, on the smoke run: each result recomputed from its inputs by other means."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -9,13 +10,15 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 
 import sts
+from sts.data.sources import MMLU_PRO_CATEGORY
 from sts.errors import StsError
 from sts.measure import baselines
 from sts.measure.baselines import split_domains
 from sts.measure.correlation import correlation_rows
+from sts.measure.items import item_measures
 from sts.run import resources
 from sts.run.resources import seeds_of
-from sts.stages.comparison import baseline_power
+from sts.stages.comparison import baseline_confounds, score_checks
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +183,7 @@ def test_random_sets_are_correlated_like_the_score(run):
     assert null["p"] == pytest.approx((1 + (means >= observed).sum()) / (1 + len(means)), abs=0.01)
 
 
-@pytest.mark.parametrize("controls", [["base_bits", "question_tokens"], ["question_tokens"]])
+@pytest.mark.parametrize("controls", [["base_bits"], ["question_tokens"]])
 def test_confounds_are_partial_correlations_of_the_seeds(run, controls):
     row = row_of(run.get("baseline_confounds"), measure="bits", score="sts_icl", controls=controls)
     expected = []
@@ -198,32 +201,81 @@ def test_an_accuracy_that_did_not_move_is_undefined_everywhere(run):
                                       for row in rows)
 
 
-def test_what_the_design_could_find_is_judged_by_absolute_changes(run):
-    row = row_of(run.get("baseline_power"), measure="bits")
-    own = run.get("domain_shift").query("measure == 'bits'")
-    share = 1 - (own["standard_error"]**2).mean() / own["shift"].abs().var()
-    assert row["reliability"] == pytest.approx(max(0, share)) and row["n"] == 14
+def test_how_well_a_change_is_known_is_said_of_every_measure(run):
+    own, before = run.get("domain_shift"), item_measures(run.get("evaluation_before"))
+    for row in run.get("change_quality"):
+        assert row["n"] == 14 and row["before"] == pytest.approx(
+            own[own["measure"] == row["measure"]]["before"].mean())
+        assert 0 <= row["beyond"] <= 1 and row["detectable"] > row["needed"] > 0
+    measured = set(before.columns[before.notna().any()]) - {"domain"}
+    assert {row["measure"] for row in run.get("change_quality")} == measured
 
 
-def test_changes_of_both_signs_are_judged_by_their_size():
-    """What is forecast is how far a domain moves; domains that move as far up as down do not differ in that."""
-    frame = pandas.DataFrame({"measure": "bits", "shift": [0.5, -0.5, 0.6, -0.6, 0.7, -0.7], "standard_error": 0.05})
-    row, = baseline_power(frame)
-    assert row["reliability"] == pytest.approx(1 - 0.05**2 / frame["shift"].abs().var())
+def test_too_few_questions_leave_the_reliability_undefined(run):
+    few = sts.open_run("smoke", results=run.results, eval_limit=1)
+    row = few.get("change_quality")[0]
+    assert "too few for two halves" in row["undefined"] and json.dumps(row, allow_nan=False)
 
 
-def test_one_question_a_domain_leaves_the_reliability_undefined():
-    frame = pandas.DataFrame({"measure": "bits", "shift": [0.5, 0.4, 0.6, 0.9], "standard_error": np.nan})
-    row, = baseline_power(frame)
-    assert "one question" in row["undefined"] and json.dumps(row, allow_nan=False)
+def subjects():
+    """Two seeds of 24 subjects in three categories, with a change that follows the category and the score a little."""
+    generator = np.random.default_rng(3)
+    names = sorted(name for name, of in MMLU_PRO_CATEGORY.items() if of in ("math", "health", "physics", "history"))
+    level = np.array([{"math": 0.0, "health": 2.0, "physics": 4.0, "history": 1.0}[MMLU_PRO_CATEGORY[name]]
+                      for name in names])
+    score = level + generator.standard_normal(len(names))
+    return names, level, score, level + 0.3 * score + generator.standard_normal((2, len(names)))
+
+
+class Seed:
+    """What a stage over all seeds reads of one of them."""
+
+    def __init__(self, seed, names, score, change):
+        items = [f"{name}-{place}" for name in names for place in range(4)]
+        before = pandas.DataFrame({"example_id": items, "domain": np.repeat(names, 4), "kind": "solution", "option": -1,
+                                   "loglikelihood": -np.log(2) * 20, "characters": 1, "is_right": True})
+        after = before.assign(loglikelihood=-np.log(2) * (20 + np.repeat(change, 4)))
+        self.settings, self.tables = SimpleNamespace(seed=seed), {
+            "evaluation_before": before, "evaluation_after": after, "baseline_values": pandas.DataFrame(
+                {"domain": names, "sts_act": score, "sts_icl": -score, "base_bits": np.arange(len(names)) % 5,
+                 "question_tokens": np.arange(len(names)) % 7})}
+
+    def get(self, name):
+        return self.tables[name]
+
+
+def test_a_category_is_a_control_and_whole_categories_are_drawn():
+    names, level, score, change = subjects()
+    seeds = [Seed(seed, names, score, own) for seed, own in enumerate(change)]
+    rows = baseline_confounds(seeds, 200, 500, 0)
+    row = row_of(rows, score="sts_act", controls=["category"])
+    dummies = pandas.get_dummies([MMLU_PRO_CATEGORY[name] for name in names], drop_first=True).to_numpy(float)
+    assert row["by_seed"] == pytest.approx([naive_partial(score, np.abs(own), dummies) for own in change])
+    assert row["pearson_interval"]["resamples"] == 200
+    everything = row_of(rows, score="sts_act", all=True)
+    more = np.column_stack([dummies, np.arange(len(names)) % 5, np.arange(len(names)) % 7])
+    assert everything["by_seed"] == pytest.approx([naive_partial(score, np.abs(own), more) for own in change])
+    known = [{"measure": "bits", "predictor": name, "pearson": 0.6, "pearson_interval": {"low": 0.5, "high": 0.7}}
+             for name in ("sts_act", "sts_icl")]
+    act, icl = score_checks(known, [{"measure": "bits", "reliability": 0.64}], seeds, 2000, 0)
+    assert act["corrected"] == pytest.approx(0.75)
+    assert act["category_interval"]["high"] - act["category_interval"]["low"] > 0.1
+    assert icl["category_interval"]["low"] == pytest.approx(-act["category_interval"]["high"])
+    assert score_checks(known, [{"measure": "bits", "reliability": 0.05}], seeds, 200, 0)[0]["corrected"] is None
+
+
+def naive_partial(x, y, controls):
+    design = np.column_stack([np.ones(len(x)), controls])
+    left = [own - design @ np.linalg.lstsq(design, own, rcond=None)[0] for own in (x, y)]
+    return np.corrcoef(*left)[0, 1]
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
 
 def test_keys_follow_what_the_stages_read(run):
     names = ("domain_raw_stats", "domain_model_change", "text_baselines", "baseline_values", "random_latent_scores",
-             "probe_predictions", "baseline_correlations", "baseline_nulls", "baseline_confounds", "baseline_power")
-    after = {"baseline_correlations", "baseline_nulls", "baseline_confounds"}
+             "probe_predictions", "baseline_correlations", "baseline_nulls", "baseline_confounds", "change_quality")
+    after = {"baseline_correlations", "baseline_nulls", "baseline_confounds", "change_quality"}
 
     def keys(**changed):
         other = sts.open_run("smoke", results=run.results, **changed)
@@ -233,8 +285,7 @@ def test_keys_follow_what_the_stages_read(run):
                                        "baseline_nulls"}
     assert keys(top_n=8) == {"baseline_values", "random_latent_scores"} | after
     assert keys(seeds=[1, 2]) == after
-    assert keys(sft_lr=1e-3) == {"domain_model_change", "baseline_values", "probe_predictions",
-                                 "baseline_power"} | after
+    assert keys(sft_lr=1e-3) == {"domain_model_change", "baseline_values", "probe_predictions"} | after
     assert "domain_raw_stats" not in keys(sae_k=4) and "domain_raw_stats" in keys(score_tokens=100)
 
 
@@ -248,6 +299,6 @@ def test_with_few_domains_rows_say_what_is_undefined(run, domains):
     few = sts.open_run("smoke", results=run.results, domains=domains, seeds=[])
     rows = few.get("baseline_correlations")
     assert all("undefined" in row for row in rows if row["predictor"].startswith("probe_") or len(domains) == 2)
-    assert all("undefined" in row for row in few.get("baseline_confounds") if len(row["controls"]) == 2)
-    for name in ("baseline_correlations", "baseline_nulls", "baseline_power"):
+    assert all("undefined" in row for row in few.get("baseline_confounds") if row["all"])
+    for name in ("baseline_correlations", "baseline_nulls", "change_quality", "score_checks"):
         json.dumps(few.get(name), allow_nan=False)
