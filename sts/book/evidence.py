@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,12 @@ PAPER_FRACTION = 100, 28_672
 SMALLEST_FALL = 0.1
 #: Random sets are a control if they come this near to the chosen latents' rate or energy, and share at most this.
 MATCH, SHARED = 0.1, 0.5
+#: With less than this share of the changes' variance beyond noise (`items.change_quality`) no forecast is judged.
+RELIABLE = 0.5
 #: Why a claim cannot be tested.
 UNLEARNED = "training taught the model too little: the loss on held-out problems fell by less than a tenth"
 CHANCE = "before training the model is right no more often than by chance"
+UNRELIABLE = "which domains changed is mostly noise: the reliability of the change is below a half"
 CODES = {"sae": "SAE latents", "raw": "raw dimensions", "random": "random sparse code"}
 
 
@@ -64,6 +68,14 @@ def _at_chance(run: OpenRun) -> bool:
     return bool(right_N.mean() <= guess_N.mean() + 1.96 * math.sqrt((guess_N * (1 - guess_N)).sum()) / len(guess_N))
 
 
+def _unreliable(run: OpenRun, measure: str | None) -> bool:
+    """Whether the changes in a measure are known too badly to judge a forecast by; not where that is not known."""
+    with suppress(StsError):
+        return any(value_of(one, "reliability") is not None and one["reliability"] < RELIABLE
+                   for one in run.get("change_quality") if one["measure"] == measure)
+    return False
+
+
 def row(run: OpenRun, stage: str, where: Mapping[str, Any] = {}, *, under: str = "", n: str = "n", of: str = "domains",
         against: Mapping[str, Mapping[str, Any]] = {}, each: str = "", **fields: Any) -> Evidence:
     """A number with its interval from the row of a stage (of its part `under`) that has the fields `where`.
@@ -89,6 +101,7 @@ def row(run: OpenRun, stage: str, where: Mapping[str, Any] = {}, *, under: str =
         more[name] = picked(**{**changed, "where": {**where, **changed.get("where", {})}})[0][1]
     affected = run.provenance(stage).get("affected", {}) if stage != "paper" else {}  # known to be recorded wrong
     unable = (value_of(first, "undefined") or CHANCE * (where.get("measure") == "accuracy" and _at_chance(run))
+              or UNRELIABLE * (stage != "paper" and _unreliable(run, where.get("measure")))
               or affected.get("why", "") * (where.get("axis") in affected.get("axes", ())))
     count = value_of(first, n) or (run.get("domain_shift")["domain"].nunique() if of == "domains" else None)
     return replace(number, n=count, of=of, against=more, unable=unable)

@@ -17,7 +17,7 @@ import pandas
 from scipy import stats as scipy_stats
 
 from sts.errors import StsError
-from sts.measure.correlation import PermutationTest, correlation_rows, orders, p_value, units
+from sts.measure.correlation import PermutationTest, cluster_interval, correlation_rows, orders, p_value, units
 from sts.measure.items import paired_mean_interval
 
 
@@ -68,7 +68,8 @@ def specificity(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: 
     """All of the above, of absolute changes and forecasts that need only be comparable within a domain.
 
     Keys: training_sets, domains, seeds; by_domain, and within, the mean of the `defined` ones, with low and high (95%
-    over domains); p_within (two-sided), p_sets and p_opposite (one-sided, for either side), orders; hits, interaction.
+    over domains); p_within (two-sided), p_sets and p_opposite (one-sided, for either side), orders; hits, interaction;
+    pooled: r over all cells, mean over seeds, with pooled_interval, whole domains drawn.
     `StsError` for fewer than two training sets or three domains, NaN, or where nothing differs.
     """
     seeds, sets, domains = forecast_STD.shape
@@ -85,11 +86,14 @@ def specificity(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: 
                        "compare.")
     mean = paired_mean_interval(by_domain_D[defined_D], resamples=bootstrap, seed=seed)
     whole, opposite = (shuffled_sets(sign * found_DTT[defined_D].mean(0), **numbers) for sign in (1, -1))
+    cells = [values_STD.reshape(seeds, -1) for values_STD in (forecast_STD, change_STD)]
+    pooled = {"pooled": float(correlation_rows(*cells).mean()), "pooled_interval": cluster_interval(
+        *cells, np.tile(np.arange(domains), sets), bootstrap, seed)}
     return {"training_sets": sets, "domains": domains, "seeds": seeds, "defined": int(defined_D.sum()),
             "by_domain": by_domain_D.tolist(), "within": mean.mean, "low": mean.low, "high": mean.high,
             "p_within": shuffled_within_domains(found_DTT[defined_D], **numbers), "p_sets": whole.p,
             "p_opposite": opposite.p, "orders": whole.resamples, "hits": hits(forecast_STD, change_STD),
-            "interaction": interaction(forecast_STD, change_STD)}
+            "interaction": interaction(forecast_STD, change_STD), **pooled}
 
 
 def list_lead(rows: list[dict], *kinds: str, seed: int = 0) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def training_overlap(each_training, top_n, seed):
             "lead": {kind: list_lead(rows, kind, seed=seed) for kind in ("foreseen", "by_rate")}}
 
 
-@stage("json", version=2)
+@stage("json", version=3)
 def training_specificity(training_matrix, bootstrap, permutations, seed):
     """Does a forecast tell which training set moves a domain: `training_sets.specificity` of the absolute change."""
     rows = []

@@ -207,3 +207,18 @@ def test_a_cube_keeps_the_order_of_the_training_sets():
     assert values.shape == (2, 3, 5)
     for (seed, name), own in CELLS.groupby(["seed", "training_set"]):
         assert values[seed, SETS.index(name)].tolist() == own.sort_values("domain")["shift"].tolist()
+
+
+def test_over_all_cells_domains_are_drawn_whole():
+    generator = np.random.default_rng(8)
+    change = generator.random((2, 4, 12))
+    forecast = change + generator.random((2, 4, 12))
+    found = training_sets.specificity(forecast, change, resamples=100, bootstrap=2000)
+    assert found["pooled"] == pytest.approx(np.mean([pearsonr(x.ravel(), y.ravel())[0]
+                                                     for x, y in zip(forecast, change, strict=True)]))
+    drawn = []
+    for _ in range(2000):
+        picked = generator.integers(0, 12, 12)
+        drawn.append(np.mean([pearsonr(x[:, picked].ravel(), y[:, picked].ravel())[0]
+                              for x, y in zip(forecast, change, strict=True)]))
+    assert list(found["pooled_interval"].values())[:2] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.02)
