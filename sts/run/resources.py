@@ -143,8 +143,8 @@ def shots(run):
 
 @resource(("validation_limit",), ("validation",))
 def validation(run):
-    """Domain -> questions that are never reported on, to choose by how a model is asked."""
-    return _of_split(run, "validation", run.settings.validation_limit)
+    """Domain -> questions that are never reported on, to choose by how a model is asked; and the examples in front."""
+    return _of_split(run, "validation", run.settings.validation_limit), shots(run)
 
 
 @resource(inputs=("demonstrations",))

@@ -60,10 +60,11 @@ def _asked(questions, limit):
 
 
 @stage("json")
-def answer_forms(lm, validation, shots, eval_batch, report, work, scratch):
+def answer_forms(lm, validation, eval_batch, report, work, scratch):
     """Options' letters and texts on validation questions, untuned: `items.above_chance` of each, by which `eval_kinds`
     is chosen before anything is trained; and how many parameters the model has."""
-    rows = evaluate(lm, _asked(validation, 0), kinds=("letter", "text"), shots=shots, batch=eval_batch, scratch=scratch,
+    questions, shots = validation
+    rows = evaluate(lm, _asked(questions, 0), kinds=("letter", "text"), shots=shots, batch=eval_batch, scratch=scratch,
                     report=report, work=work)
     return [{"form": str(form), "parameters": lm.model.num_parameters()} | above_chance(own)
             for form, own in rows.groupby("kind")]
