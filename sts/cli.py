@@ -1,8 +1,9 @@
-"""The command line: `sts book`, `sts run`, `sts stage`, `sts settings`, `sts record`, `sts doctor`."""
+"""The command line: `sts book`, `sts run`, `sts stage`, `sts plan`, `sts settings`, `sts record`, `sts doctor`."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 import sts
 from sts.errors import ROOT, StsError
 from sts.run.log import PACKAGES
-from sts.run.settings import GROUPS, Run, load_run, read_yaml
+from sts.run.settings import GROUPS, Run, available_runs, load_run, profile_file, read_yaml
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Forecast which domains of a language model move when it is fine-tuned.")
@@ -80,6 +81,36 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
 
 
 @app.command()
+def plan(stages: Annotated[list[str] | None, typer.Argument(help="by default all that the chapters show")] = None,
+         run: RunOption = "laptop", parameter: ParameterOption = None,
+         snakemake: Annotated[bool, typer.Option("--snakemake", help="write workflow/Snakefile")] = False) -> None:
+    """Say what STAGES of a run take, or write them as a workflow of Snakemake; no model is loaded."""
+    from sts.run import estimate
+    from sts.run.plan import asked_for, jobs, left, snakefile
+    from sts.run.run import results_folder
+
+    opened, here = sts.open_run(run, **_values(parameter)), Path.cwd()
+    asked = stages or asked_for(opened)
+    todo = left(found := jobs(opened, asked), asked)
+    known = estimate.costs(found, todo)
+    if not snakemake:
+        print(estimate.summary(opened, found, todo, known))
+        return
+    profile, markers, profiles = (str(path.relative_to(here) if path.is_relative_to(here) else path) for path in (
+        profile_file(run), results_folder() / "jobs" / opened.settings.name, ROOT / "workflow" / "profiles"))
+    for label in todo:  # marked as done and not stored: the stage has changed since, or its result is gone
+        Path(markers, f"{label}.done").unlink(missing_ok=True)
+    name, memory = (run if run in available_runs() else str(profile_file(run).absolute())), {
+        label: own.memory for label, own in known.items()}
+    command, target = f"snakemake -c2 --profile {profiles}/local", Path("workflow", "Snakefile")
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(f"# Made by: sts {shlex.join(sys.argv[1:])}\n# To run it in this folder, and to go on if it was "
+                      f"killed: {command}\n\n\n{snakefile(todo, name, profile, markers, memory)}", encoding="utf-8")
+    print(f"{len(todo)} of {len(found)} jobs are left to run. They are in {target.absolute()}. Here, on two cores:\n"
+          f"  {command}")
+
+
+@app.command()
 def record(run: RunOption = "full") -> None:
     """Copy the run's results to data/recorded/, from which pages render without model and data."""
     from sts.run.recorded import record as record_results
@@ -112,11 +143,11 @@ def doctor() -> None:
         print(f"  {state:<7}  {what:<24} {detail}")
 
     print(f"sts {sts.__version__}, Python {sys.version.split()[0]}")
-    for package in (*PACKAGES, "papermill", "jupyter-book"):
+    for package in (*PACKAGES, "papermill", "jupyter-book", "snakemake"):
         try:
             row("ok", package, version(package))
         except PackageNotFoundError:
-            row("missing", package, "pip install -c constraints.txt -e '.[book,test]'")
+            row("missing", package, "pip install -c constraints.txt -e '.[book,test,workflow]'")
     gpu = torch.cuda.is_available()
     row("ok" if gpu else "-", "GPU", torch.cuda.get_device_name() if gpu else f"none; {os.cpu_count()} CPUs")
     for name, packaged in PACKAGED.items():

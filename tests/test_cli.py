@@ -144,7 +144,23 @@ def test_the_cost_chapters_own_parameters_stop_it_before_anything_is_computed(st
     monkeypatch.setenv("STS_RESULTS", str(tmp_path))
     code, _, error = sts("run", "what_a_forecast_costs", "--run", "smoke", "-p", name, value)
     assert code == 2 and re.search(message, error)
-    assert not list(tmp_path.glob("*/stages/*"))
+    assert not list(tmp_path.glob("stages/*"))
+
+
+def test_a_plan_says_what_stages_take(sts, tmp_path, monkeypatch):
+    monkeypatch.setenv("STS_RESULTS", str(tmp_path))
+    code, output, _ = sts("plan", "scores", "--run", "smoke")
+    assert code == 0 and re.search(r"\ndomain_stats +1 +0 .*\n(?:.*\n)*left to run +6 +0 ", output)
+    assert "Memory: about" in output and "a token in gsm_symbolic" in output
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["score"], "Stage 'score' is not known.*Did you mean 'scores'"), (["--run", "nosuch"], "'nosuch' is not known"),
+    (["-p", "topn", "4"], "Setting 'topn' is not known"), (["-p", "top_n", "x"], "Setting 'top_n'.*valid integer")])
+def test_what_cannot_be_planned_is_one_line(sts, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setenv("STS_RESULTS", str(tmp_path))
+    code, output, error = sts("plan", *arguments, "--snakemake")
+    assert (code, output, error.count("\n")) == (2, "", 1) and re.search(message, error)
 
 
 def test_parameters_may_be_repeated_and_stand_before_other_options(sts, echo):
@@ -184,7 +200,7 @@ def test_a_chapters_unknown_parameter_stops_before_anything_is_executed(sts, tmp
 def test_help_names_every_command(sts):
     code, output, _ = sts("--help")
     assert code == 0
-    assert all(f" {name} " in output for name in ("book", "run", "stage", "doctor"))
+    assert all(f" {name} " in output for name in ("book", "run", "stage", "plan", "doctor"))
 
 
 def test_doctor_says_what_is_there(sts):

@@ -34,7 +34,7 @@ RELIABLE = 0.5
 #: Why a claim cannot be tested.
 UNLEARNED = "training taught the model too little: the loss on held-out problems fell by less than a tenth"
 CHANCE = "before training the model is right no more often than by chance"
-UNRELIABLE = "which domains changed is mostly noise: the reliability of the change is below a half"
+UNRELIABLE = "the change is mostly noise"
 CODES = {"sae": "SAE latents", "raw": "raw dimensions", "random": "random sparse code"}
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sts.errors import StsError
 
@@ -99,14 +100,31 @@ def load_model(name: str, *, revision: str = "", dtype: str = "float32", device:
                cache: Path = Path("results/models")) -> LanguageModel:
     """Load a causal language model and its tokenizer for inference (see `resolve_model`); `StsError` where it is
     unknown, damaged or out of reach, or its tokenizer has no offsets."""
-    from sts.engine.packaged import PACKAGED  # it knows this module
-
     location, identity = resolve_model(name, revision, cache)
+    tokenizer, model = _read(name, location, identity, revision,
+                             partial(AutoModelForCausalLM.from_pretrained, dtype=DTYPES[dtype]))
+    return LanguageModel(name, model.eval().requires_grad_(False).to(device), tokenizer, identity)
+
+
+def without_weights(name: str, *, revision: str = "", cache: Path = Path("results/models")) -> tuple[Any, Any]:
+    """A model's tokenizer and configuration, of which no weights are read; `StsError` as in `load_model`."""
+    from sts.engine import packaged  # it knows this module
+
+    location, identity = resolve_model(name, revision, cache, convert=False)
+    if name in packaged.PACKAGED and not Path(location).is_dir():
+        with packaged.gguf(name, cache) as path:
+            return _read(name, str(path.parent), identity, "", AutoConfig.from_pretrained, gguf_file=path.name)
+    return _read(name, location, identity, revision, AutoConfig.from_pretrained)
+
+
+def _read(name: str, location: str, identity: str, revision: str, more: Callable[..., Any], **options) -> tuple:
+    """A model's tokenizer, and what `more` reads from the same place."""
+    from sts.engine.packaged import PACKAGED
+
     on_hub = identity.startswith("hub:")
-    options = {"revision": revision} if on_hub and revision else {}
+    options |= {"revision": revision} if on_hub and revision else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=DTYPES[dtype], **options)
+        tokenizer, found = AutoTokenizer.from_pretrained(location, **options), more(location, **options)
     except (OSError, ValueError, SafetensorError) as error:  # no such model, no tokenizer, a truncated weights file
         hint = f" from the Hugging Face hub. What works without a network: a local folder, or {', '.join(PACKAGED)}"
         raise StsError(f"Model {name!r} could not be read{hint if on_hub else ''}: {first_line(error)}") from error
@@ -115,7 +133,7 @@ def load_model(name: str, *, revision: str = "", dtype: str = "float32", device:
                        "token stands for. Use a model with a tokenizer.json, a \"fast\" tokenizer.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LanguageModel(name, model.eval().requires_grad_(False).to(device), tokenizer, identity)
+    return tokenizer, found
 
 
 def first_line(error: BaseException) -> str:

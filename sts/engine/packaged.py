@@ -84,14 +84,20 @@ def _whole(folder: Path) -> Iterator[Path]:
             partial.rename(folder)
 
 
+@contextmanager
+def gguf(name: str, scratch: Path) -> Iterator[Path]:
+    """A packaged model's GGUF file, for the time being put together in the folder `scratch` where it is in parts."""
+    path, *parts = packaged_files(name)
+    scratch.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=scratch) as folder:
+        yield importlib.import_module(PACKAGED[name].module).assemble(Path(folder) / "model.gguf") if parts else path
+
+
 def convert(name: str, folder: Path) -> None:
     """Write a packaged GGUF model as an ordinary safetensors checkpoint. transformers dequantises the file but then
     refuses to train or save the model, so its weights move into a plain one of the same configuration."""
     transformers.utils.logging.disable_progress_bar()
-    with _whole(folder) as partial, TemporaryDirectory(dir=partial.parent) as scratch:
-        path, *parts = packaged_files(name)
-        if parts:
-            path = importlib.import_module(PACKAGED[name].module).assemble(Path(scratch) / "model.gguf")
+    with _whole(folder) as partial, gguf(name, partial.parent) as path:
         quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         config = quantised.config.to_dict()
         del config["quantization_config"]

@@ -4,7 +4,7 @@ Within a domain all training sets meet the same questions, so forecasts and chan
 a training set does not cancel: one may move everything, or all of the sciences, more. Domains are therefore no
 independent repetitions, and training sets are few: only `shuffled_sets`, which moves whole sets, allows for both.
 
-Shape suffixes: S seeds, T training sets, D evaluation domains, B permutations, O orders.
+Shape suffixes: S seeds, T training sets, D evaluation domains, C cells (sets x domains), B permutations, O orders.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def specificity(forecast_STD: np.ndarray, change_STD: np.ndarray, *, resamples: 
                        "compare.")
     mean = paired_mean_interval(by_domain_D[defined_D], resamples=bootstrap, seed=seed)
     whole, opposite = (shuffled_sets(sign * found_DTT[defined_D].mean(0), **numbers) for sign in (1, -1))
-    cells = [values_STD.reshape(seeds, -1) for values_STD in (forecast_STD, change_STD)]
-    pooled = {"pooled": float(correlation_rows(*cells).mean()), "pooled_interval": cluster_interval(
-        *cells, np.tile(np.arange(domains), sets), bootstrap, seed)}
+    x_SC, y_SC = (values_STD.reshape(seeds, -1) for values_STD in (forecast_STD, change_STD))
+    pooled = {"pooled": float(correlation_rows(x_SC, y_SC).mean()), "pooled_interval": cluster_interval(
+        x_SC, y_SC, np.tile(np.arange(domains), sets), bootstrap, seed)}
     return {"training_sets": sets, "domains": domains, "seeds": seeds, "defined": int(defined_D.sum()),
             "by_domain": by_domain_D.tolist(), "within": mean.mean, "low": mean.low, "high": mean.high,
             "p_within": shuffled_within_domains(found_DTT[defined_D], **numbers), "p_sets": whole.p,

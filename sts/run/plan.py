@@ -1,38 +1,65 @@
-"""What a run asks for, as jobs: a stage with the seed and training set that it takes, after what it needs; and the same
-as a workflow of Snakemake, in which a job's end is a marker file and its result lies in the store as always."""
+"""What a run asks for, as jobs: a stage with the seed and training set that it takes, after what it needs; and those of
+them that are left as a workflow of Snakemake, in which a job's end is a marker file and its result is in the store."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from yaml import YAMLError
+
+from sts.errors import StsError
 from sts.run.resources import EVERY_SET, INPUTS, seeds_of, trainings_of
 from sts.run.run import OpenRun
+from sts.run.settings import read_yaml
+from sts.run.stage import STAGES
 
 #: Settings in which the further runs of a profile differ from it.
 VARIED = ("sft_data", "seed")
 #: Parameters of stages that run a model.
-MODELS = {"lm", "tuned", "fresh_lm"}
-#: What a job is given, with a model and without: GPUs, memory in MB, minutes at most.
-WITH_MODEL, WITHOUT = {"gpu": 1, "mem_mb": 12_000, "runtime": 720}, {"gpu": 0, "mem_mb": 4_000, "runtime": 60}
+MODELS = {"lm", "tuned", "fresh_lm", "variant"}
+#: What a job is given, with a model and without: GPUs, memory in MB at least, minutes at most.
+WITH_MODEL, WITHOUT = {"gpu": 1, "mem_mb": 6_000, "runtime": 720}, {"mem_mb": 4_000, "runtime": 60}
+#: Stages that are asked for only where a setting is not empty; an SAE is trained where another stage needs it.
+WHERE = {"sae": None, "sft_trials": "sft_lr_tried", "generation_shift": "eval_generate",
+         "answer_forms": "validation_limit", **dict.fromkeys(
+             ("sae_quality", "small_sae_quality", "latent_strengths", "latent_logits"), "text_data")}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One call of `sts stage`: settings that differ from the profile's own, and the names of the jobs it needs."""
+    """One call of `sts stage`: its run, settings in which that differs from the profile, names of the jobs it needs,
+    whether its result is there, and what is recorded about it."""
 
     stage: str
+    run: OpenRun
     changes: Mapping[str, Any]
     needs: tuple[str, ...]
-    resources: Mapping[str, int]
     stored: bool
+    provenance: Mapping[str, Any]
+
+    @property
+    def takes(self) -> set[str]:
+        """What of `MODELS` the stage takes; nothing where it runs no model."""
+        return MODELS & {*self.run.spec(self.stage).parameters}
 
     def command(self, run: str) -> str:
-        options = "".join(f" -p {name} {shlex.quote(str(value))}" for name, value in self.changes.items())
+        """The command line that does the job, of a run by this name or YAML file."""
+        options = "".join(f" -p {name} {shlex.quote(_written(value))}" for name, value in self.changes.items())
         return f"sts stage {self.stage} --run {shlex.quote(run)}{options}"
+
+
+def _written(value: Any) -> str:
+    """A setting's value as `-p` reads it back."""
+    with suppress(YAMLError, ValueError):
+        if isinstance(value, str) and read_yaml(value) == value:
+            return value
+    return json.dumps(value)
 
 
 def decided_by(run: OpenRun, name: str) -> set[str]:
@@ -42,6 +69,13 @@ def decided_by(run: OpenRun, name: str) -> set[str]:
     return {*spec.uses, *read}.union(*(decided_by(run, need) for need in run.needs(name)))
 
 
+def asked_for(run: OpenRun) -> list[str]:
+    """The stages that make a run's book: all that no other stage needs, but those that no setting asks for."""
+    needed = {need for name in STAGES for need in run.needs(name)}
+    return [name for name in STAGES if name not in needed
+            and (name not in WHERE or (WHERE[name] and getattr(run.settings, WHERE[name])))]
+
+
 def jobs(run: OpenRun, stages: Iterable[str]) -> dict[str, Job]:
     """All jobs that stages of a run ask for, by name, each after what it needs."""
     found: dict[str, Job] = {}
@@ -49,19 +83,21 @@ def jobs(run: OpenRun, stages: Iterable[str]) -> dict[str, Job]:
     def add(one: OpenRun, name: str) -> str:
         one = run if name == "sae" else one  # one SAE, whatever the seed
         own, decided = one.spec(name), decided_by(one, name)
-        changes = {key: value for key in VARIED if key in decided
-                   and (value := getattr(one.settings, key)) != getattr(run.settings, key)}
-        label = "-".join([name, *(re.sub(r"\W", "_", f"{key}_{value}") for key, value in changes.items())])
+        varied = {key: value for key in VARIED if key in decided
+                  and (value := getattr(one.settings, key)) != getattr(run.settings, key)}
+        label = "-".join([name, *(re.sub(r"\W", "_", f"{key}_{value}") for key, value in varied.items())])
         if label not in found:
             asked = [(one, need) for need in one.needs(name)]
             if "each_seed" in own.parameters:  # of other seeds what it reads through them, not what it is handed
+                chosen = one.settings.sweep_seeds if "sweep_seeds" in own.parameters else None
                 asked += [(other, need) for other in seeds_of(one)[1:] for need in own.needs
-                          if need not in own.parameters]
+                          if need not in own.parameters and (chosen is None or other.settings.seed in chosen)]
             if "each_training" in own.parameters:
                 asked += [(other, need) for other in trainings_of(one) for need in EVERY_SET]
-            needs = tuple(dict.fromkeys(add(*pair) for pair in asked))
-            found[label] = Job(name, changes, needs, WITH_MODEL if MODELS & {*own.parameters} else WITHOUT,
-                               one.stored(name))
+            needs, record = tuple(dict.fromkeys(add(*pair) for pair in asked)), {}
+            with suppress(StsError):  # its key is made of data that are not here
+                record = one.provenance(name)
+            found[label] = Job(name, one, run.changed | varied, needs, bool(record) and one.stored(name), record)
         return label
 
     for name in stages:
@@ -69,15 +105,29 @@ def jobs(run: OpenRun, stages: Iterable[str]) -> dict[str, Job]:
     return found
 
 
-def snakefile(found: Mapping[str, Job], run: str, profile: str) -> str:
-    """A Snakefile of these jobs. A changed profile file makes all jobs run, of which the store gives back most."""
-    def marker(label: str) -> str:
-        return f"results/jobs/{run}/{label}.done"
+def left(found: Mapping[str, Job], stages: Iterable[str]) -> dict[str, Job]:
+    """Of these jobs for stages those that have to be run: they are not stored, and nothing stored is made of them."""
+    asked = {*stages}
+    for label, job in reversed([*found.items()]):
+        asked.update(() if job.stored or label not in asked else job.needs)
+    return {label: job for label, job in found.items() if label in asked and not job.stored}
 
-    rules = ["rule all:\n    input: " + ", ".join(repr(marker(label)) for label in found)]
+
+def snakefile(found: Mapping[str, Job], run: str, profile: str, markers: str, memory: Mapping[str, float]) -> str:
+    """A Snakefile of these jobs, of a run by this name, from its profile's file; in the folder `markers` a job's end is
+    marked. `memory`: bytes that a job takes. Where the profile changes all run, and most are found in the store."""
+    def marker(label: str) -> str:
+        return f"{markers}/{label}.done"
+
+    rules = ["rule all:\n    input:" + ",".join(f"\n        {marker(label)!r}" for label in found)]
     for label, job in found.items():
-        needs = ", ".join(map(repr, [profile, *map(marker, job.needs)]))
-        given = ", ".join(f"{name}={value}" for name, value in job.resources.items())
+        needs = ", ".join(map(repr, [profile, *(marker(need) for need in job.needs if need in found)]))
+        given = {name: value for name, value in (WITH_MODEL if job.takes else WITHOUT).items()
+                 if name != "gpu" or job.run.settings.device != "cpu"}
+        threads = 'config.get("threads", 1)' if job.takes else 1
+        given["mem_mb"] = max(given["mem_mb"], round(1.5 * memory[label] / 1e6))
         rules.append(f"rule {label.replace('-', '_')}:\n    input: {needs}\n    output: touch({marker(label)!r})\n"
-                     f"    resources: {given}\n    shell: {job.command(run)!r}")
+                     f"    resources: {', '.join(f'{name}={value}' for name, value in given.items())}\n"
+                     f"    threads: {threads}\n"
+                     f"    shell: {job.command(run).replace('{', '{{').replace('}', '}}')!r}")
     return "\n\n\n".join(rules) + "\n"

@@ -52,6 +52,15 @@ def fresh_lm(run):
                    cache=run.results / "models")
 
 
+def described(run: OpenRun) -> tuple[Any, Any]:
+    """The model's tokenizer and configuration."""
+    from sts.engine.models import without_weights
+
+    own = run.settings
+    return run.once("tokenizer", _MODEL, lambda: without_weights(
+        own.model, revision=own.model_revision, cache=run.results / "models"))
+
+
 @resource((*_MODEL, "dtype"), ("model",))
 def lm(run):
     """The run's model, loaded once and never changed."""
@@ -60,7 +69,8 @@ def lm(run):
 
 @resource(_MODEL, ("model",))
 def tokenizer(run):
-    return lm(run).tokenizer
+    """The model's tokenizer; its weights are not read."""
+    return described(run)[0]
 
 
 @resource((*_MODEL, "dtype"), ("model",), ("sft",))
@@ -230,8 +240,9 @@ def _sae_text_digest(run: OpenRun) -> str:
     own = groups.SaeTexts(run.settings.sae_text, None, run.settings.context)
     # Read before the tokenizer, which comes with the model: missing text is said at once.
     documents = [one for name in own.sources for one in own.documents(name)]
+    chat: Any = None if all(isinstance(one, str) for one in documents) else tokenizer(run)
     return load.digest([one if isinstance(one, str) else render(  # as the model sees them, as recorded keys are
-        tokenizer(run), question_text(one), answer=solution_text(one)) for one in documents])
+        chat, question_text(one), answer=solution_text(one)) for one in documents])
 
 
 #: Input -> the settings that decide what it is, and a function of a run: its examples, or its digest.

@@ -38,8 +38,7 @@ class OpenRun:
 
             dtype = "bfloat16" if bf16_is_fast(self.device) else "float32"
             self.settings = settings.model_copy(update={"dtype": dtype})
-        self.folder = self.results / settings.name
-        self.store = store or Store(self.folder / "stages", (ROOT / "data" / "recorded" / settings.name,))
+        self.store = store or Store(self.results / "stages", (ROOT / "data" / "recorded" / settings.name,))
         self.changed: dict[str, Any] = {}
         self.used: dict[str, None] = {}
         self._computes, self._reads, self._sae_seed = True, True, settings.seed

@@ -52,7 +52,7 @@ GROUPS = {"name": "the run", "model": "model", "sae": "SAE", "text_data": "texts
 class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     """All settings of one run, flat. Token counts are tokens of the model's own tokenizer."""
 
-    name: str = _is("name of the run; its results lie in results/<name>/", pattern=r"^\w[\w.-]*$")
+    name: str = _is("name of the run; its executed chapters lie in results/<name>/", pattern=r"^\w[\w.-]*$")
     description: str = _is("one line for tables and provenance", "")
     published: bool = _is("whether the book's discussions are about this run", False)
     seed: Index = _is("seed of sampling, training and resampling", 0)
@@ -182,6 +182,11 @@ def available_runs() -> list[str]:
     return sorted(path.stem for path in (ROOT / "runs").glob("*.yaml"))
 
 
+def profile_file(run: str) -> Path:
+    """Where a run profile lies, or would lie: of a name in runs/, or the path of a YAML file."""
+    return Path(run).expanduser() if run.endswith((".yaml", ".yml")) else ROOT / "runs" / f"{run}.yaml"
+
+
 def load_run(run: str | Run = "laptop", overrides: Mapping[str, Any] | None = None) -> Run:
     """A run profile, a name in runs/ or the path of a YAML file, or a `Run`, with overrides, key -> value.
 
@@ -192,7 +197,7 @@ def load_run(run: str | Run = "laptop", overrides: Mapping[str, Any] | None = No
     if isinstance(run, Run):
         settings = run.model_dump()
     else:
-        path = Path(run).expanduser() if run.endswith((".yaml", ".yml")) else ROOT / "runs" / f"{run}.yaml"
+        path = profile_file(run)
         if not path.is_file():
             raise one_of("Run profile or YAML file", run, available_runs())
         try:

@@ -1,4 +1,5 @@
-"""Where stage results live: one small file each, written atomically, checksummed, with its provenance beside it.
+"""Where stage results live: one small file each, written atomically, checksummed, with its provenance beside it. All
+profiles share one folder, in which a result is found by its stage and key: equal ones are computed once.
 
 A result is `json` (plain values), `parquet` (a pandas frame), `tensors` (a dict of torch tensors) or `folder` (files
 that the stage wrote itself). One whose checksum does not match counts as missing and is computed again.
@@ -50,7 +51,9 @@ class Store:
 
     @contextmanager
     def lease(self, stage: str, key: str) -> Iterator[None]:
-        """While it is held, another process that would compute this result waits; a dead one's is free at once."""
+        """While it is held, another process that would compute this result waits. A dead one's is free at once: it is
+        an `flock`, which ends with its holder, and on NFS 4 a minute or two after the holder's machine is gone. Where a
+        file system has no locks, that of a dead process of the same machine is taken over, of another remove it."""
         path = self.scratch(stage, key).with_suffix(".lock")
         with FileLock(path):
             yield

@@ -72,8 +72,8 @@ def verify(run: OpenRun, name: str, tolerance: float | None = None) -> list[str]
         raise StsError(f"Stage {name!r} cannot be verified: run {run.settings.name!r} has no undamaged result of "
                        f"{', '.join(missing)} under these settings. Compute that first: sts stage {missing[0]}")
     kind, path = run.spec(name).kind, run.find(name) or Path()
-    run.folder.mkdir(parents=True, exist_ok=True)  # what is stored may come with the book, in another folder
-    with tempfile.TemporaryDirectory(prefix=".verify-", dir=run.folder) as scratch:
+    run.results.mkdir(parents=True, exist_ok=True)  # what is stored may come with the book, in another folder
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=run.results) as scratch:
         # Nothing in memory, and a store that finds what is stored and writes elsewhere.
         store = Store(Path(scratch), (run.store.folder, *run.store.recorded))
         computed = read(OpenRun(run.settings, results=run.results, store=store).compute(name), kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas
@@ -201,6 +202,11 @@ def baseline_nulls(baseline_correlations, each_seed):
     return rows
 
 
+def _before(each_seed) -> Any:
+    """Mean of each domain's questions before training, a column a measure."""
+    return item_measures(each_seed[0].get("evaluation_before")).groupby("domain")[list(MEASURES)].mean()
+
+
 def _categories(domains) -> list[str]:
     """The category of each domain, of those that hold several; empty where none does."""
     own = [MMLU_PRO_CATEGORY.get(domain, domain) for domain in domains]
@@ -210,7 +216,7 @@ def _categories(domains) -> list[str]:
 @stage("json", version=4, also=EVERY_SEED)
 def baseline_confounds(each_seed, bootstrap, permutations, seed):
     """The score's partial correlation with the absolute change given each control, and all of them (`all`)."""
-    rows, before = [], item_measures(each_seed[0].get("evaluation_before")).groupby("domain")["p_right"].mean()
+    rows, before = [], _before(each_seed)["p_right"]
     for measure, differences, values in _measured(each_seed, (*SCORES, *CONTROLS)):
         domains, seeds = sorted(differences), len(each_seed)
         controls, categories = {name: [name] for name in CONTROLS}, np.array(_categories(domains))
@@ -232,7 +238,7 @@ def baseline_confounds(each_seed, bootstrap, permutations, seed):
 def change_quality(each_seed, seed):
     """How well each measure's changes are known (`items.change_quality`) and what so many domains can find
     (`power_of_design`); before: mean of the domains' values before training."""
-    rows, before = [], item_measures(each_seed[0].get("evaluation_before")).groupby("domain")[list(MEASURES)].mean()
+    rows, before = [], _before(each_seed)
     for measure, differences, _ in _measured(each_seed):
         row = {"measure": measure, "n": len(differences), "seeds": len(each_seed), "before": before[measure].mean()}
         try:

@@ -73,7 +73,7 @@ def test_chapters_leave_the_environment_as_it_was(book):
 
 
 def test_another_parameter_recomputes_only_what_depends_on_it(book):
-    stages = results_folder() / "smoke" / "stages"
+    stages = results_folder() / "stages"
 
     def times():  # but of the folder of unfinished work, in which leases come and go
         return {path.name: path.stat().st_mtime_ns for path in stages.iterdir() if path.name != "unfinished"}
@@ -104,10 +104,10 @@ def test_a_page_lies_where_it_is_said_to_below_the_repository_too(book):
 
 
 def test_a_failing_chapter_is_one_error_and_keeps_finished_stages(book):
-    finished = set((results_folder() / "smoke" / "stages").iterdir())
+    finished = set((results_folder() / "stages").iterdir())
     with pytest.raises(StsError, match="(?s)cell .*'off_by' is how far.*stay stored"):
         run_chapter("what_a_forecast_costs", "smoke", {"off_by": 0.5})
-    assert finished <= set((results_folder() / "smoke" / "stages").iterdir())
+    assert finished <= set((results_folder() / "stages").iterdir())
 
 
 def test_sources_are_stripped_of_outputs():

@@ -292,7 +292,7 @@ def test_two_processes_train_as_one_does(tmp_path):
         **os.environ, "STS_RESULTS": str(tmp_path / "two"), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("sft: done in") == 1 and done.stdout.count("sft [") == 1  # one of them speaks
-    stages = tmp_path / "two" / "smoke" / "stages"
+    stages = tmp_path / "two" / "stages"
     assert [path.name for path in stages.glob("sft-*.json")] == [f"sft-{one.key('sft')}.provenance.json"]
     assert not list((stages / "unfinished").iterdir())
     together = json.loads((stages / f"sft-{one.key('sft')}" / "training.json").read_text())

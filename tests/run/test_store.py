@@ -259,6 +259,16 @@ def test_a_changed_setting_recomputes_what_depends_on_it_and_nothing_else(tmp_pa
     assert calls == []
 
 
+def test_profiles_share_what_is_equal(tmp_path, calls):
+    everything(tmp_path)
+    other = tmp_path / "other.yaml"
+    other.write_text((ROOT / "runs" / "smoke.yaml").read_text() + "published: true\n")
+    calls.clear()
+    run = open_run(str(other), results=tmp_path, seed=1, top_n=3)
+    assert (int(run.get("beta")["value"][0]), run.settings.name) == (103, "other")
+    assert calls == ["beta"] and run.provenance("alpha")["run"] == "smoke"
+
+
 def test_raising_a_version_recomputes_the_stage_and_its_dependants(tmp_path, calls):
     everything(tmp_path)
     calls.clear()
@@ -400,21 +410,26 @@ from pathlib import Path
 from sts.run.run import open_run
 from sts.run.stage import STAGES, stage
 
+folder = Path(sys.argv[1])
+
 @stage("json")
 def slow(seed, scratch):
-    with open(sys.argv[1] + "/calls", "a") as stream:
+    with open(folder / "calls", "a") as stream:
         stream.write("call\\n")
     while sys.argv[2] == "hang":
         time.sleep(0.1)
     time.sleep(1.5)
     return {"from": sys.argv[2]}
 
-print(open_run("smoke", results=Path(sys.argv[1])).get("slow")["from"])
+(folder / f"ready-{sys.argv[2]}").touch()
+while len(list(folder.glob("ready-*"))) < int(sys.argv[3]):
+    time.sleep(0.01)
+print(open_run("smoke", results=folder).get("slow")["from"])
 """
 
 
-def start(folder, name):
-    return subprocess.Popen([sys.executable, "-c", SLOW, str(folder), name], stdout=subprocess.PIPE,
+def start(folder, name, together=1):
+    return subprocess.Popen([sys.executable, "-c", SLOW, str(folder), name, str(together)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
@@ -426,7 +441,7 @@ def wait_for(path):
 
 
 def test_of_two_processes_at_one_stage_one_computes_and_both_have_its_result(tmp_path):
-    processes = [start(tmp_path, name) for name in ("first", "second")]
+    processes = [start(tmp_path, name, together=2) for name in ("first", "second")]
     told = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], told
     assert len({output for output, _ in told}) == 1 and told[0][0].strip() in ("first", "second")
@@ -438,9 +453,14 @@ def test_a_process_that_is_killed_holds_nobody_up(tmp_path):
     holder = start(tmp_path, "hang")
     wait_for(tmp_path / "calls")
     waiting = start(tmp_path, "second")
+    wait_for(tmp_path / "ready-second")
     time.sleep(1)
-    assert waiting.poll() is None
+    assert waiting.poll() is None and (tmp_path / "calls").read_text() == "call\n"
     holder.kill()
+    killed = time.monotonic()
+    while (tmp_path / "calls").read_text() == "call\n":
+        assert time.monotonic() - killed < 60
+        time.sleep(0.05)
     output, error = waiting.communicate(timeout=120)
     holder.communicate()
     assert (waiting.returncode, output) == (0, "second\n"), error

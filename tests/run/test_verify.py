@@ -120,8 +120,8 @@ def counted(registry):
 
 
 def files_of(run):
-    return {path.relative_to(run.folder): (path.read_bytes(), path.stat().st_mtime_ns)
-            for path in run.folder.rglob("*") if path.is_file()}
+    return {path.relative_to(run.results): (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in run.results.rglob("*") if path.is_file()}
 
 
 def test_a_stage_is_computed_again_from_what_is_stored_and_the_store_is_left_alone(counted, tmp_path):
@@ -135,7 +135,7 @@ def test_a_stage_is_computed_again_from_what_is_stored_and_the_store_is_left_alo
     assert found[0].startswith("x: stored 1.0, computed 1.5")
     assert not verify.verify(run, "second", tolerance=0.4)
     assert files_of(run) == before
-    assert [path.name for path in run.folder.iterdir()] == ["stages"]
+    assert [path.name for path in run.results.iterdir()] == ["stages"]
 
 
 @pytest.mark.parametrize(("damaged", "message"), [

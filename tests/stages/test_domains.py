@@ -205,4 +205,4 @@ def test_recorded_results_need_neither_the_model_nor_any_training_sets_data(run,
         name: of_set(run, name).key("sft") for name in SETS}
     assert elsewhere.get("training_matrix").equals(run.get("training_matrix"))
     assert all(elsewhere.get(name) == run.get(name) for name in NAMES[1:])
-    assert not list(tmp_path.glob("smoke/stages/*"))
+    assert not list(tmp_path.glob("stages/*"))

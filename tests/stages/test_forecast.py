@@ -171,7 +171,7 @@ def test_demonstrations_may_come_from_a_split_of_their_own(tmp_path, monkeypatch
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
     command = [sys.executable, "-m", "sts.cli", "stage", "correlations", "--run", "smoke"]
     environment = {**os.environ, "STS_RESULTS": str(tmp_path)}
-    stages = tmp_path / "smoke" / "stages"
+    stages = tmp_path / "stages"
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     # As soon as the first stages are stored, the process is killed without warning.
