@@ -206,7 +206,7 @@ def bootstrap_interval(x_N: np.ndarray, y_N: np.ndarray, resamples: int, seed: i
     return percentile_interval(values_B[np.isfinite(values_B)][:resamples])
 
 
-def cluster_interval(x_SN: np.ndarray, y_SN: np.ndarray, clusters_N: Sequence, resamples: int = 5000,
+def cluster_interval(x_SN: np.ndarray, y_SN: np.ndarray, clusters_N: ArrayLike, resamples: int = 5000,
                      seed: int = 0) -> dict[str, Any] | None:
     """Interval of the mean over seeds of Pearson's correlation, whole clusters of points drawn with replacement: what
     points of one cluster have in common (subjects of one category) is then drawn once, not as often as it has points.
