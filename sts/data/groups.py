@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sts.data.load import load_examples, load_texts
 from sts.data.prompts import PromptGroup, document_ids, make_group, start_ids, without_options
-from sts.data.sources import CORPORA, Example
+from sts.data.sources import CORPORA, MMLU_PRO_CATEGORY, Example
 from sts.errors import StsError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def demonstration_draws(examples: list[Example], count: int, draws: int, *, seed
         pairs.append(([shuffled[index] for index in chosen], [shuffled[index] for index in others]))
     if len(examples) < count or not (set_aside or all(others for _, others in pairs)):
         raise StsError(f"{what} has {len(examples)} examples, too few for a question behind each of {draws} draws of "
-                       f"{count} demonstrations. Use at most {len(examples) - 1} demonstrations, lower "
+                       f"{count} demonstrations. Use at most {len(examples) - (not set_aside)} demonstrations, lower "
                        "demonstration_draws, or use more examples.")
     return pairs
 
@@ -73,7 +73,8 @@ def other_domain_sets(train: Sequence[Example], pool: Mapping[str, list[Example]
                       seed: int) -> list[list[Example]]:
     """Sets of demonstrations, each from one domain that is not the training set's own, put as its examples are."""
     own = trained_domains(train)
-    large = [domain for domain in sorted(set(pool) - own) if len(pool[domain]) >= count]
+    large = [domain for domain in sorted(pool) if len(pool[domain]) >= count
+             and MMLU_PRO_CATEGORY.get(domain, domain) not in own]
     if not large:
         raise StsError(f"The control takes {count} demonstrations from a domain other than {', '.join(sorted(own))}; "
                        "no domain has so many. Use fewer shift_demonstrations, or more domains.")

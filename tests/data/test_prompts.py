@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
-from sts.data.groups import demonstration_draws, token_pieces
-from sts.data.load import Example, load_examples, split_options
+from sts.data.groups import demonstration_draws, other_domain_sets, token_pieces
+from sts.data.load import Example, by_domain, load_examples, split_options
 from sts.data.prompts import (
     document_ids,
     make_group,
@@ -300,6 +300,17 @@ def test_too_few_examples_are_an_error_that_names_the_domain_and_what_would_work
         demonstration_draws(items(available), 4, 2, seed=0, what="Domain 'law'")
     assert f"Domain 'law' has {available} examples" in str(error.value)
     assert f"at most {available - 1} demonstrations" in str(error.value)
+    with pytest.raises(StsError, match="Use at most 3 demonstrations"):
+        demonstration_draws(items(3), 4, 1, seed=0, what="Domain 'law'", set_aside=True)
+
+
+def test_other_domains_are_not_of_the_training_sets_category():
+    worked = by_domain(load_examples("mmlu", split="worked"))
+    train = load_examples("gsm_symbolic", limit=3)
+    drawn = {one.domain for one in sum(other_domain_sets(train, worked, 2, 200, seed=0), [])}
+    maths = {"abstract_algebra", "college_mathematics", "elementary_mathematics", "high_school_mathematics",
+             "high_school_statistics"}
+    assert drawn == worked.keys() - maths
 
 
 # --- one text for reading, training and scoring -------------------------------------------------------------------
