@@ -30,8 +30,8 @@ def fresh(tiny_models):
     return load_model(str(tiny_models["llama"]), dtype="float32")
 
 
-def run(tiny_models, folder, problems=PROBLEMS, **changed):
-    return reinforce(fresh(tiny_models), problems, folder, **SETTINGS | changed)
+def run(tiny_models, folder, train=PROBLEMS, **changed):
+    return reinforce(fresh(tiny_models), train, folder, **SETTINGS | changed)
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +166,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny_models, tmp_path):
 
 @pytest.mark.parametrize(("changed", "problem", "message"), [
     ({"lora_rank": 0}, {}, "lora_rank at least 1"), ({"group": 1}, {}, "rl_group is at least 2"),
-    ({}, {"answer": "Paris"}, "x cannot be verified"), ({}, {"answer": ""}, "x cannot be verified"),
-    ({}, {"options": ("1", "2"), "answer_index": 0}, "x cannot be verified"),
+    ({}, {"answer": "Paris"}, "to x is right cannot be verified"), ({}, {"answer": ""}, "to x is right cannot be verified"),
+    ({}, {"options": ("1", "2"), "answer_index": 0}, "to x is right cannot be verified"),
     ({"tokens": 100_000}, {}, "x leaves no room for 100000 tokens")])
 def test_what_cannot_be_learned_from_is_an_error(tiny_models, tmp_path, changed, problem, message):
     example = replace(Example("x", "math", "1 + 1 =", (), -1, "2", ""), **problem)
