@@ -1,13 +1,15 @@
 """Reinforcement learning by TRL's GRPOTrainer with PEFT's LoRA, on problems whose answers can be verified.
 
 GRPO (Shao et al., 2024, arXiv 2402.03300): several answers to a problem are sampled from the model; each is rewarded
-for being right, by math-verify, and a little for ending; what is learned from is by how much it is better than the
-others of its group. A term of the loss keeps the model near the untuned one, by their Kullback-Leibler divergence.
+for ending within the limit, a little, and for being right as well; what is learned from is by how much it is better
+than the others of its group. A term of the loss keeps the model near the untuned one, by their Kullback-Leibler
+divergence.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,19 @@ from sts.errors import StsError
 
 #: What an answer earns for ending within the limit, beside the 1 for being right.
 FORMAT_WEIGHT = 0.1
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 #: What TRL logs of a step, by its name here: shares of answers, nats a token, tokens, share of groups without a signal.
 LOGGED = {"reward": "reward", "correct": "rewards/correct/mean", "ended": "rewards/ended/mean", "kl": "kl",
           "entropy": "entropy", "length": "completions/mean_length", "alike": "frac_reward_zero_std"}
+
+
+def is_right(right: str, text: str) -> bool:
+    """Whether an answer's last number is the right one; where that is no number, whether math-verify finds it. To
+    math-verify a sum is the same as its result, so that a model soon learns to write down the problem."""
+    if not NUMBER.fullmatch(right):
+        return is_same_answer(right, text)
+    *_, last = ["nan", *NUMBER.findall(text)]
+    return float(last.replace(",", "")) == float(right.replace(",", ""))
 
 
 def reinforce(lm: LanguageModel, train: Sequence[Example], folder: Path, *, steps: int, lr: float, kl: float,
@@ -44,7 +56,7 @@ def reinforce(lm: LanguageModel, train: Sequence[Example], folder: Path, *, step
         {"curve": [{"step", and the names of `LOGGED`}], "steps", "group", "trained_parameters", "batch": the last
         step's "answers", "correct", "ended" and "advantages", as TRL took them, group by group}; {} in all but the main
         process. `StsError` for no adapters, a single answer a problem, a step that processes cannot share, a problem
-        without an answer that math-verify can read, or without room for one.
+        without an answer that can be verified, or without room for one.
     """
     from datasets import Dataset
     from trl.trainer.grpo_config import GRPOConfig
@@ -54,7 +66,7 @@ def reinforce(lm: LanguageModel, train: Sequence[Example], folder: Path, *, step
         raise StsError("Reinforcement learning compares the answers of a group, and trains adapters beside the model: "
                        "rl_group is at least 2 and lora_rank at least 1.")
     for example in train:
-        if example.options or not is_same_answer(example.answer, example.answer):
+        if example.options or not is_right(example.answer, example.answer):
             raise StsError(f"Whether an answer to {example.example_id} is right cannot be verified: a number or a "
                            "formula can, without options. Use another rl_data, such as chain_sum or gsm8k.")
         if len(make_prompt(lm.tokenizer, question_text(example)).ids) + tokens > lm.context_length:
@@ -65,11 +77,12 @@ def reinforce(lm: LanguageModel, train: Sequence[Example], folder: Path, *, step
     while len(order) < steps * problems:
         order += generator.sample(list(train), len(train))
 
-    def correct(completions, answer, **_):
-        return [float(is_same_answer(own, text)) for own, text in zip(answer, completions, strict=True)]
-
     def ended(completion_ids, **_):
         return [float(ids[-1] in trainer.eos_token_ids) for ids in completion_ids]
+
+    def correct(completions, completion_ids, answer, **_):
+        return [whole * is_right(own, text) for own, text, whole in zip(
+            answer, completions, ended(completion_ids), strict=True)]
 
     class Trainer(GRPOTrainer):
         def _tokenize_prompts(self, prompts):  # the very tokens that are read everywhere else
@@ -111,4 +124,4 @@ def right_answer(lm: LanguageModel, example: Example, answers: int, tokens: int)
     ended = (found == lm.tokenizer.eos_token_id).any(1).tolist()
     texts = lm.tokenizer.batch_decode(found, skip_special_tokens=True)
     return next((text.strip() for text, whole in zip(texts, ended, strict=True)
-                 if whole and is_same_answer(example.answer, text)), "")
+                 if whole and is_right(example.answer, text)), "")
