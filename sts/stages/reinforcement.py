@@ -1,6 +1,5 @@
-"""Reinforcement learning beside fine-tuning on the same problems: which latents each moves, whether demonstrations
-foresee them, and what the score says with estimated and with actual latents (Figure 6); and demonstrations made of the
-model's own right answers."""
+"""Reinforcement learning beside fine-tuning on the same problems: which latents each moves, whether demonstrations, of
+the data's solutions or of own right answers, foresee them, and what the score says with the actual list (Figure 6)."""
 
 from __future__ import annotations
 
@@ -22,10 +21,12 @@ from sts.measure.compare import SCORES, Comparison
 from sts.measure.correlation import plain
 from sts.measure.items import change_quality, item_differences, paired_mean_interval
 from sts.measure.score import overlap_rows, score_domains, shares_named
-from sts.run.stage import stage, steps
+from sts.run.stage import stage
 
-#: Training -> its log, its actual shift and its evaluation.
-TRAININGS = {"sft": ("sft", "sft_shift", "evaluation_after"), "rl": ("rl", "rl_shift", "rl_evaluation")}
+#: Training -> the stages of its actual shift and of its evaluation.
+TRAININGS = {"sft": ("sft_shift", "evaluation_after"), "rl": ("rl_shift", "rl_evaluation")}
+#: What a reward consists of.
+PARTS = ("reward", "correct", "ended")
 
 
 @stage("folder", parallel=True)
@@ -85,15 +86,13 @@ def _rises(runs, bootstrap) -> list[dict]:
     """Of each part of the reward, its means over the first and the last fifth of the steps and the rise, with an
     interval over the n steps of a fifth; the one whose interval begins lowest first."""
     rows = []
-    for own in runs:
-        curve, seed = _log(own)["curve"], own.settings.seed
-        fifth = max(1, len(curve) // 5)
-        for part in ("reward", "correct", "ended"):
-            first, last = ([row[part] for row in steps] for steps in (curve[:fifth], curve[-fifth:]))
-            rise = paired_mean_interval(np.subtract(last, first), resamples=bootstrap, seed=seed)
-            rows.append({"data": own.settings.sft_data, "seed": seed, "part": part, "steps": len(curve), "n": fifth,
-                         "first": float(np.mean(first)), "last": float(np.mean(last)), "rise": rise.mean,
-                         "low": rise.low, "high": rise.high})
+    for own, curve, part in ((own, _log(own)["curve"], part) for own in runs for part in PARTS):
+        fifth, values = max(1, len(curve) // 5), np.array([row[part] for row in curve])
+        first, last = values[:fifth], values[-fifth:]
+        rise = paired_mean_interval(last - first, resamples=bootstrap, seed=own.settings.seed)
+        rows.append({"data": own.settings.sft_data, "seed": own.settings.seed, "part": part, "steps": len(curve),
+                     "n": fifth, "first": first.mean(), "last": last.mean(), "rise": rise.mean, "low": rise.low,
+                     "high": rise.high})
     return sorted(plain(rows), key=lambda row: -math.inf if row["low"] is None else row["low"])
 
 
@@ -101,10 +100,10 @@ def _rises(runs, bootstrap) -> list[dict]:
 def rl_rewards(each_rl, bootstrap):
     """rises: see `_rises`; curves: what TRL logs of every step; batch: the last step's answers to problems in groups of
     `group`, of the run's own seed; falls: of the held-out loss by the fine-tuning beside it, as shares."""
-    first, *_ = logs = [{"seed": own.settings.seed, **_log(own)} for own in each_rl]
-    losses = [_log(own, "sft") for own in each_rl]
-    return {"rises": _rises(each_rl, bootstrap), "batch": first["batch"], "group": first["group"],
-            "curves": [{"seed": log["seed"], **row} for log in logs for row in log["curve"]],
+    logs, losses = ([_log(own, name) for own in each_rl] for name in ("rl", "sft"))
+    return {"rises": _rises(each_rl, bootstrap), "batch": logs[0]["batch"], "group": logs[0]["group"],
+            "curves": [{"seed": own.settings.seed, **row} for own, log in zip(each_rl, logs, strict=True)
+                       for row in log["curve"]],
             "falls": [1 - log["held_out_after"] / log["held_out_before"] for log in losses]}
 
 
@@ -125,7 +124,7 @@ def rl_overlap(each_rl, top_n, bootstrap, seed):
     for own in each_rl:
         answers, told = own.get("rollout_shift"), {"data": own.get("shift_by_draw")["sae/squared_difference_RL"]}
         told |= {kind: answers[f"{kind}/sae/squared_difference_RL"] for kind in ("own", "given") if len(answers) > 2}
-        for training, (_, actual, _) in TRAININGS.items():
+        for training, (actual, _) in TRAININGS.items():
             moved_L = own.get(actual)["sae/squared_difference_L"]
             shared, = overlap_rows(own.get("shift")["squared_difference_L"], moved_L, [top_n])
             lists.append({"seed": own.settings.seed, "training": training, **shared})
@@ -144,22 +143,26 @@ def rl_correlations(each_rl, top_n, bootstrap, permutations, seed):
     """`compare.Comparison` of each training, measure, list of latents (estimated, actual) and score with the absolute
     change, mean over seeds; `less`: other "list/score"; also `reliability` of the change, where it can be had."""
     rows = []
-    for training, (_, actual, after) in TRAININGS.items():
+    for training, (actual, after) in TRAININGS.items():
         changes = item_differences({own.settings.seed: (own.get("evaluation_before"), own.get(after))
                                     for own in each_rl})
-        scores = [[(kind, row) for kind, shift in (
-            ("estimated", own.get("shift")), ("actual", split_domains(own.get(actual))["sae"]))
-            for row in score_domains("paper", shift, split_domains(own.get("domain_stats")), top_n)] for own in each_rl]
+        values = {f"{kind}/{score}": [] for kind in ("estimated", "actual") for score in SCORES}
+        for own in each_rl:
+            domains = split_domains(own.get("domain_stats"))
+            for kind, shift in ("estimated", own.get("shift")), ("actual", split_domains(own.get(actual))["sae"]):
+                found = score_domains("paper", shift, domains, top_n)
+                for score in SCORES:
+                    values[f"{kind}/{score}"].append({row["domain"]: row[score] for row in found})
         for measure, differences in changes.items():
-            values = {f"{kind}/{score}": np.array([[row[score] for domain in sorted(differences) for one, row in own
-                                                    if (one, row["domain"]) == (kind, domain)] for own in scores])
-                      for kind in ("estimated", "actual") for score in SCORES}
-            compared = Comparison(differences, values, bootstrap=bootstrap, permutations=permutations, seed=seed)
+            compared = Comparison(differences, {name: np.array([[own[domain] for domain in sorted(differences)]
+                                                                for own in seeds]) for name, seeds in values.items()},
+                                  bootstrap=bootstrap, permutations=permutations, seed=seed)
             try:
                 reliability = change_quality(differences, seed=seed)["reliability"]
             except StsError:  # a domain with a single question
                 reliability = None
-            rows += [{"training": training, "measure": measure, "list": name.partition("/")[0],
-                      "score": name.partition("/")[2], "reliability": reliability, **row}
-                     for name, row in compared.rows(against=[*values]).items()]
+            for name, row in compared.rows(against=[*values]).items():
+                kind, _, score = name.partition("/")
+                rows.append({"training": training, "measure": measure, "list": kind, "score": score,
+                             "reliability": reliability, **row})
     return plain(rows)

@@ -1,4 +1,4 @@
-"""Reinforcement learning rewards what it says, learns from it as GRPO does, can be resumed, and does nothing at rate 0."""
+"""Reinforcement learning rewards what it says, learns from it as GRPO does, can be resumed; at rate 0 it does nothing."""
 
 import random
 from dataclasses import replace
@@ -21,8 +21,8 @@ from sts.engine.reinforcement import is_right, reinforce, right_answer
 from sts.errors import StsError
 
 PROBLEMS = load_examples("chain_sum", limit=6)
-SETTINGS = {"steps": 4, "lr": 1e-2, "kl": 0.02, "problems": 2, "group": 4, "micro_batch": 4, "tokens": 8, "lora_rank": 4,
-            "lora_alpha": 8, "seed": 0}
+SETTINGS = {"steps": 4, "lr": 1e-2, "kl": 0.02, "problems": 2, "group": 4, "micro_batch": 4, "tokens": 8,
+            "lora_rank": 4, "lora_alpha": 8, "seed": 0}
 
 
 def fresh(tiny_models):
@@ -169,7 +169,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny_models, tmp_path):
 
 @pytest.mark.parametrize(("changed", "problem", "message"), [
     ({"lora_rank": 0}, {}, "lora_rank at least 1"), ({"group": 1}, {}, "rl_group is at least 2"),
-    ({}, {"answer": "Paris"}, "to x is right cannot be verified"), ({}, {"answer": ""}, "to x is right cannot be verified"),
+    ({}, {"answer": "Paris"}, "to x is right cannot be verified"),
+    ({}, {"answer": ""}, "to x is right cannot be verified"),
     ({}, {"options": ("1", "2"), "answer_index": 0}, "to x is right cannot be verified"),
     ({"tokens": 100_000}, {}, "x leaves no room for 100000 tokens")])
 def test_what_cannot_be_learned_from_is_an_error(tiny_models, tmp_path, changed, problem, message):
