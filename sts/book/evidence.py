@@ -17,7 +17,7 @@ from sts.book.figures import rows_of, value_of
 from sts.errors import StsError
 from sts.measure import cost, paper
 from sts.measure.items import crossed_mean_interval, paired_mean_interval
-from sts.measure.score import concentration, concentrations, overlap, overlap_rows, same_fraction, shifted_dimensions
+from sts.measure.score import concentration, concentrations, overlap_rows, same_fraction, shares_named
 from sts.measure.training_sets import list_lead
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ RELIABLE = 0.5
 UNLEARNED = "training taught the model too little: the loss on held-out problems fell by less than a tenth"
 CHANCE = "before training the model is right no more often than by chance"
 UNRELIABLE = "the change is mostly noise"
+UNREWARDED = "the reward did not rise"
 CODES = {"sae": "SAE latents", "raw": "raw dimensions", "random": "random sparse code"}
 
 
@@ -101,7 +102,9 @@ def row(run: OpenRun, stage: str, where: Mapping[str, Any] = {}, *, under: str =
         more[name] = picked(**{**changed, "where": {**where, **changed.get("where", {})}})[0][1]
     affected = run.provenance(stage).get("affected", {}) if stage != "paper" else {}  # known to be recorded wrong
     unable = (value_of(first, "undefined") or CHANCE * (where.get("measure") == "accuracy" and _at_chance(run))
-              or UNRELIABLE * (stage != "paper" and _unreliable(run, where.get("measure")))
+              or UNRELIABLE * ((first["reliability"] is not None and first["reliability"] < RELIABLE)
+                               if "reliability" in first else
+                               stage != "paper" and _unreliable(run, where.get("measure")))
               or affected.get("why", "") * (where.get("axis") in affected.get("axes", ())))
     count = value_of(first, n) or (run.get("domain_shift")["domain"].nunique() if of == "domains" else None)
     return replace(number, n=count, of=of, against=more, unable=unable)
@@ -133,6 +136,14 @@ def own_lists(run: OpenRun) -> Evidence:
     own, beyond = list_lead(rows, "foreseen"), list_lead(rows, "foreseen", "by_rate")
     return replace(_estimate(own, "lead"), n=len({one["trained"] for one in rows}), of="training sets",
                    unable=own.get("undefined", ""), against={"more than by firing rate": _estimate(beyond, "lead")})
+
+
+def after_rl(run: OpenRun, **arguments: Any) -> Evidence:
+    """`row`, not testable where the reward did not rise in every seed, or fine-tuning beside it taught too little."""
+    found, rewards = row(run, **arguments), run.get("rl_rewards")
+    taught = all(fall >= SMALLEST_FALL for fall in rewards["falls"])
+    risen = all((one["low"] or 0) > 0 for one in rewards["rises"] if one["part"] == "reward")
+    return replace(found, unable=found.unable or UNREWARDED * (not risen) or UNLEARNED * (not taught))
 
 
 def cost_ratio(run: OpenRun) -> Evidence:
@@ -195,9 +206,7 @@ def _named(run: OpenRun, values_RL: torch.Tensor, code: str = "sae") -> np.ndarr
     """Shares of the actual top N that the top N of each row of values name; of other codes N as a fraction."""
     moved = run.get("sft_shift")
     actual_L, width = moved[f"{code}/squared_difference_L"], len(moved["sae/squared_difference_L"])
-    count = same_fraction(run.settings.top_n, width, len(actual_L))
-    goal = shifted_dimensions(actual_L, count)
-    return np.array([overlap(shifted_dimensions(values_L, count), goal) / count for values_L in values_RL])
+    return shares_named(values_RL, actual_L, same_fraction(run.settings.top_n, width, len(actual_L)))
 
 
 def _lead(run: OpenRun, differences_R: np.ndarray) -> Evidence:

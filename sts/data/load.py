@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sts.data.check import LETTERS, Row, json_lines, read_text
-from sts.data.sources import CORPORA, GENERATED, MMLU_PRO_CATEGORY, SOURCES, Example, without_preamble
+from sts.data.sources import CORPORA, GENERATED, MMLU_PRO_CATEGORY, PUZZLES, SOURCES, Example, without_preamble
 from sts.errors import MissingData, StsError, one_of
 
 #: Whether data sets and models that are not here may be asked from the hub.
@@ -33,6 +33,8 @@ def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) 
         raise one_of(f"Split of data set {name!r}", split, known[name])
     if name == "gsm_symbolic":
         return gsm_symbolic(limit or 1000, seed=seed + (1_000_000 if split == "test" else 0))
+    if name in PUZZLES:
+        return puzzles(name, limit or 1000, seed=seed + (1_000_000 if split == "test" else 0))
     worked = (name, split) in (("mmlu_exemplars", split), ("mmlu", "worked"))
     examples = mmlu_exemplars(by_subject=name == "mmlu") if worked else _read(name, split or known[name][0])
     return random.Random(seed).sample(examples, min(limit, len(examples))) if limit else examples
@@ -151,6 +153,20 @@ def gsm_symbolic(count: int, *, seed: int) -> list[Example]:
     return [Example(f"gsm_symbolic-{seed}-{index}", "math", row["question"].removesuffix(boilerplate), (), -1,
                     str(row["answer"]), row["metadata"]["answer_cot"])
             for index, row in enumerate(reasoning_gym.create_dataset("gsm_symbolic", size=count, seed=seed))]
+
+
+def puzzles(name: str, count: int, *, seed: int) -> list[Example]:
+    """Different puzzles of one kind in `PUZZLES`, with the answer for a solution; fewer where there are not so many."""
+    import reasoning_gym
+
+    # Item i of reasoning-gym's seed s is item i + 1 of its seed s - 1.
+    rows, found = reasoning_gym.create_dataset(name, size=20 * count, seed=100_000 * seed, **PUZZLES[name]), {}
+    for row in rows:
+        found[row["question"]] = str(row["answer"])
+        if len(found) == count:
+            break
+    return [Example(f"{name}-{seed}-{index}", "math", question, (), -1, answer, "")
+            for index, (question, answer) in enumerate(found.items())]
 
 
 def mmlu_exemplars(*, by_subject: bool = False) -> list[Example]:

@@ -139,8 +139,15 @@ SOURCES: dict[str, Source] = {
     "pubmedqa": Source(_pubmedqa, ("labelled",)),
     "roleplay": Source(_open("roleplay", "instruction input?", "response"), ("all",)),
 }
+#: Puzzles of reasoning-gym that a small model solves now and then: name there -> its settings.
+PUZZLES: dict[str, dict[str, int]] = {
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    "products": {"min_digits": 1, "max_digits": 1},
+    "count_bits": {"max_n": 255},
+    "gcd": {"max_value": 20},
+    "letter_counting": {"min_words": 1, "max_words": 2}}
 #: Question sets from installed packages, and their splits.
-GENERATED = {"gsm_symbolic": ("train", "test"), "mmlu_exemplars": ("train",)}
+GENERATED = {"mmlu_exemplars": ("train",), **dict.fromkeys(("gsm_symbolic", *PUZZLES), ("train", "test"))}
 CORPORA = ("web", "books", "textbook")
 
 _SUBJECTS = yaml.safe_load((ROOT / "data" / "mmlu_subjects.yaml").read_text(encoding="utf-8"))

@@ -8,17 +8,24 @@ Shape suffixes: T tokens, D residual width, L latents, F folds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from sts.data.prompts import Prompt, PromptGroup, paired_positions
+from sts.data.prompts import Prompt, PromptGroup, make_group, paired_positions
+from sts.data.sources import Example
 from sts.engine.latents import PairedStats, encode_chunks
 from sts.engine.models import LanguageModel
 from sts.engine.residuals import NO_PREFIX, OUTLIER_NORM, Extractor, Prefix, Side, common_prefix, is_content
+from sts.engine.saes import SideBySide, identity_sae, random_code
 from sts.engine.work import Work
 from sts.errors import StsError
+
+#: Groups of questions; latents are chosen on some of them and measured on the others.
+FOLDS = 8
+#: Seed of the random code's directions: the same in every run.
+CODE_SEED = 20_000
 
 
 @dataclass(frozen=True)
@@ -147,3 +154,34 @@ def folded(parts: list[PairedStats]) -> dict[str, torch.Tensor]:
     total = {name: part.amax(0) if name.endswith("max_L") else part.sum(0) for name, part in stacked.items()}
     return total | {"fold_squared_difference_FL": stacked["squared_difference_L"],
                     "fold_tokens_F": stacked["tokens"].flatten()}
+
+
+def three_codes(lm: LanguageModel, reader) -> SideBySide:
+    """The run's SAE ("sae"), a random code as sparse ("random") and the raw dimensions ("raw")."""
+    return SideBySide({"sae": reader, "random": random_code(reader, CODE_SEED), "raw": identity_sae(lm)})
+
+
+def shift_by_training(lm: LanguageModel, tuned: LanguageModel, reader, layer: int, groups: list[PromptGroup],
+                      masks: Masks, **passes) -> dict[str, torch.Tensor]:
+    """Actual shift: the questions of `groups` in the untuned and a tuned model, in folds; every code of `three_codes`.
+    `passes` go to `model_paired_folds`."""
+    codes, prompts = three_codes(lm, reader), [prompt for group in groups for prompt in group.base]
+    return codes.split(folded(model_paired_folds(lm, tuned, codes, layer, prompts, masks, min(FOLDS, len(prompts)),
+                                                 **passes)))
+
+
+def shifts_behind(sets: Sequence[Sequence[Example]], questions: Sequence[Example], tokens: int, lm: LanguageModel,
+                  reader, layer: int, masks: Masks, *, report: Callable[[float], None] = lambda fraction: None,
+                  **passes) -> dict[str, torch.Tensor]:
+    """The same questions behind each set of demonstrations: kind/squared_difference_RL, one row a set; and the
+    questions' own kind/base_fired_L and kind/base_square_sum_L, which are the same behind all."""
+    codes, rows = three_codes(lm, reader), []
+    for done, demonstrations in enumerate(sets):
+        stats = paired_stats(lm, codes, layer, [make_group(lm.tokenizer, questions, demonstrations, tokens=tokens)],
+                             masks, report=lambda own, done=done: report((done + own) / len(sets)), **passes)
+        fields = stats.to_tensors()
+        rows.append(codes.split({name: fields[name] for name in (
+            "squared_difference_L", "base_fired_L", "base_square_sum_L")}))
+    return {name.replace("difference_L", "difference_RL"):
+            torch.stack([row[name] for row in rows]) if name.endswith("difference_L") else rows[0][name]
+            for name in rows[0]}

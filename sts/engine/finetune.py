@@ -61,15 +61,50 @@ def tokens_to_train_on(tokenizer, examples: list[Example], max_length: int) -> t
     return rows, not_trained
 
 
-def divide_batch(batch: int, micro_batch: int, count: int) -> tuple[int, int]:
+def divide_batch(batch: int, micro_batch: int, count: int, name: str = "sft_batch") -> tuple[int, int]:
     """(examples in memory at once, passes added up to a step) of each of `count` processes; batch is their product. The
     first is at most `micro_batch`, and less where that does not divide a process's share, which has to be whole."""
     if batch % count:
-        raise StsError(f"sft_batch is {batch}, which {count} processes cannot share equally. Use a multiple of "
+        raise StsError(f"{name} is {batch}, which {count} processes cannot share equally. Use a multiple of "
                        f"{count}, such as {math.ceil(batch / count) * count}, or launch another number of processes.")
     share = batch // count
     micro = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
     return micro, share // micro
+
+
+def trainer_options(lm: LanguageModel, checkpoints: Path, steps: int, batch: tuple[int, int],
+                    seed: int) -> dict[str, Any]:
+    """What TRL's trainers are told alike; `batch` is what `divide_batch` gives. They show no progress of their own."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    on_cpu = lm.device.type == "cpu"
+    return {"output_dir": str(checkpoints), "per_device_train_batch_size": batch[0], "data_seed": seed, "seed": seed,
+            "gradient_accumulation_steps": batch[1], "max_grad_norm": 1.0, "adam_beta2": 0.95, "logging_steps": 1,
+            "save_strategy": "steps", "save_steps": max(1, steps // 4), "save_total_limit": 1, "report_to": [],
+            "disable_tqdm": True, "use_cpu": on_cpu, "fp16": False, "gradient_checkpointing": False,
+            "bf16": not on_cpu and lm.model.dtype == torch.bfloat16, "dataloader_pin_memory": not on_cpu}
+
+
+def goes_on(trainer: Any, checkpoints: Path, report: Callable[[float], None]) -> bool:
+    """Whether there is a whole checkpoint to go on from; others are removed. The trainer prints no step, but reports
+    the fraction done."""
+    from transformers import PrinterCallback, TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            report(state.global_step / state.max_steps)
+
+    trainer.add_callback(Progress())
+    trainer.remove_callback(PrinterCallback)  # it prints every step into the notebook
+    if trainer.is_world_process_zero():
+        for checkpoint in checkpoints.glob("checkpoint-*"):
+            if not (checkpoint / "trainer_state.json").is_file():  # written last
+                shutil.rmtree(checkpoint)
+    trainer.accelerator.wait_for_everyone()  # before anyone looks for checkpoints
+    return any(checkpoints.glob("checkpoint-*"))
 
 
 def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], settings: FineTuning, folder: Path, *,
@@ -88,23 +123,18 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         problems), "steps", "trained_parameters", "train" and "held_out" (numbers of examples used), "left_out" and
         "cut" (see `tokens_to_train_on`)}; {} in all but the main process. `StsError` where no example is left.
     """
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
-    from transformers import PrinterCallback, TrainerCallback
-    from transformers.utils import logging as transformers_logging
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
     parts = [tokens_to_train_on(lm.tokenizer, part, settings.max_length) for part in (train, held_out)]
     (train_rows, _), (held_out_rows, _) = parts
     if not train_rows or not held_out_rows:
         raise StsError(f"No {'held-out' if train_rows else 'training'} example leaves room for its solution, or "
                        f"none has one: the questions alone fill the {settings.max_length} tokens of sft_max_length. "
                        "Raise it, or use other examples.")
-    micro, accumulated = divide_batch(settings.batch, settings.micro_batch, count())
-    on_cpu = lm.device.type == "cpu"
+    batch = divide_batch(settings.batch, settings.micro_batch, count())
     torch.manual_seed(settings.seed)  # before the adapters get their random start
     model = lm.model.requires_grad_(not settings.lora_rank)
     if settings.lora_rank:
@@ -112,34 +142,19 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
     steps = settings.epochs * math.ceil(len(train_rows) / settings.batch)
     checkpoints = folder / "checkpoints"
-
-    class Progress(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            report(state.global_step / state.max_steps)
-
     config = SFTConfig(
-        output_dir=str(checkpoints), num_train_epochs=settings.epochs, learning_rate=settings.lr,
+        **trainer_options(lm, checkpoints, steps, batch, settings.seed), num_train_epochs=settings.epochs,
         # One held-out problem a batch: the trainer averages batches, so this is the mean over problems.
-        per_device_train_batch_size=micro, gradient_accumulation_steps=accumulated, per_device_eval_batch_size=1,
-        max_length=None, completion_only_loss=True, seed=settings.seed, data_seed=settings.seed,
-        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), weight_decay=0.01, max_grad_norm=1.0,
-        adam_beta2=0.95, logging_steps=1, save_strategy="steps", save_steps=max(1, steps // 4), save_total_limit=1,
+        learning_rate=settings.lr, per_device_eval_batch_size=1, max_length=None, completion_only_loss=True,
+        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), weight_decay=0.01,
         # Batches of like length would save padding, but their order is drawn from the global generator, so that a run
         # that goes on from a checkpoint would see other batches than one that was never killed.
-        report_to=[], disable_tqdm=True, use_cpu=on_cpu, fp16=False, train_sampling_strategy="random",
-        bf16=not on_cpu and lm.model.dtype == torch.bfloat16, gradient_checkpointing=False,
-        dataloader_pin_memory=not on_cpu)
+        train_sampling_strategy="random")
     trainer: Any = SFTTrainer(
-        model=model, args=config, processing_class=lm.tokenizer, callbacks=[Progress()],
+        model=model, args=config, processing_class=lm.tokenizer,
         train_dataset=Dataset.from_list(train_rows), eval_dataset=Dataset.from_list(held_out_rows))
-    trainer.remove_callback(PrinterCallback)  # it prints every step into the notebook
     main, meet = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
-    if main:
-        for checkpoint in checkpoints.glob("checkpoint-*"):
-            if not (checkpoint / "trainer_state.json").is_file():  # written last
-                shutil.rmtree(checkpoint)
-    meet()  # before anyone looks for checkpoints
-    resumable = any(checkpoints.glob("checkpoint-*"))
+    resumable = goes_on(trainer, checkpoints, report)
     # Inside `train`: evaluated before it, the model would be taken for prepared, and several processes would train a
     # copy each without adding up their gradients.
     trainer.args.eval_on_start = not resumable
@@ -164,15 +179,15 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
 
 
 def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:
-    """The base model, which is changed, with the adapter that `fine_tune` wrote to `folder` (merged in float32; in bf16
+    """The base model, which is changed, with the adapter that training wrote to `folder` (merged in float32; in bf16
     that would round small changes away), or the whole model; `StsError` for a recorded folder without weights."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     adapter = folder / "adapter"
     if not adapter.is_dir():
-        raise StsError(f"{folder.name} was recorded without its weights. To compute it here: sts stage sft --again, "
-                       "with the same run and parameters.")
+        raise StsError(f"{folder.name} was recorded without its weights. To compute it here: sts stage "
+                       f"{folder.name.partition('-')[0]} --again, with the same run and parameters.")
     if (adapter / "adapter_config.json").is_file():
         # Adapted layers may stay inside the base model; that is what a harness expects to be handed.
         adapted: Any = PeftModel.from_pretrained(lm.model, str(adapter))

@@ -126,6 +126,12 @@ def same_fraction(count: int, of: int, width: int) -> int:
     return max(1, round(count / of * width))
 
 
+def shares_named(change_RL: torch.Tensor, moved_L: torch.Tensor, count: int) -> np.ndarray:
+    """Share of the `count` dimensions that moved most which each row's own `count` largest name."""
+    goal = shifted_dimensions(moved_L, count)
+    return np.array([overlap(shifted_dimensions(change_L, count), goal) / count for change_L in change_RL])
+
+
 def overlap_rows(first_L: torch.Tensor, second_L: torch.Tensor, counts: Sequence[int]) -> list[dict]:
     """How far two rankings, by squared change per latent of two kinds, agree on their top N, against chance.
 

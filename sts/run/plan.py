@@ -14,20 +14,21 @@ from typing import Any
 from yaml import YAMLError
 
 from sts.errors import StsError
-from sts.run.resources import EVERY_SET, INPUTS, seeds_of, trainings_of
+from sts.run.resources import INPUTS, OTHERS, seeds_of
 from sts.run.run import OpenRun
 from sts.run.settings import read_yaml
 from sts.run.stage import STAGES
 
 #: Settings in which the further runs of a profile differ from it.
-VARIED = ("sft_data", "seed")
+VARIED = ("sft_data", "seed", "rl_steps")
 #: Parameters of stages that run a model.
-MODELS = {"lm", "tuned", "fresh_lm", "variant"}
+MODELS = {"lm", "tuned", "reinforced", "fresh_lm", "variant"}
 #: What a job is given, with a model and without: GPUs, memory in MB at least, minutes at most.
 WITH_MODEL, WITHOUT = {"gpu": 1, "mem_mb": 6_000, "runtime": 720}, {"mem_mb": 4_000, "runtime": 60}
-#: Stages that are asked for only where a setting is not empty; an SAE is trained where another stage needs it.
-WHERE = {"sae": None, "sft_trials": "sft_lr_tried", "generation_shift": "eval_generate",
-         "answer_forms": "validation_limit", **dict.fromkeys(
+#: Stages that are asked for only where a setting is not empty; an SAE is trained where another stage needs it, and
+#: reinforcement learning is done on a training set of its own.
+WHERE = {"sft_trials": "sft_lr_tried", "generation_shift": "eval_generate", "answer_forms": "validation_limit",
+         "rl_trials": "rl_tried", **dict.fromkeys(("sae", "rl_shift", "rl_evaluation", "rollout_shift")), **dict.fromkeys(
              ("sae_quality", "small_sae_quality", "latent_strengths", "latent_logits"), "text_data")}
 
 
@@ -92,8 +93,8 @@ def jobs(run: OpenRun, stages: Iterable[str]) -> dict[str, Job]:
                 chosen = one.settings.sweep_seeds if "sweep_seeds" in own.parameters else None
                 asked += [(other, need) for other in seeds_of(one)[1:] for need in own.needs
                           if need not in own.parameters and (chosen is None or other.settings.seed in chosen)]
-            if "each_training" in own.parameters:
-                asked += [(other, need) for other in trainings_of(one) for need in EVERY_SET]
+            asked += [(other, need) for what in own.inputs if what in OTHERS and what != "seeds"
+                      for other in OTHERS[what][0](one) for need in OTHERS[what][1]]
             needs, record = tuple(dict.fromkeys(add(*pair) for pair in asked)), {}
             with suppress(StsError):  # its key is made of data that are not here
                 record = one.provenance(name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts.errors import StsError
-from sts.run.resources import DRAWN, INPUTS, seeds_of, trainings_of
+from sts.run.resources import DRAWN, INPUTS, rl_runs_of, rl_trials_of, seeds_of, trainings_of
 from sts.run.settings import Run
 from sts.run.stage import STAGES, Stage
 from sts.run.store import PROVENANCE, Store, read
@@ -57,7 +57,7 @@ CHANGED: dict[str, Callable[[Any], Any] | None] = {
     "latent_examples": _without_tokens, "ablated_answers": _without_answers,
     "domain_stats": _sums("paper"), "domain_rows": _sums("official_code"),
     "text_activations": None, "latent_strengths": None, "domain_raw_stats": None, "domain_model_change": None,
-    "random_latent_scores": None}
+    "random_latent_scores": None, "rollouts": None}
 
 
 def as_recorded(name: str, kind: str, value: Any, scratch: Path) -> Any:
@@ -81,8 +81,9 @@ def record(run: OpenRun, target: Path) -> list[str]:
     asks for is removed from `target`. `StsError` where nothing is stored, or a key is not known.
     """
     own, copy = Store(run.store.folder), Store(target)
+    others = [one for runs_of in (seeds_of, trainings_of, rl_runs_of, rl_trials_of) for one in runs_of(run)]
     asked = {f"{name}-{one.key(name)}": ((name, one.key(name), spec.kind), one)
-             for one in reversed([*seeds_of(run), *trainings_of(run)]) for name, spec in STAGES.items()}
+             for one in reversed(others) for name, spec in STAGES.items()}
     found = {label: each for label, each in asked.items() if own.find(*each[0])}
     if not found:
         raise StsError(f"Run {run.settings.name!r} has no results in {own.folder}; compute some first.")

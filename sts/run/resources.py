@@ -30,8 +30,10 @@ _SET_ASIDE = ("domain_data", "demonstration_split", "domains")
 _TEXTS = ("text_data", "text_examples", "seed")
 #: Inputs of which records keep the settings that decide them, as stages need not use them.
 DRAWN = ("sft_train", "sft_held_out", "domain_data", "demonstrations")
-#: What is asked of every training set, before its key is part of another.
+#: What is asked of every training set, before its key is part of another, and of every reinforcement learning.
 EVERY_SET = ("scores", "shift", "sft", "sft_shift", "domain_shift", "correlations", "text_baselines")
+EVERY_RL = ("rl", "rl_shift", "rl_evaluation", "rollout_shift", "sft", "sft_shift", "shift", "shift_by_draw",
+            "domain_stats", "evaluation_before", "evaluation_after")
 
 
 def resource(uses: tuple[str, ...] = (), inputs: tuple[str, ...] = (), needs: tuple[str, ...] = (), name: str = ""):
@@ -79,6 +81,14 @@ def tuned(run):
     from sts.engine.finetune import load_tuned
 
     return load_tuned(fresh_lm(run)(), run.get("sft"))
+
+
+@resource((*_MODEL, "dtype"), ("model",), ("rl",))
+def reinforced(run):
+    """The model after reinforcement learning, a copy of its own."""
+    from sts.engine.finetune import load_tuned
+
+    return load_tuned(fresh_lm(run)(), run.get("rl"))
 
 
 @resource(("fold_norms", "sae_dtype"), ("sae",))
@@ -230,6 +240,20 @@ def trainings_of(run: OpenRun) -> list[OpenRun]:
             for seed in dict.fromkeys((own.seed, *own.training_seeds))]
 
 
+@resource(("rl_data", "rl_seeds", "seed"), ("rl_runs",), name="each_rl")
+def rl_runs_of(run: OpenRun) -> list[OpenRun]:
+    """The run with `rl_data` to train on, at its own seed and at all `rl_seeds`."""
+    own = run.settings
+    return [_other(run, sft_data=own.rl_data, seed=seed) for seed in dict.fromkeys((own.seed, *own.rl_seeds))]
+
+
+@resource(("rl_tried", "seed"), ("rl_tried",), name="each_tried")
+def rl_trials_of(run: OpenRun) -> list[OpenRun]:
+    """The run with each set in `rl_tried` to train on for `rl_trial_steps`, at a seed of its own."""
+    own = run.settings
+    return [_other(run, sft_data=name, seed=own.seed + 1_000, rl_steps=own.rl_trial_steps) for name in own.rl_tried]
+
+
 def _model_digest(run: OpenRun) -> str:
     from sts.engine.models import resolve_model
 
@@ -254,6 +278,10 @@ INPUTS = {"model": (_MODEL, _model_digest), "sft_train": (_TRAINING, train), "sf
           "trial_problems": ((*_TRAINING, "sft_trial_examples"), trial),
           "generation_data": ((*_TRAINING, *_DOMAINS, *_SET_ASIDE, "eval_generate", "eval_limit", "demonstrations"),
                               benchmarks)}
+#: Input made of other runs' keys -> those runs, and what is asked of each.
+OTHERS: dict[str, tuple[Callable[[OpenRun], list[OpenRun]], tuple[str, ...]]] = {
+    "seeds": (lambda run: seeds_of(run)[1:], ("correlations", "extreme_correlations")),
+    "training_sets": (trainings_of, EVERY_SET), "rl_runs": (rl_runs_of, EVERY_RL), "rl_tried": (rl_trials_of, ("rl",))}
 
 
 def identity(run: OpenRun, what: str) -> str:
@@ -265,9 +293,8 @@ def identity(run: OpenRun, what: str) -> str:
         from sts.engine.saes import sae_identity
 
         return f"trained:{run.key('sae')}" if run.settings.sae == "train" else sae_identity(run.settings.sae)
-    others, names = (trainings_of(run), EVERY_SET) if what == "training_sets" else (
-        seeds_of(run)[1:], ("correlations", "extreme_correlations"))
-    keys = [one.key(name) for one in others for name in names]
+    others, names = OTHERS[what]
+    keys = [one.key(name) for one in others(run) for name in names]
     return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
 
 

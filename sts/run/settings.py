@@ -45,8 +45,8 @@ Mask = Literal["whole_prompt", "first_positions", "outliers", "none"]
 #: What settings are about, by the first of each group, in the order of `Run`.
 GROUPS = {"name": "the run", "model": "model", "sae": "SAE", "text_data": "texts of chapter one", "sft_data": "data",
           "question_tokens_only": "forecast", "overlap_draws": "how well demonstrations foresee training; zeroing",
-          "sft_examples": "fine-tuning", "eval_limit": "evaluation", "seeds": "further runs; resampling",
-          "sweep_seeds": "ablations"}
+          "sft_examples": "fine-tuning", "rl_data": "reinforcement learning", "eval_limit": "evaluation",
+          "seeds": "further runs; resampling", "sweep_seeds": "ablations"}
 
 
 class Run(BaseModel, extra="forbid", frozen=True, strict=True):
@@ -111,6 +111,18 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     sft_max_length: int = _is("tokens an example at most", 1024, ge=16)
     lora_rank: Index = _is("rank of the adapters; 0 for full fine-tuning", 32)
     lora_alpha: Count = _is("their scale", 64)
+    rl_data: QuestionSet = _is("question set for it, and for the fine-tuning beside it; answers can be verified",
+                               "chain_sum")
+    rl_tried: list[QuestionSet] = _is("sets that stage rl_trials tries it on, before a profile is fixed", [])
+    rl_trial_steps: Count = _is("steps of each of these trials", 30)
+    rl_seeds: list[Index] = _is("further seeds at which it is done again", [])
+    rl_steps: Count = _is("steps of GRPO", 20)
+    rl_lr: float = _is("learning rate of GRPO, constant", 3e-4, ge=0)
+    rl_kl: Rate = _is("weight of the divergence from the untuned model in the loss", 0.01)
+    rl_problems: Count = _is("problems a step", 4)
+    rl_group: int = _is("answers sampled to each problem, and compared", 8, ge=2)
+    rl_micro_batch: Count = _is("answers in memory at once; gradients are added up", 16)
+    rl_tokens: Count = _is("tokens of an answer, at most", 16)
     eval_limit: Index = _is("questions a domain at most; 0 for all", 0)
     eval_batch: Count = _is("questions in one evaluation batch", 8)
     eval_kinds: list[Literal["letter", "text", "solution"]] = _is(

@@ -6,38 +6,27 @@ import pandas
 import torch
 
 from sts.data.groups import draws_of, other_domain_sets
-from sts.data.prompts import PromptGroup, make_group, make_prompt, question_text, solution_prompt
+from sts.data.prompts import PromptGroup, make_prompt, question_text, solution_prompt
 from sts.engine.evaluate import evaluate
-from sts.engine.extract import folded, model_paired_folds, paired_stats
+from sts.engine.extract import paired_stats, shift_by_training, shifts_behind, three_codes
 from sts.engine.residuals import Extractor
-from sts.engine.saes import SideBySide, identity_sae, random_code
+from sts.engine.saes import SideBySide
 from sts.engine.zeroing import lower_layers_once, zeroed
 from sts.measure.baselines import split_domains
 from sts.measure.items import item_measures
 from sts.measure.sets import latent_activity, sets_to_zero
 from sts.run.stage import stage, steps
 
-#: Groups of questions; latents are chosen on some of them and measured on the others.
-FOLDS = 8
-#: Seed of the random code's directions: the same in every run.
-CODE_SEED = 20_000
 #: Length of the answers that are written with latents zeroed.
 ANSWER_TOKENS = 72
 #: Problems whose tokens say what norm makes a token a sink.
 NORM_PROBLEMS = 8
 
 
-def _codes(lm, reader) -> SideBySide:
-    """The run's SAE ("sae"), a random code as sparse ("random") and the raw dimensions ("raw")."""
-    return SideBySide({"sae": reader, "random": random_code(reader, CODE_SEED), "raw": identity_sae(lm)})
-
-
 @stage("tensors", version=2)
 def sft_shift(lm, tuned, reader, layer, shift_groups, masks, report, passes):
     """Actual shift: stage `shift`'s questions in the untuned and the tuned model, in folds; every code."""
-    codes, prompts = _codes(lm, reader), [prompt for group in shift_groups for prompt in group.base]
-    return codes.split(folded(model_paired_folds(lm, tuned, codes, layer, prompts, masks, min(FOLDS, len(prompts)),
-                                                 report=report, **passes)))
+    return shift_by_training(lm, tuned, reader, layer, shift_groups, masks, report=report, **passes)
 
 
 @stage("tensors", version=2)
@@ -50,22 +39,8 @@ def sft_shift_solutions(lm, tuned, reader, layer, held_out, masks, report, passe
 @stage("tensors")
 def shift_controls(lm, reader, layer, shift_groups, masks, report, passes):
     """Stage `shift` on a random code as sparse as the SAE, and on the residual stream's own dimensions."""
-    codes = SideBySide({kind: code for kind, code in _codes(lm, reader).parts.items() if kind != "sae"})
+    codes = SideBySide({kind: code for kind, code in three_codes(lm, reader).parts.items() if kind != "sae"})
     return codes.split(paired_stats(lm, codes, layer, shift_groups, masks, report=report, **passes).to_tensors())
-
-
-def _shifts_behind(sets, questions, tokens, lm, reader, layer, masks, report, passes):
-    """The same questions behind each set of demonstrations: kind/squared_difference_RL, one row a set; and the
-    questions' own kind/base_fired_L and kind/base_square_sum_L, which are the same behind all."""
-    codes, rows = _codes(lm, reader), []
-    for demonstrations, told in steps(sets, report):
-        group = make_group(lm.tokenizer, questions, demonstrations, tokens=tokens)
-        stats = paired_stats(lm, codes, layer, [group], masks, report=told, **passes).to_tensors()
-        rows.append(codes.split({name: stats[name] for name in (
-            "squared_difference_L", "base_fired_L", "base_square_sum_L")}))
-    return {name.replace("difference_L", "difference_RL"):
-            torch.stack([row[name] for row in rows]) if name.endswith("difference_L") else rows[0][name]
-            for name in rows[0]}
 
 
 @stage("tensors", version=2)
@@ -73,7 +48,7 @@ def shift_by_draw(lm, reader, layer, train, masks, overlap_tokens, overlap_draws
                   passes):
     """Squared change behind single sets of demonstrations, the same questions behind each; all codes."""
     sets, questions = draws_of(train, shift_demonstrations, overlap_draws, seed)
-    return _shifts_behind(sets, questions, overlap_tokens, lm, reader, layer, masks, report, passes)
+    return shifts_behind(sets, questions, overlap_tokens, lm, reader, layer, masks, report=report, **passes)
 
 
 @stage("tensors", version=2)
@@ -82,7 +57,7 @@ def shift_by_other_domain(lm, reader, layer, train, questions, examples_set_asid
     """Stage `shift_by_draw` with demonstrations from other domains before the same questions: a control."""
     _, own = draws_of(train, shift_demonstrations, overlap_draws, seed)
     sets = other_domain_sets(train, examples_set_aside or questions, shift_demonstrations, overlap_draws, seed)
-    return _shifts_behind(sets, own, overlap_tokens, lm, reader, layer, masks, report, passes)
+    return shifts_behind(sets, own, overlap_tokens, lm, reader, layer, masks, report=report, **passes)
 
 
 @stage("tensors", version=3)
@@ -91,7 +66,7 @@ def shift_by_demonstrations(lm, reader, layer, train, masks, overlap_tokens, ove
     """Squared change behind 1, 2, ... demonstrations, each set holding the smaller ones; kind/number -> draws x L."""
     draws, questions = draws_of(train, max(overlap_demonstrations), overlap_draws, seed)
     sets = [own[:number] for number in overlap_demonstrations for own in draws]
-    rows = _shifts_behind(sets, questions, overlap_tokens, lm, reader, layer, masks, report, passes)
+    rows = shifts_behind(sets, questions, overlap_tokens, lm, reader, layer, masks, report=report, **passes)
     return {f"{name.partition('/')[0]}/{number}": part.clone() for name, tensor in rows.items() if name.endswith("_RL")
             for number, part in zip(overlap_demonstrations, tensor.split(overlap_draws), strict=True)}
 

@@ -109,6 +109,24 @@ def test_generated_train_and_test_splits_share_no_problem():
     assert not {example.question for example in train} & {example.question for example in test}
 
 
+@pytest.mark.parametrize("name", data_sources.PUZZLES)
+def test_puzzles_are_different_and_others_at_another_seed(name):
+    found = load_examples(name, limit=30, seed=2)
+    assert found == load_examples(name, limit=30, seed=2) and len({one.question for one in found}) == 30
+    assert all(one.answer.lstrip("-").isdigit() and not (one.options or one.solution) for one in found)
+    other = [one.question for one in load_examples(name, limit=30, seed=3)]
+    # Few puzzles are this small, so that some are drawn again.
+    assert len({one.question for one in found} & set(other)) < 20
+    assert [one.question for one in found[1:]] != other[:-1]
+
+
+def test_sums_are_right_and_run_out():
+    found = load_examples("chain_sum", limit=1000)
+    assert len(found) <= 200 and len(found) > 150
+    for example in found:
+        assert int(example.answer) == eval(re.search(r"[\d +-]+(?= =)", example.question).group())
+
+
 # --- readers ---
 
 ROWS = {
