@@ -101,7 +101,7 @@ def row(run: OpenRun, stage: str, where: Mapping[str, Any] = {}, *, under: str =
         more[name] = picked(**{**changed, "where": {**where, **changed.get("where", {})}})[0][1]
     affected = run.provenance(stage).get("affected", {}) if stage != "paper" else {}  # known to be recorded wrong
     unable = (value_of(first, "undefined") or CHANCE * (where.get("measure") == "accuracy" and _at_chance(run))
-              or UNRELIABLE * (stage != "paper" and _unreliable(run, where.get("measure")))
+              or UNRELIABLE * ("measure" in where and stage != "paper" and _unreliable(run, where["measure"]))
               or affected.get("why", "") * (where.get("axis") in affected.get("axes", ())))
     count = value_of(first, n) or (run.get("domain_shift")["domain"].nunique() if of == "domains" else None)
     return replace(number, n=count, of=of, against=more, unable=unable)

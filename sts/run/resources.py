@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sts.data import groups, load
 from sts.data.prompts import question_text, render, solution_text
 from sts.data.sources import SOURCES, Example
-from sts.errors import StsError
+from sts.errors import MissingData, StsError
 from sts.run.stage import RESOURCES, Resource
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _DOMAINS = ("domain_data", "domain_split", "domains", "domain_limit")
 _VALIDATION = ("domain_data", "domains", "validation_limit")
 _SET_ASIDE = ("domain_data", "demonstration_split", "domains")
 _TEXTS = ("text_data", "text_examples", "seed")
+_POOL = ("pool", "pool_tokens")
 #: Inputs of which records keep the settings that decide them, as stages need not use them.
 DRAWN = ("sft_train", "sft_held_out", "domain_data", "demonstrations")
 #: What is asked of every training set, before its key is part of another.
@@ -162,6 +163,19 @@ def texts(run):
         load.load_examples(name, limit=own.text_examples, seed=own.seed + 7))])
 
 
+def _pool_texts(run) -> dict[str, list[str]]:
+    return run.once("pool", _POOL, lambda: groups.pool_texts(run.settings.pool, run.settings.pool_tokens))
+
+
+@resource((*_MODEL, *_POOL), ("model", "pool_text"))
+def pool_pieces(run):
+    """(kind of text, token ids) of every document that latents are labelled by."""
+    if len(run.settings.pool) < 2:
+        raise MissingData("Setting pool names too few kinds of text to tell them apart; two, at least: {mathematics: "
+                          "['gsm_symbolic:test'], code: [python_library]}.")
+    return groups.pool_pieces(tokenizer(run), _pool_texts(run), run.settings.pool_tokens)
+
+
 @resource(("sae_text", "context"), ("sae_text",))
 def sae_texts(run):
     """The text that SAEs are trained on."""
@@ -229,7 +243,7 @@ def _model_digest(run: OpenRun) -> str:
 def _sae_text_digest(run: OpenRun) -> str:
     own = groups.SaeTexts(run.settings.sae_text, None, run.settings.context)
     # Read before the tokenizer, which comes with the model: missing text is said at once.
-    documents = [one for name in own.sources for one in own.documents(name)]
+    documents = [one for name, tokens in own.sources.items() for one in groups.documents_of(name, tokens)]
     return load.digest([one if isinstance(one, str) else render(  # as the model sees them, as recorded keys are
         tokenizer(run), question_text(one), answer=solution_text(one)) for one in documents])
 
@@ -240,6 +254,7 @@ INPUTS = {"model": (_MODEL, _model_digest), "sft_train": (_TRAINING, train), "sf
           "demonstrations": (_SET_ASIDE, examples_set_aside),
           "validation": (_VALIDATION, validation), "text_data": (_TEXTS, texts),
           "sae_text": ((*_MODEL, "sae_text"), _sae_text_digest),
+          "pool_text": (_POOL, lambda run: load.digest([one for own in _pool_texts(run).values() for one in own])),
           "trial_problems": ((*_TRAINING, "sft_trial_examples"), trial),
           "generation_data": ((*_TRAINING, *_DOMAINS, *_SET_ASIDE, "eval_generate", "eval_limit", "demonstrations"),
                               benchmarks)}

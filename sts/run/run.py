@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from sts.errors import ROOT, MissingData, StsError, one_of
+from sts.errors import ROOT, MissingData, NotRecorded, StsError, one_of
 from sts.run import resources
 from sts.run.log import Reporter, environment
 from sts.run.recorded import recorded_key
@@ -165,9 +165,9 @@ class OpenRun:
             if not any(folder.is_dir() for folder in self.store.recorded):
                 raise
             shown = ", ".join(f"{key} = {value}" for key, value in self.changed.items() if value not in ([], None))
-            raise StsError(f"Of run {self.settings.name!r}, the result of stage {name!r}{' with ' * bool(shown)}{shown}"
-                           " is not recorded, or not whole; computing it needs the model and the data. "
-                           f"{error}") from error
+            raise NotRecorded(f"Of run {self.settings.name!r}, the result of stage {name!r}{' with ' * bool(shown)}"
+                              f"{shown} is not recorded, or not whole; computing it needs the model and the data. "
+                              f"{error}") from error
 
     def compute(self, name: str, *, again: bool = True) -> Path:
         """Compute the stage, first what it needs and is not there, and store it; its path. Of two processes the second
