@@ -1,30 +1,31 @@
-/* Two conveniences. Without scripts all cards and all texts are simply there. */
+/* Two conveniences. Without scripts all cards and all rows are simply there. */
 document.addEventListener("DOMContentLoaded", () => {
+  const input = (type, label, before, change) => {
+    const field = document.createElement("input");
+    field.type = type;
+    field.setAttribute("aria-label", label);
+    field.addEventListener("input", () => change(field));
+    before.before(field);
+    return field;
+  };
   /* A field above folded cards, which hides those without all of the words. */
   for (const box of document.querySelectorAll("details.sts-search")) {
-    const field = document.createElement("input");
-    field.type = "search";
-    field.placeholder = "a word, a number or a kind of text";
-    field.setAttribute("aria-label", "Search the cards");
     const cards = [...box.querySelectorAll(".sts-latent-card")];
     const texts = cards.map((card) => card.textContent.toLowerCase());
-    field.addEventListener("input", () => {
+    input("search", "Search the cards", box.querySelector(".sts-cards"), (field) => {
       const words = field.value.toLowerCase().split(/\s+/);
       cards.forEach((card, place) => { card.hidden = !words.every((word) => texts[place].includes(word)); });
-    });
-    box.querySelector("summary").after(field);
+    }).placeholder = "a word, a number, a kind of text";
   }
-  /* A slider above texts, which shows one of them. */
+  /* A slider above a table, which shows one of its rows. */
   for (const box of document.querySelectorAll(".sts-steps")) {
-    const texts = [...box.querySelectorAll("section")], slider = document.createElement("input");
-    Object.assign(slider, { type: "range", min: 0, max: texts.length - 1, value: 0 });
-    slider.setAttribute("aria-label", "Step through the texts");
-    const show = () => {
-      texts.forEach((text, place) => { text.hidden = place !== Number(slider.value); });
-      slider.setAttribute("aria-valuetext", texts[slider.value].querySelector("h4").textContent);
+    const rows = [...box.querySelectorAll("tbody tr")];
+    const show = (field) => {
+      rows.forEach((row, place) => { row.hidden = place !== Number(field.value); });
+      field.setAttribute("aria-valuetext", rows[field.value].cells[0].textContent);
     };
-    slider.addEventListener("input", show);
-    box.prepend(slider);
-    show();
+    const slider = input("range", "Step through the rows", box.firstElementChild, show);
+    Object.assign(slider, { min: 0, max: rows.length - 1, value: 0 });
+    show(slider);
   }
 });

@@ -23,8 +23,6 @@ from sts.run.run import OpenRun
 
 #: Measures of change, the finest first.
 MEASURES = ("bits", "p_right", "accuracy", "accuracy_generated")
-#: Bytes of a page's cards, at most.
-LARGEST = 2_000_000
 #: Tokens of chat templates, and the roles that follow one of them, of one token or several, up to a blank.
 TEMPLATE = re.compile(r"<\|[\w-]+\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad)>")
 ROLES = ("system", "user", "assistant", "model")
@@ -118,7 +116,7 @@ class Page:
                 about: Mapping[int, Sequence[str]] = {}, fold: str = "") -> HTML:
         """Cards of the latents of a stage: texts they fire on, tokens they promote and demote, how strongly they fire;
         and lines `about` them. Where texts are withheld, of further stages only what is stored. Folded under a title,
-        they can be searched. As many as fit in `LARGEST` bytes."""
+        they can be searched. As many as fit in two megabytes."""
         note = str(self.texts_note(stages[0]).data)
         found = {card["latent"]: card for card in self[stages[0]][:count]}
         for stage in stages[1:]:
@@ -128,15 +126,11 @@ class Page:
         address, cards = _neuronpedia(self.settings.sae), ""
         for card in found.values():
             own = _latent_card(card, address, about.get(card["latent"], ()), texts=not note)
-            cards += own if len((cards + own).encode()) < LARGEST else ""
+            if len((cards + own).encode()) > 2e6:
+                break
+            cards += own
         cards = f'<div class="sts-cards">{cards}</div>'
         return HTML(note + (figures.folded(fold, cards, "sts-search") if fold else cards))
-
-    def steps(self, shown: Mapping[str, str]) -> HTML:
-        """Texts by label, which a script puts under a slider; without it they stand one under the other."""
-        return HTML('<div class="sts-steps">' + "".join(
-            f"<section><h4>{escape(label)}</h4><blockquote>{escape(text)}</blockquote></section>"
-            for label, text in shown.items()) + "</div>")
 
     def others(self, *stages: str) -> dict[str, OpenRun]:
         """The book's other recorded runs that have these stages; nothing of them is computed."""

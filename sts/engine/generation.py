@@ -22,9 +22,6 @@ from sts.data.sources import Example
 from sts.engine.models import LanguageModel
 from sts.errors import StsError
 
-#: Seconds that one answer of a judge may take.
-JUDGE_SECONDS = 60.0
-
 
 def prompt_text(tokenizer, benchmark: str, example: Example, worked: Sequence[Example]) -> str:
     """The plain text of MMLU-Pro's official script, with worked examples, or a mathematics problem in a chat."""
@@ -145,14 +142,15 @@ def judge_label(answer: str, labels: Sequence[str]) -> str:
     return found[0] if len(found) == 1 else ""
 
 
-def ask_judge(url: str, model: str, prompts: Sequence[str], report: Callable[[float], None]) -> list[str]:
+def ask_judge(url: str, model: str, prompts: Sequence[str], report: Callable[[float], None], *,
+              seconds: float = 60) -> list[str]:
     """A model's answers, at temperature 0, from any endpoint for OpenAI's chat completions. Its key is in the variable
     STS_JUDGE_KEY, if it has one, and never stored. `StsError` where it is not there, refuses, or answers otherwise."""
     if not (url and model) or "@" in url.partition("://")[2].partition("/")[0]:
         raise StsError("A judge is asked where judge_url (http://localhost:8000/v1, say, without a password) and "
                        "judge_model are set; put its key, if it has one, in the variable STS_JUDGE_KEY.")
     key, answers = os.environ.get("STS_JUDGE_KEY"), []
-    with httpx.Client(timeout=JUDGE_SECONDS, headers={"Authorization": f"Bearer {key}"} if key else {}) as client:
+    with httpx.Client(timeout=seconds, headers={"Authorization": f"Bearer {key}"} if key else {}) as client:
         for prompt in prompts:
             try:
                 response = client.post(f"{url.rstrip('/')}/chat/completions", json={

@@ -46,8 +46,8 @@ def latent_labels(pool_activity, pool, permutations, seed):
 def label_lists(shift, pool_activity, latent_labels, pool, top_n, bootstrap, seed):
     """Rows of `meaning.compared`, intervals over documents, of latents by demonstrations, of the busiest on the same
     questions, and of others that fire as often (like_rate, mean of sets). precision: share of the first N/2, N and 2N
-    that are of the first kind; recall: share of a kind's latents in the first 5N; lead: the first kind's less the
-    second's."""
+    that are of the first kind; recall: share of each kind's latents in the first 5N, and the first's less the second's
+    (`lead`)."""
     kinds, width, rate_L = [*pool], len(latent_labels), torch.tensor(latent_labels["rate"].to_numpy())
     place_BL = meaning.resampled_labels(pool_activity, latent_labels, kinds, resamples=bootstrap, seed=seed)
     orders = {name: shifted_dimensions(shift[field], width) for name, field in (
@@ -63,10 +63,9 @@ def label_lists(shift, pool_activity, latent_labels, pool, top_n, bootstrap, see
         with np.errstate(invalid="ignore"):  # of a kind without latents no share is known
             recall[kind] = {name: (place_BL[:, order_L[:reach]] == place).sum(1) / (place_BL == place).sum(1)
                             for name, order_L in orders.items()}
-    first, second = recall[kinds[0]], recall[kinds[1]]
+    recall["lead"] = {name: recall[kinds[0]][name] - recall[kinds[1]][name] for name in orders}
     return {"precision": precision, "recall": [row for kind, own in recall.items() for row in meaning.compared(
-        own, kind=kind, n=int((latent_labels["label"] == kind).sum()), reach=reach)],
-        "lead": meaning.compared({name: first[name] - second[name] for name in orders}, n=reach)}
+        own, kind=kind, n=int((latent_labels["label"] == kind).sum()), reach=reach)]}
 
 
 @stage("json")
