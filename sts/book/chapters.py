@@ -94,7 +94,7 @@ def _without_results(target: Path, stopped: int, why: str) -> Path:
     cells = [cell for cell in content.cells if ERROR_MARKER_TAG not in cell.metadata.get("tags", [])]
     end = [cell.source.partition("\n")[0] for cell in cells].index("## Takeaways")
     content.cells = [*cells[:stopped], nbformat.v4.new_markdown_cell(f"**Not recorded.** {why}"),
-                     *(cell for cell in cells[end:] if cell.cell_type == "markdown")]
+                     *(cell for cell in cells[end:-2] if cell.cell_type == "markdown")]
     nbformat.write(content, target)
     return target
 
