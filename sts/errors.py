@@ -22,5 +22,9 @@ def one_of(what: str, asked: object, valid: Iterable[object]) -> StsError:
     return StsError(f"{what} {asked!r} is not known. Valid: {', '.join(names)}.{near}")
 
 
+class NotRecorded(StsError):
+    """A result that a run which is shown from its records does not have, and that needs model or data."""
+
+
 class MissingData(StsError):
     """A data set or model that was asked for is neither here nor, if it could be there, on the hub."""

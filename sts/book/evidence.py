@@ -104,7 +104,7 @@ def row(run: OpenRun, stage: str, where: Mapping[str, Any] = {}, *, under: str =
     unable = (value_of(first, "undefined") or CHANCE * (where.get("measure") == "accuracy" and _at_chance(run))
               or UNRELIABLE * ((first["reliability"] is not None and first["reliability"] < RELIABLE)
                                if "reliability" in first else
-                               stage != "paper" and _unreliable(run, where.get("measure")))
+                               "measure" in where and stage != "paper" and _unreliable(run, where["measure"]))
               or affected.get("why", "") * (where.get("axis") in affected.get("axes", ())))
     count = value_of(first, n) or (run.get("domain_shift")["domain"].nunique() if of == "domains" else None)
     return replace(number, n=count, of=of, against=more, unable=unable)

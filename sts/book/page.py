@@ -112,18 +112,25 @@ class Page:
         counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
         return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scorecard">{figures.table(rows).data}</div>')
 
-    def latents(self, count: int = 10) -> HTML:
-        """Cards of the latents of stage `latent_examples`: texts they fire on, tokens they promote and demote, how
-        strongly they fire. Where texts are withheld, of further stages only what is stored."""
-        note = str(self.texts_note("latent_examples").data)
-        found = {card["latent"]: card for card in self["latent_examples"][:count]}
-        for stage in ("latent_logits", "latent_strengths"):
+    def latents(self, count: int = 10, stages: Sequence[str] = ("latent_examples", "latent_logits", "latent_strengths"),
+                about: Mapping[int, Sequence[str]] = {}, fold: str = "") -> HTML:
+        """Cards of the latents of a stage: texts they fire on, tokens they promote and demote, how strongly they fire;
+        and lines `about` them. Where texts are withheld, of further stages only what is stored. Folded under a title,
+        they can be searched. As many as fit in two megabytes."""
+        note = str(self.texts_note(stages[0]).data)
+        found = {card["latent"]: card for card in self[stages[0]][:count]}
+        for stage in stages[1:]:
             for row in self[stage] if not note or self.run.stored(stage) else ():
                 if row["latent"] in found:
                     found[row["latent"]] = row | found[row["latent"]]
-        address = _neuronpedia(self.settings.sae)
-        cards = "".join(_latent_card(card, address, texts=not note) for card in found.values())
-        return HTML(f'{note}<div class="sts-cards">{cards}</div>')
+        address, cards = _neuronpedia(self.settings.sae), ""
+        for card in found.values():
+            own = _latent_card(card, address, about.get(card["latent"], ()), texts=not note)
+            if len((cards + own).encode()) > 2e6:
+                break
+            cards += own
+        cards = f'<div class="sts-cards">{cards}</div>'
+        return HTML(note + (figures.folded(fold, cards, "sts-search") if fold else cards))
 
     def others(self, *stages: str) -> dict[str, OpenRun]:
         """The book's other recorded runs that have these stages; nothing of them is computed."""
@@ -159,16 +166,18 @@ def _pill(word: str, more: str = "") -> str:
     return f'<span class="sts-verdict sts-{word.replace(" ", "-")} {more}">{word}</span>'
 
 
-def _latent_card(card: Mapping, address: str, *, texts: bool) -> str:
+def _latent_card(card: Mapping, address: str, about: Sequence[str] = (), *, texts: bool) -> str:
     title = f"Latent {card['latent']}"
     title = f'<a href="{escape(address)}/{card["latent"]}">{title}</a>' if address else title
-    lines = [f"fires on {card['rate']:.2%} of tokens, at most {card['contexts'][0]['value']:.1f}"]
+    strongest = max((one["value"] for one in card["contexts"]), default=0.0)
+    lines = [*map(escape, about), f"fires on {card['rate']:.2%} of tokens, at most {strongest:.1f}"]
     for name in ("promoted", "demoted"):
         tokens = [escape(token.strip() or repr(token)) for token in card.get(name, ()) if not TEMPLATE.search(token)]
         lines += [f"{name}: " + " ".join(f"<code>{token}</code>" for token in tokens)] * bool(tokens)
     parts = [f'<p class="sts-rate">{line}</p>' for line in lines] + [_histogram(card.get("histogram", ()))]
     for name, contexts in (("strongest", card["contexts"]), ("of middling strength", card.get("middling", ()))):
-        quotes = [f"<blockquote>{text}</blockquote>" for text in map(_shaded, contexts) if texts and "sts-tok" in text]
+        quotes = [f'<blockquote>{text} <small>{escape(one.get("kind", ""))}</small></blockquote>' for one in contexts
+                  if texts and "sts-tok" in (text := _shaded(one))]
         parts += [f'<p class="sts-rate">{name}</p>' * bool(quotes), *quotes]
     return f'<div class="sts-latent-card"><h4>{title}</h4>{"".join(parts)}</div>'
 

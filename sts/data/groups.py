@@ -7,14 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sts.data.load import load_examples, load_texts
-from sts.data.prompts import PromptGroup, document_ids, make_group, start_ids, without_options
+from sts.data.load import PACKAGED_TEXTS, load_examples, load_texts
+from sts.data.prompts import PromptGroup, document_ids, make_group, plain_text, start_ids, without_options
 from sts.data.sources import CORPORA, MMLU_PRO_CATEGORY, Example
 from sts.errors import StsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: Tokens of a pool's document, at most, and documents of a pool, at least.
+DOCUMENT_TOKENS, FEWEST_DOCUMENTS = 200, 5
 #: What a training set's domain is called among MMLU-Pro's, where the name differs.
 DOMAIN_OF = {"code": "computer science", "medicine": "health", "mental health": "psychology"}
 
@@ -106,12 +108,13 @@ def benchmark_questions(names: Sequence[str], held_out: list[Example], questions
     return found
 
 
-def token_pieces(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Example | str], context: int,
-                 tokens: int) -> list[list[int]]:
-    """Token ids of as many tokens as asked for, in pieces of at most `context` tokens, BOS in front of each."""
+def token_pieces(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Example | str], context: int, tokens: int, *,
+                 whole: bool = True) -> list[list[int]]:
+    """Token ids of as many tokens as asked for, in pieces of at most `context` tokens, BOS in front of each; of each
+    document all of them, or its first alone, where not `whole`."""
     start, pieces, total = start_ids(tokenizer), [], 0  # BOS is a position that is not trained on
     for ids in (document_ids(tokenizer, document) for document in documents):
-        for first in range(0, len(ids), context - len(start)):
+        for first in range(0, len(ids) if whole else 1, context - len(start)):
             piece = ids[first:first + context - len(start)][:tokens - total]
             if len(piece) > 8:
                 pieces.append([*start, *piece])
@@ -119,6 +122,36 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Example
             if total >= tokens:
                 return pieces
     return pieces
+
+
+def documents_of(name: str, tokens: int) -> list[Example | str]:
+    """Documents of a corpus, a text of an installed package, a text file, or a question set ("mmlu:val" names a split),
+    of which the generated one has as many as `tokens` tokens take."""
+    base, _, split = (name, "", "") if name.endswith((".txt", ".jsonl")) else name.partition(":")
+    if base in (*CORPORA, *PACKAGED_TEXTS) or base.endswith((".txt", ".jsonl")):
+        # Books are cut, so that the tokens asked for come from many of them.
+        return [text[start:start + 20_000].strip() for text in load_texts(base)
+                for start in range(0, len(text), 20_000)]
+    return [*load_examples(base, split=split, limit=max(1, tokens // 50) if base == "gsm_symbolic" else 0)]
+
+
+def pool_texts(pool: Mapping[str, Sequence[str]], tokens: int) -> dict[str, list[str]]:
+    """Texts of each pool, of all its sets, in a fixed random order; all plain, as a chat's template in some pools alone
+    would be taken for what they are about."""
+    texts = {name: [plain_text(one) for source in sources for one in documents_of(source, tokens)]
+             for name, sources in pool.items()}
+    return {name: random.Random(0).sample(own, len(own)) for name, own in texts.items()}
+
+
+def pool_pieces(tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, list[str]],
+                tokens: int) -> list[tuple[str, list[int]]]:
+    """(pool, token ids) of the beginnings of each pool's texts, about `tokens` tokens a pool; `StsError` for a pool of
+    too few texts."""
+    pieces = {name: token_pieces(tokenizer, own, DOCUMENT_TOKENS, tokens, whole=False) for name, own in texts.items()}
+    if few := [name for name, own in pieces.items() if len(own) < FEWEST_DOCUMENTS]:
+        raise StsError(f"Pool {few[0]!r} has {len(pieces[few[0]])} documents; labels that are tested by shuffling them "
+                       f"take {FEWEST_DOCUMENTS} a pool. Raise pool_tokens, or name more text.")
+    return [(name, piece) for name, own in pieces.items() for piece in own]
 
 
 @dataclass(frozen=True)
@@ -130,16 +163,6 @@ class SaeTexts:
     tokenizer: Any
     context: int
 
-    def documents(self, name: str) -> list[Example | str]:
-        """Documents of one source."""
-        base, _, split = (name, "", "") if name.endswith((".txt", ".jsonl")) else name.partition(":")
-        if base in CORPORA or base.endswith((".txt", ".jsonl")):
-            # Books are cut, so that the tokens asked for come from many of them.
-            return [text[start:start + 20_000].strip() for text in load_texts(base)
-                    for start in range(0, len(text), 20_000)]
-        limit = max(1, self.sources[name] // 50) if base == "gsm_symbolic" else 0
-        return [*load_examples(base, split=split, limit=limit)]
-
     def pieces(self, tokens: int = 0, *, seed: int) -> tuple[list[list[int]], list[list[int]]]:
         """Pieces to train on, of `tokens` tokens, the sources in proportion (0: as many as each names), in a seeded
         order, and held-out ones from other documents (2% of them); `StsError` where there is nothing to train on."""
@@ -148,7 +171,7 @@ class SaeTexts:
                            "sts stage sae -p sae_text '{my_text.txt: 2000000}'")
         train, held_out, whole = [], [], sum(self.sources.values())
         for name, own in self.sources.items():
-            documents = self.documents(name)
+            documents = documents_of(name, own)
             random.Random(seed).shuffle(documents)
             cut = max(1, len(documents) // 50)
             share = max(1, round(own / whole * tokens)) if tokens else own

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import re
+import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +20,8 @@ from sts.data.check import LETTERS, Row, json_lines, read_text
 from sts.data.sources import CORPORA, GENERATED, MMLU_PRO_CATEGORY, PUZZLES, SOURCES, Example, without_preamble
 from sts.errors import MissingData, StsError, one_of
 
+#: Plain texts from installed packages.
+PACKAGED_TEXTS = ("python_library", "story", "story_speech")
 #: Whether data sets and models that are not here may be asked from the hub.
 _HUB: ContextVar[bool] = ContextVar("hub", default=True)
 
@@ -195,13 +198,26 @@ def split_options(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def load_texts(name: str) -> list[str]:
-    """Documents of plain text: one of `CORPORA` from STS_DATA_DIR, or a .txt (one document) or .jsonl ("text") file."""
+    """Documents of plain text: one of `CORPORA` from STS_DATA_DIR; a .txt (one document) or .jsonl ("text") file; forty
+    lines from the middle of each module of Python's library; paragraphs of a story by M. and J. Verne (1889, carried by
+    reasoning-gym), those in direct speech or the others, 400 characters together."""
+    if name == "python_library":
+        files = [read_text(path).split("\n") for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
+        return ["\n".join(lines[len(lines) // 2 - 20:][:40]) for lines in files if len(lines) > 80]
+    if name in PACKAGED_TEXTS:
+        from reasoning_gym.data import read_data_file
+
+        story, documents = read_data_file("in_the_year_2889.txt").partition("*** START")[2].partition("*** END"), [""]
+        for paragraph in (" ".join(own.split()) for own in story[0].split("\n\n")):
+            if paragraph.startswith('"') if name == "story_speech" else re.match('[^"[].{99}', paragraph):
+                documents[-1:] = [documents[-1] + paragraph + "\n", *[""] * (len(documents[-1] + paragraph) > 400)]
+        return documents[:-1]
     path = local_file("corpus", name) if name in CORPORA else Path(name).expanduser()
     if path is None:
         raise StsError(f"Corpus {name!r} is read from a local folder only: put corpus/{name}.jsonl, one JSON object "
                        'with "text" a line, in a folder and name that folder in STS_DATA_DIR.')
     if not path.is_file():
-        raise StsError(f"Text {name!r} is not known. Valid: {', '.join(CORPORA)}, a question set "
+        raise StsError(f"Text {name!r} is not known. Valid: {', '.join(CORPORA + PACKAGED_TEXTS)}, a question set "
                        f"({', '.join([*SOURCES, *GENERATED])}), or the path of a .txt or .jsonl file.")
     return [row.text("text") for row in json_lines(path)] if path.suffix == ".jsonl" else [read_text(path)]
 

@@ -66,6 +66,11 @@ def solution_text(example: Example) -> str:
     return f"{worked} {OPENING}{LETTERS[example.answer_index]}) {example.answer.strip().rstrip('.')}.".strip()
 
 
+def plain_text(document: Example | str) -> str:
+    """A text as it is, or a question with its solution as one."""
+    return document if isinstance(document, str) else f"{question_text(document)}\n{solution_text(document)}"
+
+
 def without_options(example: Example) -> Example:
     """A question with options as an open one: the same solution, ending with the right answer without its letter."""
     solution = solution_text(example).replace(f"({LETTERS[example.answer_index]}) ", "")

@@ -1,16 +1,20 @@
-"""Evaluation by generation: models answer through lm-evaluation-harness, and each benchmark scores in its own way."""
+"""Evaluation by generation: models answer through lm-evaluation-harness, and each benchmark scores in its own way; and
+another language model is asked what a latent is about."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pandas
+import torch
 
 from sts.data.check import LETTERS
 from sts.data.prompts import chat_text, question_text
@@ -84,6 +88,15 @@ def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
     return pandas.DataFrame(found)
 
 
+def greedy_answer(lm: LanguageModel, ids: Sequence[int], tokens: int) -> str:
+    """What a model writes behind a prompt, at most so many tokens of the largest probability, as text."""
+    ids_BP = torch.tensor([[*ids]], device=lm.device)
+    with torch.inference_mode():
+        found_BP = lm.model.generate(ids_BP, attention_mask=torch.ones_like(ids_BP), max_new_tokens=tokens,
+                                     do_sample=False, pad_token_id=lm.tokenizer.pad_token_id)
+    return str(lm.tokenizer.decode(found_BP[0, len(ids):], skip_special_tokens=True))
+
+
 def open_engine(lm: LanguageModel, *, batch: int) -> Any:
     """A loaded model as the harness takes it."""
     from lm_eval.models.huggingface import HFLM
@@ -112,3 +125,40 @@ def open_vllm(location: str, *, revision: str = "", dtype: str = "auto", tensor_
         options |= {"pretrained": str(adapter), "tokenizer": location}
         options.pop("revision", None)
     return get_model("vllm").create_from_arg_obj(options)
+
+
+def judge_prompt(card: Mapping[str, Any], labels: Sequence[str]) -> str:
+    """What a judge is asked about a latent, from the texts on which it fires most and half as much."""
+    texts = ["".join(f"<<{token}>>" if value > 0 else token for token, value in zip(
+        context["tokens"], context["values"], strict=True)) for context in (*card["contexts"], *card["middling"])]
+    return ("One unit of a language model responds to the tokens that stand in << >> in these passages:\n\n"
+            + "\n---\n".join(texts) + "\n\nWhich kind of text is the unit about? Look at what they have in common and "
+            f"where they stand. Answer with one of these words and nothing else: {', '.join(labels)}.")
+
+
+def judge_label(answer: str, labels: Sequence[str]) -> str:
+    """The one label that a judge's answer names; "" where it names none, or more than one."""
+    found = [label for label in labels if re.search(rf"\b{re.escape(label)}\b", answer, re.IGNORECASE)]
+    return found[0] if len(found) == 1 else ""
+
+
+def ask_judge(url: str, model: str, prompts: Sequence[str], report: Callable[[float], None], *,
+              seconds: float = 60) -> list[str]:
+    """A model's answers, at temperature 0, from any endpoint for OpenAI's chat completions. Its key is in the variable
+    STS_JUDGE_KEY, if it has one, and never stored. `StsError` where it is not there, refuses, or answers otherwise."""
+    if not (url and model) or "@" in url.partition("://")[2].partition("/")[0]:
+        raise StsError("A judge is asked where judge_url (http://localhost:8000/v1, say, without a password) and "
+                       "judge_model are set; put its key, if it has one, in the variable STS_JUDGE_KEY.")
+    key, answers = os.environ.get("STS_JUDGE_KEY"), []
+    with httpx.Client(timeout=seconds, headers={"Authorization": f"Bearer {key}"} if key else {}) as client:
+        for prompt in prompts:
+            try:
+                response = client.post(f"{url.rstrip('/')}/chat/completions", json={
+                    "model": model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]})
+                answers.append(str(response.raise_for_status().json()["choices"][0]["message"]["content"]))
+            except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise StsError(f"The judge at {url} gave no answer that can be read ({reason}). Check judge_url, "
+                               "judge_model and STS_JUDGE_KEY.") from error
+            report(len(answers) / len(prompts))
+    return answers

@@ -88,9 +88,10 @@ def reinforce(lm: LanguageModel, train: Sequence[Example], folder: Path, *, step
         def _tokenize_prompts(self, prompts):  # the very tokens that are read everywhere else
             return [list(encode(lm.tokenizer, prompt)[0]) for prompt in prompts], None, {}
 
+    rewards: Any = [correct, ended]
     rows = [{"prompt": render(lm.tokenizer, question_text(one)), "answer": one.answer} for one in order]
     trainer: Any = Trainer(
-        model=lm.model, reward_funcs=[correct, ended], processing_class=lm.tokenizer,
+        model=lm.model, reward_funcs=rewards, processing_class=lm.tokenizer,
         peft_config=LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
         train_dataset=Dataset.from_list(rows[:steps * problems]),
         args=GRPOConfig(**trainer_options(lm, folder / "checkpoints", steps, batch, seed), max_steps=steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,17 @@ def latent_statistics(sae, activations: Path) -> LatentStats:
     return stats
 
 
+def document_sums(sae, activations: Path, documents: int) -> dict[str, torch.Tensor]:
+    """Sums over the stored activations of each of so many pieces: tokens_D, and by latent sum_DL and fired_DL."""
+    sums = {"tokens_D": torch.zeros(documents), **{name: torch.zeros(documents, sae.cfg.d_sae)
+                                                   for name in ("sum_DL", "fired_DL")}}
+    for part, latents_TL in _encoded(sae, activations):
+        for name, values in (("tokens_D", torch.ones(len(latents_TL))), ("sum_DL", latents_TL),
+                             ("fired_DL", latents_TL > 0)):
+            sums[name].index_add_(0, part["piece_T"].long(), values.float().cpu())
+    return sums
+
+
 def spread_by_rate(stats: LatentStats, count: int, *, lowest: float = 0.0005, highest: float = 0.05) -> list[int]:
     """Latents at evenly spaced ranks of firing rate between `lowest` and `highest`: a rule, not a choice. `StsError`
     where fewer than `count` latents fire that often."""
@@ -105,10 +116,12 @@ def spread_by_rate(stats: LatentStats, count: int, *, lowest: float = 0.0005, hi
 
 
 class Firings:
-    """Where chosen latents fire in stored activations, which came from the token ids `pieces`, and how strongly."""
+    """Where chosen latents fire in stored activations, which came from the token ids `pieces` (of `kinds` of text, if
+    given), and how strongly."""
 
-    def __init__(self, sae, activations: Path, pieces: list[list[int]], tokenizer, latents: list[int]):
-        self.pieces, self.tokenizer, self.latents, self.tokens = pieces, tokenizer, latents, 0
+    def __init__(self, sae, activations: Path, pieces: Sequence[list[int]], tokenizer, latents: list[int],
+                 kinds: Sequence[str] = ()):
+        self.pieces, self.tokenizer, self.latents, self.tokens, self.kinds = pieces, tokenizer, latents, 0, kinds
         #: latent -> {(piece, position): value}
         self.fired: dict[int, dict[tuple[int, int], float]] = {latent: {} for latent in latents}
         for part, latents_TL in _encoded(sae, activations):
@@ -137,7 +150,8 @@ class Firings:
                 places = range(max(0, position - before), min(len(self.pieces[piece]), position + after + 1))
                 found.append({"value": fired[piece, position], "peak": position - places.start,
                               "tokens": [self.tokenizer.decode([self.pieces[piece][place]]) for place in places],
-                              "values": [fired.get((piece, place), 0.0) for place in places]})
+                              "values": [fired.get((piece, place), 0.0) for place in places],
+                              **({"kind": self.kinds[piece]} if self.kinds else {})})
         return found
 
 
@@ -166,8 +180,9 @@ def promoted_tokens(lm: LanguageModel, sae, latents: list[int], top: int = 8) ->
     rows = []
     with torch.inference_mode():
         scale_D = decoder.norm(torch.ones_like(decoder.norm.weight)[None])[0]  # of a vector whose norm is one
+        weight_VD = head.weight.float()
         for latent in latents:
-            logits_V = head.weight.float() @ (scale_D * sae.W_dec[latent].to(scale_D)).float()
+            logits_V = weight_VD @ (scale_D * sae.W_dec[latent].to(scale_D)).float()
             rows.append({"latent": latent} | {
                 name: [lm.tokenizer.decode([token]) for token in (sign * logits_V).topk(top).indices.tolist()]
                 for name, sign in (("promoted", 1), ("demoted", -1))})

@@ -1,4 +1,4 @@
-"""Zeroing latents while the model runs, in evaluation and in generation (Figure 1b of arXiv 2603.02908).
+"""Zeroing (or scaling) latents while the model runs, in evaluation and in generation (Figure 1b of arXiv 2603.02908).
 
 A latent is taken out of the residual stream by subtracting what it adds to the SAE's reconstruction. What the SAE does
 not reconstruct, its error, stays where it is: zeroing nothing leaves the model exactly as it is.
@@ -47,24 +47,25 @@ def changed(lm: LanguageModel, layer: int, change: Callable[[torch.Tensor], torc
 
 
 def zeroed(lm: LanguageModel, sae, layer: int, latents: Sequence[int] | torch.Tensor, *, drop_first_positions: int = 1,
-           norm_limit: float = float("inf")) -> AbstractContextManager[None]:
-    """A context in which latents, by index, are zero at every token that counts (see `changed`): x becomes
-    x - (decode(h) - decode(h')), where h = encode(x), and h' is h with these latents at zero. With none the model is
-    not touched at all."""
+           norm_limit: float = float("inf"), factor: float = 0.0) -> AbstractContextManager[None]:
+    """A context in which latents, by index, are zero at every token that counts (see `changed`), or `factor` times what
+    they are: x becomes x - (decode(h) - decode(h')), where h = encode(x), and h' is h with these latents multiplied.
+    With none the model is not touched at all."""
     chosen = torch.as_tensor(latents, dtype=torch.long).flatten().to(sae.device)
     if not len(chosen):
         return nullcontext()
-    return changed(lm, layer, lambda residual_TD: without(sae, residual_TD, chosen),
+    return changed(lm, layer, lambda residual_TD: without(sae, residual_TD, chosen, factor),
                    drop_first_positions=drop_first_positions, norm_limit=norm_limit)
 
 
-def without(sae, residual_TD: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Residual vectors less what the chosen latents add to their reconstruction, T x D in the input's precision."""
+def without(sae, residual_TD: torch.Tensor, latents: torch.Tensor, factor: float = 0.0) -> torch.Tensor:
+    """Residual vectors less what the chosen latents add to their reconstruction (or with `factor` times as much), T x D
+    in the input's precision."""
     found_TD = torch.empty_like(residual_TD)
     for rows, (latents_TL,) in encode_chunks(sae, residual_TD):
         with torch.inference_mode():
             zeroed_TL = latents_TL.clone()
-            zeroed_TL[:, latents] = 0
+            zeroed_TL[:, latents] *= factor
             # Decoded together: an SAE that normalises its input remembers the scale for one call of decode.
             with_TD, without_TD = sae.decode(torch.stack([latents_TL, zeroed_TL])).float()
             found_TD[rows] = (residual_TD[rows].float() - (with_TD - without_TD)).to(residual_TD.dtype)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts.errors import StsError
-from sts.run.resources import DRAWN, INPUTS, rl_runs_of, rl_trials_of, seeds_of, trainings_of
+from sts.run.others import rl_runs_of, rl_trials_of, seeds_of, trainings_of
+from sts.run.resources import DRAWN, INPUTS
 from sts.run.settings import Run
 from sts.run.stage import STAGES, Stage
 from sts.run.store import PROVENANCE, Store, read
@@ -36,8 +37,12 @@ def _without_answers(written: dict) -> dict:
                       "answers": [one | {"answer": NO_TEXT} for one in written["answers"]]}
 
 
+def _without_prompts(judged: dict) -> dict:
+    return judged | {"rows": [row | {"prompt": NO_TEXT, "answer": NO_TEXT} for row in judged["rows"]]}
+
+
 def texts_withheld(value: list[dict] | dict) -> bool:
-    """Whether the result of stage `latent_examples` or `ablated_answers` was recorded, without its texts."""
+    """Whether a result with cards of latents or answers of the model was recorded, without its texts."""
     if isinstance(value, dict):
         return value["question"] == NO_TEXT
     return all(token == BLANK for card in value for context in card["contexts"] for token in context["tokens"])
@@ -54,7 +59,9 @@ def _sums(variant: str) -> Callable[[Mapping], dict]:
 
 #: Stage -> what is recorded of its result instead of all: a function of it, or None for nothing.
 CHANGED: dict[str, Callable[[Any], Any] | None] = {
-    "latent_examples": _without_tokens, "ablated_answers": _without_answers,
+    "latent_examples": _without_tokens, "ablated_answers": _without_answers, "shifted_examples": _without_tokens,
+    "steered_answers": _without_answers, "judge_labels": _without_prompts, "pool_activations": None,
+    "pool_activity": None,
     "domain_stats": _sums("paper"), "domain_rows": _sums("official_code"),
     "text_activations": None, "latent_strengths": None, "domain_raw_stats": None, "domain_model_change": None,
     "random_latent_scores": None, "rollouts": None}

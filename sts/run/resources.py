@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sts.data import groups, load
 from sts.data.prompts import question_text, render, solution_text
 from sts.data.sources import SOURCES, Example
-from sts.errors import StsError
+from sts.errors import MissingData, StsError
 from sts.run.stage import RESOURCES, Resource
 
 if TYPE_CHECKING:
@@ -28,12 +28,9 @@ _DOMAINS = ("domain_data", "domain_split", "domains", "domain_limit")
 _VALIDATION = ("domain_data", "domains", "validation_limit")
 _SET_ASIDE = ("domain_data", "demonstration_split", "domains")
 _TEXTS = ("text_data", "text_examples", "seed")
+_POOL = ("pool", "pool_tokens")
 #: Inputs of which records keep the settings that decide them, as stages need not use them.
 DRAWN = ("sft_train", "sft_held_out", "domain_data", "demonstrations")
-#: What is asked of every training set, before its key is part of another, and of every reinforcement learning.
-EVERY_SET = ("scores", "shift", "sft", "sft_shift", "domain_shift", "correlations", "text_baselines")
-EVERY_RL = ("rl", "rl_shift", "rl_evaluation", "rollout_shift", "sft", "sft_shift", "shift", "shift_by_draw",
-            "domain_stats", "evaluation_before", "evaluation_after")
 
 
 def resource(uses: tuple[str, ...] = (), inputs: tuple[str, ...] = (), needs: tuple[str, ...] = (), name: str = ""):
@@ -182,6 +179,19 @@ def texts(run):
         load.load_examples(name, limit=own.text_examples, seed=own.seed + 7))])
 
 
+def _pool_texts(run) -> dict[str, list[str]]:
+    return run.once("pool", _POOL, lambda: groups.pool_texts(run.settings.pool, run.settings.pool_tokens))
+
+
+@resource((*_MODEL, *_POOL), ("model", "pool_text"))
+def pool_pieces(run):
+    """(kind of text, token ids) of every document that latents are labelled by."""
+    if len(run.settings.pool) < 2:
+        raise MissingData("Setting pool names too few kinds of text to tell them apart; two, at least: {mathematics: "
+                          "['gsm_symbolic:test'], code: [python_library]}.")
+    return groups.pool_pieces(tokenizer(run), _pool_texts(run), run.settings.pool_tokens)
+
+
 @resource(("sae_text", "context"), ("sae_text",))
 def sae_texts(run):
     """The text that SAEs are trained on."""
@@ -192,7 +202,7 @@ def sae_texts(run):
 def trial(run):
     """(train, held out, seed) for the comparison of learning rates, drawn apart from the run's own problems."""
     seed = run.settings.seed + 1_000
-    return *_training_set(_other(run, seed=seed, sft_examples=run.settings.sft_trial_examples)), seed
+    return *_training_set(run.alone(seed=seed, sft_examples=run.settings.sft_trial_examples)), seed
 
 
 @resource(("eval_generate",), ("generation_data",))
@@ -220,40 +230,6 @@ def domain_groups(run):
                                 own.demonstration_draws, tokens=own.score_tokens, seed=own.seed)
 
 
-def _other(run: OpenRun, **changes: Any) -> OpenRun:
-    """The run with another seed or training set, which has no others of its own."""
-    other = run.variant(**changes)
-    return run if other is run else other.variant(seeds=[], sweep_seeds=None)
-
-
-@resource(("seeds", "seed"), ("seeds",), name="each_seed")
-def seeds_of(run: OpenRun) -> list[OpenRun]:
-    """The run with each of its seeds, its own first."""
-    return [_other(run, seed=seed) for seed in dict.fromkeys((run.settings.seed, *run.settings.seeds))]
-
-
-@resource(("training_sets", "training_seeds", "sft_data", "seed"), ("training_sets",), name="each_training")
-def trainings_of(run: OpenRun) -> list[OpenRun]:
-    """The run with every training set, its own first, and of each all `training_seeds`."""
-    own = run.settings
-    return [_other(run, sft_data=name, seed=seed) for name in dict.fromkeys((own.sft_data, *own.training_sets))
-            for seed in dict.fromkeys((own.seed, *own.training_seeds))]
-
-
-@resource(("rl_data", "rl_seeds", "seed"), ("rl_runs",), name="each_rl")
-def rl_runs_of(run: OpenRun) -> list[OpenRun]:
-    """The run with `rl_data` to train on, at its own seed and at all `rl_seeds`."""
-    own = run.settings
-    return [_other(run, sft_data=own.rl_data, seed=seed) for seed in dict.fromkeys((own.seed, *own.rl_seeds))]
-
-
-@resource(("rl_tried", "seed"), ("rl_tried",), name="each_tried")
-def rl_trials_of(run: OpenRun) -> list[OpenRun]:
-    """The run with each set in `rl_tried` to train on for `rl_trial_steps`, at a seed of its own."""
-    own = run.settings
-    return [_other(run, sft_data=name, seed=own.seed + 1_000, rl_steps=own.rl_trial_steps) for name in own.rl_tried]
-
-
 def _model_digest(run: OpenRun) -> str:
     from sts.engine.models import resolve_model
 
@@ -263,7 +239,7 @@ def _model_digest(run: OpenRun) -> str:
 def _sae_text_digest(run: OpenRun) -> str:
     own = groups.SaeTexts(run.settings.sae_text, None, run.settings.context)
     # Read before the tokenizer, which comes with the model: missing text is said at once.
-    documents = [one for name in own.sources for one in own.documents(name)]
+    documents = [one for name, tokens in own.sources.items() for one in groups.documents_of(name, tokens)]
     chat: Any = None if all(isinstance(one, str) for one in documents) else tokenizer(run)
     return load.digest([one if isinstance(one, str) else render(  # as the model sees them, as recorded keys are
         chat, question_text(one), answer=solution_text(one)) for one in documents])
@@ -275,13 +251,12 @@ INPUTS = {"model": (_MODEL, _model_digest), "sft_train": (_TRAINING, train), "sf
           "demonstrations": (_SET_ASIDE, examples_set_aside),
           "validation": (_VALIDATION, validation), "text_data": (_TEXTS, texts),
           "sae_text": ((*_MODEL, "sae_text"), _sae_text_digest),
+          "pool_text": (_POOL, lambda run: load.digest([one for own in _pool_texts(run).values() for one in own])),
           "trial_problems": ((*_TRAINING, "sft_trial_examples"), trial),
           "generation_data": ((*_TRAINING, *_DOMAINS, *_SET_ASIDE, "eval_generate", "eval_limit", "demonstrations"),
                               benchmarks)}
-#: Input made of other runs' keys -> those runs, and what is asked of each.
-OTHERS: dict[str, tuple[Callable[[OpenRun], list[OpenRun]], tuple[str, ...]]] = {
-    "seeds": (lambda run: seeds_of(run)[1:], ("correlations", "extreme_correlations")),
-    "training_sets": (trainings_of, EVERY_SET), "rl_runs": (rl_runs_of, EVERY_RL), "rl_tried": (rl_trials_of, ("rl",))}
+#: Input made of other runs' keys -> those runs, and what is asked of each (run/others.py).
+OTHERS: dict[str, tuple[Callable[[Any], list], tuple[str, ...]]] = {}
 
 
 def identity(run: OpenRun, what: str) -> str:

@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from sts.errors import ROOT, MissingData, StsError, one_of
+from sts.errors import ROOT, MissingData, NotRecorded, StsError, one_of
 from sts.run import resources
 from sts.run.log import Reporter, environment
 from sts.run.recorded import recorded_key
@@ -80,6 +80,11 @@ class OpenRun:
             self._variants[place] = self._like(settings=load_run(self.settings, changes),
                                                changed=self.changed | changes)
         return self._variants[place] if changes else self
+
+    def alone(self, **changes: Any) -> OpenRun:
+        """The run with another seed or training set, which has no others of its own."""
+        other = self.variant(**changes)
+        return self if other is self else other.variant(seeds=[], sweep_seeds=None)
 
     def only_stored(self, *, reading: bool = True) -> OpenRun:
         """The same run, of which no stage is computed; nor is any model or data read unless `reading`."""
@@ -164,9 +169,9 @@ class OpenRun:
             if not any(folder.is_dir() for folder in self.store.recorded):
                 raise
             shown = ", ".join(f"{key} = {value}" for key, value in self.changed.items() if value not in ([], None))
-            raise StsError(f"Of run {self.settings.name!r}, the result of stage {name!r}{' with ' * bool(shown)}{shown}"
-                           " is not recorded, or not whole; computing it needs the model and the data. "
-                           f"{error}") from error
+            raise NotRecorded(f"Of run {self.settings.name!r}, the result of stage {name!r}{' with ' * bool(shown)}"
+                              f"{shown} is not recorded, or not whole; computing it needs the model and the data. "
+                              f"{error}") from error
 
     def compute(self, name: str, *, again: bool = True) -> Path:
         """Compute the stage, first what it needs and is not there, and store it; its path. Of two processes the second

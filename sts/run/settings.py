@@ -45,7 +45,8 @@ Mask = Literal["whole_prompt", "first_positions", "outliers", "none"]
 #: What settings are about, by the first of each group, in the order of `Run`.
 GROUPS = {"name": "the run", "model": "model", "sae": "SAE", "text_data": "texts of chapter one", "sft_data": "data",
           "question_tokens_only": "forecast", "overlap_draws": "how well demonstrations foresee training; zeroing",
-          "sft_examples": "fine-tuning", "rl_data": "reinforcement learning", "eval_limit": "evaluation",
+          "pool": "what latents mean", "sft_examples": "fine-tuning", "rl_data": "reinforcement learning",
+          "eval_limit": "evaluation",
           "seeds": "further runs; resampling", "sweep_seeds": "ablations"}
 
 
@@ -100,6 +101,12 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     ablation_examples: Count = _is("held-out training-domain problems scored with latents zeroed", 16)
     ablation_latents: list[Count] = _is("numbers of latents to zero", [10, 100, 500], min_length=1)
     ablation_draws: int = _is("random sets of latents of each kind and number", 5, ge=2)
+    pool: dict[str, list[Located]] = _is(
+        "kinds of text that latents are labelled by, the training set's first, then one to compare -> texts, sets", {})
+    pool_tokens: int = _is("tokens of each kind", 10_000, ge=100)
+    judge_url: str = _is("OpenAI-compatible endpoint that is asked for labels too, such as http://host/v1", "")
+    judge_model: str = _is("the model that it is asked for", "")
+    steer_factors: list[Annotated[float, Field(ge=0)]] = _is("what a latent is multiplied by in writing", [0, 1, 4, 16])
     sft_examples: Count = _is("training examples", 300)
     sft_held_out: Count = _is("held-out examples of the training domain", 40)
     sft_epochs: Count = _is("passes over them", 1)

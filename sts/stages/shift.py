@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pandas
-import torch
 
 from sts.data.groups import draws_of, other_domain_sets
 from sts.data.prompts import PromptGroup, make_prompt, question_text, solution_prompt
 from sts.engine.evaluate import evaluate
 from sts.engine.extract import paired_stats, shift_by_training, shifts_behind, three_codes
+from sts.engine.generation import greedy_answer
 from sts.engine.residuals import Extractor
 from sts.engine.saes import SideBySide
 from sts.engine.zeroing import lower_layers_once, zeroed
@@ -117,12 +117,10 @@ def ablated_answers(lm, tuned, reader, layer, held_out, masks, sft_shift, sft_sh
     """The first held-out problem answered (greedily) with nothing zeroed, the most shifted, and as many others."""
     model, kept, *_, chosen = _zeroing(lm, tuned, reader, layer, held_out, masks, sft_shift, sft_shift_solutions,
                                        ablation_model, [top_n], 1, seed, passes)
-    tokenizer, example, answers = model.tokenizer, held_out[0], []
-    ids = torch.tensor([make_prompt(tokenizer, question_text(example)).ids], device=model.device)
+    example, answers = held_out[0], []
+    ids = make_prompt(model.tokenizer, question_text(example)).ids
     for own in (one for one in chosen if one.usable):
-        with torch.inference_mode(), zeroed(model, reader, layer, own.latents, **kept):
-            text = model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS,
-                                        do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        answers.append({"zeroed": own.kind, "latents": own.count,
-                        "answer": tokenizer.decode(text[0, ids.shape[1]:], skip_special_tokens=True)})
+        with zeroed(model, reader, layer, own.latents, **kept):
+            answers.append({"zeroed": own.kind, "latents": own.count,
+                            "answer": greedy_answer(model, ids, ANSWER_TOKENS)})
     return {"question": example.question, "answer": example.answer, "answers": answers, "tokens": ANSWER_TOKENS}

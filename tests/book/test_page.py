@@ -259,6 +259,34 @@ def test_cards_show_text_and_no_template(tmp_path):
     assert "The texts are not here." in hidden.get_text() and texts(hidden.select("code"))[-1] == "<i>"
 
 
+def card(latent, text="a text", **more):
+    return {"latent": latent, "rate": 0.1, "contexts": [context(text, peak=0) | {"kind": "code <of> kinds"}]} | more
+
+
+def test_cards_to_be_searched_are_folded_and_everything_in_them_is_escaped(tmp_path):
+    evil = "</details><script>alert(1)</script><img src=x onerror=alert(1)>"
+    run = Run(tmp_path, shifted_examples=[card(7, evil, promoted=[evil], histogram=[1, 2]), card(8)])
+    found = soup(Page("x", run).latents(1, ["shifted_examples"], {7: [f"rank 1 & {evil}"]}, fold=f"All {evil}"))
+    box = found.select_one("details.sts-search")
+    assert len(box.select(".sts-latent-card")) == 1 and not found.select("script, img, [onerror]")
+    assert texts(box.select("blockquote")) == [f"{evil} code <of> kinds"] and texts(box.select("code")) == [evil]
+    assert f"rank 1 & {evil}" in box.get_text() and f"All {evil}" in box.summary.get_text()
+
+
+def test_as_many_cards_stand_on_a_page_as_fit(tmp_path):
+    many = [card(number, "many words & more " * 400) for number in range(400)]
+    shown = Page("x", Run(tmp_path, shifted_examples=many)).latents(400, ["shifted_examples"], fold="cards").data
+    assert 1_900_000 < len(shown.encode()) <= 2_000_500
+    latents = [heading.get_text() for heading in soup(shown).select("h4")]
+    assert latents == [f"Latent {number}" for number in range(len(latents))]  # the first ones, none cut
+
+
+def test_a_latent_that_fires_on_no_text_has_a_card(tmp_path):
+    silent = {"latent": 3, "rate": 0.0, "contexts": [], "middling": []}
+    found = soup(Page("x", Run(tmp_path, shifted_examples=[card(1), silent])).latents(2, ["shifted_examples"]))
+    assert "fires on 0.00% of tokens, at most 0.0" in found.get_text()
+
+
 @pytest.mark.parametrize(
     ("sae", "address"),
     [

@@ -8,7 +8,7 @@ from sts.data.sources import Example
 from sts.engine.evaluate import evaluate
 from sts.engine.models import decoder_layers
 from sts.engine.work import Work
-from sts.engine.zeroing import lower_layers_once, zeroed
+from sts.engine.zeroing import lower_layers_once, without, zeroed
 
 TEXT = "A farmer has 12 sheep and buys 5 more. How many sheep does the farmer have now?"
 FAMILIES = ["llama", "qwen2", "gemma2", "gemma3"]
@@ -85,8 +85,6 @@ def test_zeroing_all_latents_leaves_the_error_and_the_bias(lm_of):
 def test_an_sae_that_scales_its_input_is_undone_in_the_same_scale(lm_of, normalisation):
     from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 
-    from sts.engine.zeroing import without
-
     torch.manual_seed(1)
     sae = StandardSAE(StandardSAEConfig(d_in=64, d_sae=96, normalize_activations=normalisation,
                                         apply_b_dec_to_input=True)).requires_grad_(False)
@@ -105,6 +103,17 @@ def test_an_sae_that_scales_its_input_is_undone_in_the_same_scale(lm_of, normali
     assert (values[:, latents] > 0).any()
     expected = x_TD - scale * (values[:, latents] @ sae.W_dec[latents])
     torch.testing.assert_close(without(sae, x_TD, latents), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 7.0])
+def test_a_factor_multiplies_what_latents_add(factor):
+    sae, x_TD, latents = topk_sae(64), torch.randn(20, 64, generator=torch.Generator().manual_seed(3)), [2, 5, 70]
+    with torch.no_grad():
+        value_TL = sae.encode(x_TD)
+        added_TD = value_TL[:, latents] @ sae.W_dec[latents]
+    assert added_TD.abs().sum() > 0
+    found_TD = without(sae, x_TD, torch.tensor(latents), factor)
+    torch.testing.assert_close(found_TD, x_TD + (factor - 1) * added_TD, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -119,7 +119,7 @@ def test_numbers_computed_anew_are_what_they_were(run, name):
 @pytest.mark.parametrize("run", FROZEN["numbers"])
 def test_confounds_are_naive_partial_correlations(run):
     """r of what is left of both after least squares on the controls, by seed, from each seed's own records."""
-    from sts.run.resources import seeds_of
+    from sts.run.others import seeds_of
 
     rows = computed(run, "baseline_confounds")
     assert {tuple(row["controls"]) for row in rows} == {("base_bits",), ("question_tokens",),

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 import sts
 from sts.errors import ROOT, MissingData, StsError
+from sts.run.others import seeds_of, trainings_of
 from sts.run.recorded import BLANK, CHANGED, NO_TEXT, record, recorded_key, texts_withheld
-from sts.run.resources import identity, lm, seeds_of, trainings_of
+from sts.run.resources import identity, lm
 from sts.run.stage import STAGES, Stage
 from sts.run.store import Store
 from sts.run.verify import verify

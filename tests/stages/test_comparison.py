@@ -17,7 +17,7 @@ from sts.measure.baselines import split_domains
 from sts.measure.correlation import correlation_rows
 from sts.measure.items import item_measures
 from sts.run import resources
-from sts.run.resources import seeds_of
+from sts.run.others import seeds_of
 from sts.stages.comparison import baseline_confounds, score_checks
 
 

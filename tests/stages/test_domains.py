@@ -11,8 +11,8 @@ import sts
 from sts.errors import StsError
 from sts.measure.training_sets import list_lead
 from sts.run import resources, verify
+from sts.run.others import EVERY_SET, trainings_of
 from sts.run.recorded import record
-from sts.run.resources import EVERY_SET, trainings_of
 from sts.run.store import Store
 
 SETS = ["gsm_symbolic", "mmlu_exemplars", "gsm_symbolic+mmlu_exemplars"]

@@ -15,7 +15,7 @@ from sts.data.prompts import make_group
 from sts.engine.extract import paired_stats
 from sts.errors import StsError
 from sts.measure.items import item_measures
-from sts.run import resources
+from sts.run import others, resources
 from sts.run.plan import jobs
 from sts.stages import reinforcement
 
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def both(run):
     """The run's two seeds, with the problems of reinforcement learning to train on."""
-    return resources.rl_runs_of(run)
+    return others.rl_runs_of(run)
 
 
 def logged(own, stage):
@@ -169,7 +169,7 @@ def test_demonstrations_are_the_models_own_right_answers(both, monkeypatch):
 def test_own_answers_are_compared_set_by_set(run, both, monkeypatch):
     monkeypatch.setattr(reinforcement, "right_answer", lambda lm, example, *rest: f"It is {example.answer}")
     again = sts.open_run("smoke", results=run.results, rl_seeds=[1], overlap_tokens=190)
-    found, own = again.get("rl_overlap"), resources.rl_runs_of(again)
+    found, own = again.get("rl_overlap"), others.rl_runs_of(again)
     differences = []
     for one in own:
         actual, stats = top(one.get("rl_shift")["sae/squared_difference_L"]), one.get("rollout_shift")
@@ -212,7 +212,7 @@ def test_trials_are_runs_of_their_own(run):
 
 def test_at_rate_zero_there_is_nothing_to_foresee(run):
     still = sts.open_run("smoke", results=run.results, rl_lr=0)
-    own = resources.rl_runs_of(still)[0]
+    own = others.rl_runs_of(still)[0]
     assert own.get("rl_shift")["sae/squared_difference_L"].sum() == 0
     rows = [row for row in still.get("rl_correlations") if row["training"] == "rl"]
     assert rows and all("undefined" in row for row in rows)

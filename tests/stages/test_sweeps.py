@@ -15,7 +15,7 @@ from sts.engine.saes import load_sae
 from sts.errors import StsError
 from sts.measure.compare import SCORES
 from sts.run import resources
-from sts.run.resources import seeds_of
+from sts.run.others import seeds_of
 from sts.stages import sweeps
 
 NONE = {"sweep_demonstrations": [], "sweep_tokens": [], "sweep_masks": [], "sweep_widths": [], "sweep_layers": [],

@@ -1,0 +1,48 @@
+"""Further runs that stages are handed: of other seeds, on other training sets, by reinforcement learning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sts.run.resources import OTHERS, resource
+
+if TYPE_CHECKING:
+    from sts.run.run import OpenRun
+
+#: What is asked of every training set, before its key is part of another, and of every reinforcement learning.
+EVERY_SET = ("scores", "shift", "sft", "sft_shift", "domain_shift", "correlations", "text_baselines")
+EVERY_RL = ("rl", "rl_shift", "rl_evaluation", "rollout_shift", "sft", "sft_shift", "shift", "shift_by_draw",
+            "domain_stats", "evaluation_before", "evaluation_after")
+
+
+@resource(("seeds", "seed"), ("seeds",), name="each_seed")
+def seeds_of(run: OpenRun) -> list[OpenRun]:
+    """The run with each of its seeds, its own first."""
+    return [run.alone(seed=seed) for seed in dict.fromkeys((run.settings.seed, *run.settings.seeds))]
+
+
+@resource(("training_sets", "training_seeds", "sft_data", "seed"), ("training_sets",), name="each_training")
+def trainings_of(run: OpenRun) -> list[OpenRun]:
+    """The run with every training set, its own first, and of each all `training_seeds`."""
+    own = run.settings
+    return [run.alone(sft_data=name, seed=seed) for name in dict.fromkeys((own.sft_data, *own.training_sets))
+            for seed in dict.fromkeys((own.seed, *own.training_seeds))]
+
+
+@resource(("rl_data", "rl_seeds", "seed"), ("rl_runs",), name="each_rl")
+def rl_runs_of(run: OpenRun) -> list[OpenRun]:
+    """The run with `rl_data` to train on, at its own seed and at all `rl_seeds`."""
+    own = run.settings
+    return [run.alone(sft_data=own.rl_data, seed=seed) for seed in dict.fromkeys((own.seed, *own.rl_seeds))]
+
+
+@resource(("rl_tried", "seed"), ("rl_tried",), name="each_tried")
+def rl_trials_of(run: OpenRun) -> list[OpenRun]:
+    """The run with each set in `rl_tried` to train on for `rl_trial_steps`, at a seed of its own."""
+    own = run.settings
+    return [run.alone(sft_data=name, seed=own.seed + 1_000, rl_steps=own.rl_trial_steps) for name in own.rl_tried]
+
+
+OTHERS |= {"seeds": (lambda run: seeds_of(run)[1:], ("correlations", "extreme_correlations")),
+           "training_sets": (trainings_of, EVERY_SET), "rl_runs": (rl_runs_of, EVERY_RL),
+           "rl_tried": (rl_trials_of, ("rl",))}
