@@ -90,6 +90,24 @@ def reader(run):
     return found
 
 
+@resource(("layer", "fold_norms", "sae_dtype", "sae_latents", "sae_k", "sweep_layers"), ("sae",),
+          ("sweep_sae_training",))
+def readers(run):
+    """Layer -> its SAE: those that the sweep trained on the same text, or the run's own where it sweeps no layers."""
+    from sts.engine.saes import SaeSpec, load_sae
+
+    own, layers = run.settings, sorted({run.settings.layer, *run.settings.sweep_layers})
+    if len(layers) == 1:
+        return {own.layer: reader(run)}
+    trained = run.get("sweep_sae_training")
+    folders = {layer: trained / SaeSpec(layer, own.sae_latents, own.sae_k).name for layer in layers}
+    if missing := [layer for layer, folder in folders.items() if not folder.is_dir()]:
+        raise StsError(f"There is no SAE of layer {missing[0]}: the sweep's were recorded without weights. To train "
+                       "them here: sts stage sweep_sae_training --again, with the same run and parameters.")
+    return {layer: load_sae(str(folder), device=run.device, dtype=own.sae_dtype, fold_norms=own.fold_norms)
+            for layer, folder in folders.items()}
+
+
 @resource(("question_tokens_only", "drop_first_positions", "outlier_norm"))
 def masks(run):
     from sts.engine.extract import Masks
