@@ -60,7 +60,8 @@ def _written(engine: Any, names: Sequence[str], prompts: Sequence[str], max_toke
     for place, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
         if (length := len(engine.tok_encode(prompt))) > room:
             raise StsError(f"The prompt of item {name} has {length} tokens, and the model's context "
-                           f"leaves {room} beside the answer. Lower eval_max_tokens or demonstrations.")
+                           f"leaves {room} beside the answer. Lower eval_max_tokens (of a mixture, mixture_tokens) "
+                           "or demonstrations.")
         greedy = {"until": ["Question:"], "max_gen_toks": max_tokens, "do_sample": False, "temperature": 0.0}
         requests.append(Instance("generate_until", {}, (prompt, greedy), place))
     return engine.generate_until(requests, disable_tqdm=True)

@@ -57,7 +57,7 @@ CHANGED: dict[str, Callable[[Any], Any] | None] = {
     "latent_examples": _without_tokens, "ablated_answers": _without_answers,
     "domain_stats": _sums("paper"), "domain_rows": _sums("official_code"),
     "text_activations": None, "latent_strengths": None, "domain_raw_stats": None, "domain_model_change": None,
-    "random_latent_scores": None}
+    "random_latent_scores": None, "mixture_answers": None}
 
 
 def as_recorded(name: str, kind: str, value: Any, scratch: Path) -> Any:
