@@ -38,7 +38,7 @@ def mixture_plan(scores, train, questions, mixture_steps, mixture_kinds, mixture
     and the ids of their halves, to train on and to test; mixtures: rows of `divided`."""
     if not mixture_steps:
         raise StsError("mixture_steps is empty: name the shares to add, such as [0.5, 1.0].")
-    own = scores.query("variant == 'paper' and sts_icl > 0").set_index("domain")["sts_icl"].drop(
+    own = scores[(scores["variant"] == "paper") & (scores["sts_icl"] > 0)].set_index("domain")["sts_icl"].drop(
         [*trained_domains(train)], errors="ignore")
     if len(own) < 2:
         raise StsError("A mixture needs two domains beside those that are trained on, with scores above zero; there "
