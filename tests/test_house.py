@@ -38,7 +38,7 @@ def lines_of(path):
 
 def test_the_house_is_small():
     lines = {str(path.relative_to(ROOT)): lines_of(path) for path in FILES}
-    assert len(lines) <= 62
+    assert len(lines) <= 75
     assert {name: count for name, count in lines.items() if count > 300} == {}
     assert sum(lines.values()) <= 10_000  # with everything that is planned; 7,500 were the redesign's
 

@@ -14,6 +14,7 @@ import torch
 
 from sts.book.claims import NOT_DONE, Claim, Evidence
 from sts.book.figures import rows_of, value_of
+from sts.book.trainings import gain_kept, kept_up, read_outs  # noqa: F401  (named by records)
 from sts.errors import StsError
 from sts.measure import cost, paper
 from sts.measure.items import crossed_mean_interval, paired_mean_interval

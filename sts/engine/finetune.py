@@ -108,8 +108,12 @@ def goes_on(trainer: Any, checkpoints: Path, report: Callable[[float], None]) ->
 
 
 def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], settings: FineTuning, folder: Path, *,
-              report: Callable[[float], None] = lambda fraction: None, work: Work | None = None) -> dict:
+              module: torch.nn.Module | None = None, report: Callable[[float], None] = lambda fraction: None,
+              work: Work | None = None) -> dict:
     """Fine-tune a model on worked solutions and save the adapter (or the whole model) to `folder`.
+
+    With `module`, a part that was added to the model (`readouts.attached`), that part alone is trained, whatever
+    `lora_rank` says; nothing is saved, and the model is as it was. With `held_out` empty no loss is taken on it.
 
     A killed run goes on from its last checkpoint in `folder`, and ends as it would have without the interruption. All
     processes call this with the same arguments; a step holds the same examples as with one process, but for an epoch's
@@ -120,8 +124,9 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
 
     Returns:
         {"curve": [{"step", "loss"}], "held_out_before", "held_out_after" (nats per solution token, averaged over
-        problems), "steps", "trained_parameters", "train" and "held_out" (numbers of examples used), "left_out" and
-        "cut" (see `tokens_to_train_on`)}; {} in all but the main process. `StsError` where no example is left.
+        problems; None without any), "steps", "trained_parameters", "train" and "held_out" (numbers of examples used),
+        "left_out" and "cut" (see `tokens_to_train_on`)}; {} in all but the main process. `StsError` where no example is
+        left.
     """
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -130,20 +135,26 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
 
     parts = [tokens_to_train_on(lm.tokenizer, part, settings.max_length) for part in (train, held_out)]
     (train_rows, _), (held_out_rows, _) = parts
-    if not train_rows or not held_out_rows:
+    if not train_rows or (held_out and not held_out_rows):
         raise StsError(f"No {'held-out' if train_rows else 'training'} example leaves room for its solution, or "
                        f"none has one: the questions alone fill the {settings.max_length} tokens of sft_max_length. "
                        "Raise it, or use other examples.")
     batch = divide_batch(settings.batch, settings.micro_batch, count())
     torch.manual_seed(settings.seed)  # before the adapters get their random start
-    model = lm.model.requires_grad_(not settings.lora_rank)
-    if settings.lora_rank:
+    added, whole = module is not None, module is None and not settings.lora_rank
+    model = lm.model.requires_grad_(whole)
+    if module is not None:
+        module.requires_grad_(True)
+    elif not whole:
         model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha,
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
     steps = settings.epochs * math.ceil(len(train_rows) / settings.batch)
     checkpoints = folder / "checkpoints"
+    options = trainer_options(lm, checkpoints, steps, batch, settings.seed)
+    if added:
+        options["save_strategy"] = "no"
     config = SFTConfig(
-        **trainer_options(lm, checkpoints, steps, batch, settings.seed), num_train_epochs=settings.epochs,
+        **options, num_train_epochs=settings.epochs,
         # One held-out problem a batch: the trainer averages batches, so this is the mean over problems.
         learning_rate=settings.lr, per_device_eval_batch_size=1, max_length=None, completion_only_loss=True,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), weight_decay=0.01,
@@ -151,27 +162,32 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         # that goes on from a checkpoint would see other batches than one that was never killed.
         train_sampling_strategy="random")
     trainer: Any = SFTTrainer(
-        model=model, args=config, processing_class=lm.tokenizer,
-        train_dataset=Dataset.from_list(train_rows), eval_dataset=Dataset.from_list(held_out_rows))
+        model=model, args=config, processing_class=lm.tokenizer, train_dataset=Dataset.from_list(train_rows),
+        eval_dataset=Dataset.from_list(held_out_rows) if held_out else None)
     main, meet = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
     resumable = goes_on(trainer, checkpoints, report)
     # Inside `train`: evaluated before it, the model would be taken for prepared, and several processes would train a
     # copy each without adding up their gradients.
-    trainer.args.eval_on_start = not resumable
+    trainer.args.eval_on_start = bool(held_out) and not resumable
     trainer.train(resume_from_checkpoint=resumable)
-    after = trainer.evaluate()["eval_loss"]
+    after = trainer.evaluate()["eval_loss"] if held_out else None
     if work is not None:
         layers = work.of_layers = len(decoder_layers(lm.model))
         trained, scored = (sum(len(row["input_ids"]) for row in rows) for rows, _ in parts)
-        work.add(settings.epochs * trained, settings.epochs * trained, layers * (2 if settings.lora_rank else 3))
+        work.add(settings.epochs * trained, settings.epochs * trained, layers * (3 if whole else 2))
         work.add(2 * scored, 2 * scored, layers)
-    if main:
-        (trainer.model if settings.lora_rank else model).save_pretrained(str(folder / "adapter"))
+    if added:
+        for name in ("forward", "_original_forward"):  # the trainer's; another one would wrap it again
+            vars(model).pop(name, None)
+        model.eval()
+    elif main:
+        (model if whole else trainer.model).save_pretrained(str(folder / "adapter"))
     meet()
     history = trainer.state.log_history
     return {} if not main else {
         "curve": [{"step": row["step"], "loss": row["loss"]} for row in history if "loss" in row],
-        "held_out_before": next(row["eval_loss"] for row in history if "eval_loss" in row), "held_out_after": after,
+        "held_out_before": next((row["eval_loss"] for row in history if "eval_loss" in row), None),
+        "held_out_after": after,
         "steps": trainer.state.global_step,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "train": len(train_rows), "held_out": len(held_out_rows),

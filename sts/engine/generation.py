@@ -54,6 +54,31 @@ def is_same_answer(right: str, text: str) -> bool:
     return bool(verify(parse(f"\\boxed{{{right}}}"), parse(text)))
 
 
+def _written(engine: Any, names: Sequence[str], prompts: Sequence[str], max_tokens: int, *, plain: bool) -> list[str]:
+    """What a model writes behind each prompt, greedily; `plain`: whether prompts are plain text in any case."""
+    from lm_eval.api.instance import Instance
+
+    requests, room = [], engine.max_length - max_tokens
+    # A chat template writes BOS itself; before plain text belongs what the tokenizer puts there.
+    engine.add_bos_token = False if engine.tokenizer.chat_template and not plain else None
+    for place, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+        if (length := len(engine.tok_encode(prompt))) > room:
+            raise StsError(f"The prompt of item {name} has {length} tokens, and the model's context "
+                           f"leaves {room} beside the answer. Lower eval_max_tokens (of a mixture, mixture_tokens) "
+                           "or demonstrations.")
+        greedy = {"until": ["Question:"], "max_gen_toks": max_tokens, "do_sample": False, "temperature": 0.0}
+        requests.append(Instance("generate_until", {}, (prompt, greedy), place))
+    return engine.generate_until(requests, disable_tqdm=True)
+
+
+def own_answers(engine: Any, examples: Sequence[Example], max_tokens: int) -> list[tuple[str, bool]]:
+    """A model's own answer to each question, asked as fine-tuning asks it, and whether it ended within `max_tokens`."""
+    prompts = [chat_text(engine.tokenizer, [{"role": "user", "content": question_text(example)}], awaiting=True)
+               for example in examples]
+    texts = _written(engine, [example.example_id for example in examples], prompts, max_tokens, plain=False)
+    return [(text.strip(), len(engine.tok_encode(text)) < max_tokens) for text in texts]
+
+
 def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
                        demonstrations: Sequence[Example] = (), *, shots: int = 5,
                        max_tokens: int = 1024) -> pandas.DataFrame:
@@ -64,23 +89,15 @@ def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
     the answer), sha256 (its first 12 hexadecimal digits), answer (the right letter or expression) and correct.
     `StsError` for a question of mmlu_pro without options, or a prompt that leaves no room for `max_tokens`.
     """
-    from lm_eval.api.instance import Instance
-
     found: list[dict[str, Any]] = []
-    requests, letters, room = [], benchmark == "mmlu_pro", engine.max_length - max_tokens
-    # A chat template writes BOS itself; before plain text belongs what the tokenizer puts there.
-    engine.add_bos_token = False if engine.tokenizer.chat_template and not letters else None
-    for place, example in enumerate(examples):
+    prompts, letters = [], benchmark == "mmlu_pro"
+    for example in examples:
         if letters and not example.options:
             raise StsError(f"Benchmark {benchmark!r} asks for a letter; {example.example_id} has no options.")
         worked = [one for one in demonstrations if one.domain == example.domain][:shots]
-        prompt = prompt_text(engine.tokenizer, benchmark, example, worked)
-        if (length := len(engine.tok_encode(prompt))) > room:
-            raise StsError(f"The prompt of item {example.example_id} has {length} tokens, and the model's context "
-                           f"leaves {room} beside the answer. Lower eval_max_tokens or demonstrations.")
-        greedy = {"until": ["Question:"], "max_gen_toks": max_tokens, "do_sample": False, "temperature": 0.0}
-        requests.append(Instance("generate_until", {}, (prompt, greedy), place))
-    for example, text in zip(examples, engine.generate_until(requests, disable_tqdm=True), strict=True):
+        prompts.append(prompt_text(engine.tokenizer, benchmark, example, worked))
+    texts = _written(engine, [example.example_id for example in examples], prompts, max_tokens, plain=letters)
+    for example, text in zip(examples, texts, strict=True):
         answer = LETTERS[example.answer_index] if letters else example.answer
         found.append({"example_id": example.example_id, "domain": example.domain, "characters": len(text),
                       "sha256": hashlib.sha256(text.encode()).hexdigest()[:12], "answer": answer,

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,19 @@ from sts.errors import ROOT, StsError
 
 #: Names of sites after a decoder layer: TransformerLens' and transformers'. "pre" and "in" are before it.
 SITE = re.compile(r"(?:\w+\.)*(?:blocks|layers|h)\.(\d+)(?:\.(?:hook_)?(resid_post|resid_pre|in|out|input|output))?")
+
+
+class SaeSpec(NamedTuple):
+    """An SAE of the sweep: its site and size."""
+
+    layer: int
+    latents: int
+    k: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"layer{self.layer}-latents{self.latents}-k{self.k}"
 
 
 def sae_folder(name: str) -> Path | None:

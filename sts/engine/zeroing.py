@@ -18,8 +18,8 @@ from sts.engine.models import LanguageModel, decoder_layers, resid_post
 from sts.engine.residuals import is_content
 from sts.engine.work import Work
 
-#: Inputs under which a pass depends on more than its token ids.
-MORE = ("past_key_values", "attention_mask", "position_ids", "inputs_embeds")
+#: Inputs under which a pass depends on more than its token ids and which of them are padding.
+MORE = ("past_key_values", "position_ids", "inputs_embeds")
 
 
 @contextmanager
@@ -78,7 +78,8 @@ def lower_layers_once(lm: LanguageModel, layer: int, work: Work | None = None) -
     over it start above, and `work`, in which whoever runs the model counts all layers, loses those that did not run.
 
     Hooks on layer `layer` see and may change its output at every pass, as `changed` does. The weights and hooks of the
-    layers below must stay as they are. Passes with a mask, a key-value cache or positions of their own run in full.
+    layers below must stay as they are, untrained. Passes with a key-value cache, positions, or a mask that is not one
+    of padding run in full.
     """
     lower = list(decoder_layers(lm.model)[:layer + 1])
     kept: dict[tuple, torch.Tensor | tuple] = {}
@@ -87,8 +88,11 @@ def lower_layers_once(lm: LanguageModel, layer: int, work: Work | None = None) -
     def begin(module, args: tuple, inputs: dict) -> None:
         nonlocal now
         ids_BP = inputs.get("input_ids", args[0] if args else None)
-        plain = inputs.get("use_cache") is False and all(inputs.get(name) is None for name in MORE)
-        now = (tuple(ids_BP.shape), ids_BP.cpu().numpy().tobytes()) if plain and ids_BP is not None else None
+        mask_BP = inputs.get("attention_mask")
+        plain = inputs.get("use_cache") is False and all(inputs.get(name) is None for name in MORE) and (
+            mask_BP is None or isinstance(mask_BP, torch.Tensor) and mask_BP.dim() == 2)
+        now = (tuple(ids_BP.shape), *(one if one is None else one.cpu().numpy().tobytes() for one in (ids_BP, mask_BP))
+               ) if plain and ids_BP is not None else None
         if now in kept and ids_BP is not None and work is not None:
             work.layer_tokens -= ids_BP.numel() * len(lower)
 

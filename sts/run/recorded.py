@@ -64,7 +64,7 @@ CHANGED: dict[str, Callable[[Any], Any] | None] = {
     "pool_activity": None,
     "domain_stats": _sums("paper"), "domain_rows": _sums("official_code"),
     "text_activations": None, "latent_strengths": None, "domain_raw_stats": None, "domain_model_change": None,
-    "random_latent_scores": None, "rollouts": None}
+    "random_latent_scores": None, "rollouts": None, "mixture_answers": None}
 
 
 def as_recorded(name: str, kind: str, value: Any, scratch: Path) -> Any:

@@ -107,6 +107,23 @@ def reader(run):
     return found
 
 
+@resource(("layer", "fold_norms", "sae_dtype", "sae_latents", "sae_k", "sweep_layers"), ("sae",),
+          ("sweep_sae_training",))
+def readers(run):
+    """Layer -> its SAE: those that the sweep trained on the same text, or the run's own where it sweeps no layers."""
+    from sts.engine.saes import SaeSpec, load_sae
+    own = run.settings
+    if len(layers := sorted({own.layer, *own.sweep_layers})) == 1:
+        return {own.layer: reader(run)}
+    trained = run.get("sweep_sae_training")
+    folders = {layer: trained / SaeSpec(layer, own.sae_latents, own.sae_k).name for layer in layers}
+    if missing := [layer for layer, folder in folders.items() if not folder.is_dir()]:
+        raise StsError(f"The SAE of layer {missing[0]} was recorded without weights. Train it: sts stage "
+                       "sweep_sae_training --again, with the same run and parameters.")
+    return {layer: load_sae(str(folder), device=run.device, dtype=own.sae_dtype, fold_norms=own.fold_norms)
+            for layer, folder in folders.items()}
+
+
 @resource(("question_tokens_only", "drop_first_positions", "outlier_norm"))
 def masks(run):
     from sts.engine.extract import Masks
@@ -187,8 +204,7 @@ def _pool_texts(run) -> dict[str, list[str]]:
 def pool_pieces(run):
     """(kind of text, token ids) of every document that latents are labelled by."""
     if len(run.settings.pool) < 2:
-        raise MissingData("Setting pool names too few kinds of text to tell them apart; two, at least: {mathematics: "
-                          "['gsm_symbolic:test'], code: [python_library]}.")
+        raise MissingData("Setting pool names too few kinds of text; {mathematics: [gsm8k], code: [mbpp]} are enough.")
     return groups.pool_pieces(tokenizer(run), _pool_texts(run), run.settings.pool_tokens)
 
 

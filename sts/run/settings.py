@@ -38,6 +38,7 @@ def _is(meaning: str, default: Any = ..., **limits: Any) -> Any:
 Index = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 QuestionSet = Annotated[str, AfterValidator(_question_sets)]
 Located = Annotated[str, AfterValidator(_located)]
 Mask = Literal["whole_prompt", "first_positions", "outliers", "none"]
@@ -46,8 +47,8 @@ Mask = Literal["whole_prompt", "first_positions", "outliers", "none"]
 GROUPS = {"name": "the run", "model": "model", "sae": "SAE", "text_data": "texts of chapter one", "sft_data": "data",
           "question_tokens_only": "forecast", "overlap_draws": "how well demonstrations foresee training; zeroing",
           "pool": "what latents mean", "sft_examples": "fine-tuning", "rl_data": "reinforcement learning",
-          "eval_limit": "evaluation",
-          "seeds": "further runs; resampling", "sweep_seeds": "ablations"}
+          "eval_limit": "evaluation", "seeds": "further runs; resampling", "sweep_seeds": "ablations",
+          "selective_latents": "read-outs of chosen latents; mixtures of training data"}
 
 
 class Run(BaseModel, extra="forbid", frozen=True, strict=True):
@@ -160,6 +161,15 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     sweep_k: list[Count] = _is("active latents per token of SAEs to train beside sae_k", [])
     sweep_sae_samples: Count = _is("training samples of each SAE of the sweep", 600_000)
     sweep_text_tokens: int = _is("tokens that they train on, sae_text's sources in proportion", 400_000, ge=1000)
+    selective_latents: list[Count] = _is("numbers of latents a layer whose read-outs are trained; none: not done", [])
+    selective_draws: Count = _is("random sets of latents of each kind and number", 3)
+    selective_examples: Index = _is("training examples at most; 0 for all", 0)
+    selective_lr: Rate = _is("peak learning rate of the read-outs", 1e-3)
+    mixture_steps: list[Share] = _is("shares of the most that can be added of two domains; none: not done", [])
+    mixture_kinds: list[Literal["sts", "even"]] = _is(
+        "how the two share it: in proportion to STS_ICL, or evenly", ["sts"], min_length=1)
+    mixture_examples: Count = _is("examples to add, at most", 220)
+    mixture_tokens: Count = _is("tokens of the untuned model's own answer to one of them, at most", 512)
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import pandas
 import torch
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sts.engine.extract import paired_stats
 from sts.engine.sae_quality import reconstruction_quality
 from sts.engine.sae_training import collect_activations, save_sae, train_sae
-from sts.engine.saes import SideBySide, load_sae
+from sts.engine.saes import SaeSpec, SideBySide, load_sae
 from sts.measure.baselines import chosen_by, split_domains
 from sts.measure.compare import AXES, SCORES, sweeps_compared
 from sts.measure.items import item_differences
@@ -76,19 +75,6 @@ def sweep_settings(variant, top_n, demonstrations, shift_demonstrations, score_t
         rows += _scores(chosen_by(run.get("shift"), top_n), split_domains(run.get("domain_stats")), axis=axis,
                         value=value, own=not changes)
     return pandas.DataFrame(rows, columns=COLUMNS)
-
-
-class SaeSpec(NamedTuple):
-    """An SAE of the sweep: its site and size."""
-
-    layer: int
-    latents: int
-    k: int
-
-    @property
-    def name(self) -> str:
-        """Its folder."""
-        return f"layer{self.layer}-latents{self.latents}-k{self.k}"
 
 
 def sae_values(own: SaeSpec, widths: list[int], layers: list[int], ks: list[int]) -> dict[str, list[SaeSpec]]:

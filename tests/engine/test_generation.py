@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from sts.data.check import LETTERS
 from sts.data.load import load_examples
+from sts.data.prompts import make_prompt
 from sts.data.sources import Example
 from sts.engine import generation
 from sts.engine.generation import (
@@ -20,6 +21,7 @@ from sts.engine.generation import (
     is_same_answer,
     open_engine,
     open_vllm,
+    own_answers,
     prompt_text,
 )
 from sts.engine.models import load_model
@@ -158,6 +160,19 @@ def test_answers_are_what_the_model_generates(lm_of):
         text = lm.tokenizer.decode(whole[0, ids.shape[1]:], skip_special_tokens=True)
         assert row.sha256 == hashlib.sha256(text.encode()).hexdigest()[:12] and row.characters == len(text)
         assert row.answer == example.answer and row.domain == "math"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # a chat template, and plain text behind BOS
+def test_own_answers_are_asked_for_as_they_are_trained_on(lm_of, monkeypatch, family):
+    lm, run = lm_of(family), []
+    engine = open_engine(lm, batch=1)
+    generate = engine._model_generate
+    monkeypatch.setattr(engine, "_model_generate", lambda context, **how: run.append(context[0].tolist()) or generate(
+        context=context, **how))
+    found = own_answers(engine, OPEN[:3], 6)
+    assert sorted(map(tuple, run)) == sorted(make_prompt(lm.tokenizer, example.question).ids for example in OPEN[:3])
+    for text, whole in found:
+        assert text == text.strip() and whole == (len(engine.tok_encode(text)) < 6)
 
 
 def test_right_answers_are_counted(lm_of, monkeypatch):

@@ -1,0 +1,102 @@
+"""Mixing examples of two evaluation domains into the training set (Table 10, Figure 5): of the one forecast to move
+most and of the one forecast to move least, answered by the untuned model itself."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pandas
+
+from sts.data.groups import trained_domains
+from sts.data.prompts import question_text
+from sts.engine.evaluate import evaluate
+from sts.engine.finetune import FineTuning, fine_tune, load_tuned
+from sts.engine.generation import open_engine, own_answers
+from sts.errors import StsError
+from sts.measure.items import item_measures
+from sts.run.stage import stage, steps
+
+
+def divided(scores: dict[str, float], rooms: dict[str, int], kinds: list[str], shares: list[float],
+            most: int) -> list[dict]:
+    """Mixtures: name, kind, step, and examples of each domain, by its score and how many it has. Those of one step hold
+    equally many, whatever their kind; the largest as many as there are for all kinds, `most` at most."""
+    even = dict.fromkeys(scores, 1 / len(scores))
+    weights = {"sts": {name: value / sum(scores.values()) for name, value in scores.items()}, "even": even}
+    whole = min([most, *(math.floor(rooms[name] / weights[kind][name] + 1e-9) for kind in kinds for name in scores)])
+    first, second = scores
+    return [{"mixture": f"{kind} {step:g}", "kind": kind, "step": step, "examples": {
+        first: (own := round((total := round(step * whole)) * weights[kind][first])), second: total - own}}
+        for kind in kinds for step in sorted(shares)]
+
+
+@stage("json")
+def mixture_plan(scores, train, questions, mixture_steps, mixture_kinds, mixture_examples, seed):
+    """domains: the one of highest STS_ICL and the one of lowest, but for those that are trained on, with their score
+    and the ids of their halves, to train on and to test; mixtures: rows of `divided`."""
+    if not mixture_steps:
+        raise StsError("mixture_steps is empty: name the shares to add, such as [0.5, 1.0].")
+    own = scores[(scores["variant"] == "paper") & (scores["sts_icl"] > 0)].set_index("domain")["sts_icl"].drop(
+        [*trained_domains(train)], errors="ignore")
+    if len(own) < 2:
+        raise StsError("A mixture needs two domains beside those that are trained on, with scores above zero; there "
+                       f"are {len(own)}.")
+    domains = []
+    for name in (own.idxmax(), own.idxmin()):
+        if len(questions[name]) < 2:
+            raise StsError(f"Domain {name!r} has {len(questions[name])} question, which cannot be halved. Raise "
+                           "domain_limit, or leave it out of domains.")
+        ids = [example.example_id for example in random.Random(seed).sample(questions[name], len(questions[name]))]
+        domains.append({"domain": name, "sts_icl": float(own[name]), "train": ids[:len(ids) // 2],
+                        "test": ids[len(ids) // 2:]})
+    return {"domains": domains, "mixtures": divided(
+        {row["domain"]: row["sts_icl"] for row in domains}, {row["domain"]: len(row["train"]) for row in domains},
+        mixture_kinds, mixture_steps, mixture_examples)}
+
+
+@stage("json")
+def mixture_answers(mixture_plan, fresh_lm, questions, mixture_tokens, eval_batch, work):
+    """The untuned model's own answers to as many of the first halves as the largest mixture takes: example_id, answer,
+    and whether it is whole; greedy, to the very prompt that is trained on."""
+    asked = [example for row in mixture_plan["domains"] for name in row["train"][:max(
+        own["examples"][row["domain"]] for own in mixture_plan["mixtures"])]
+        for example in questions[row["domain"]] if example.example_id == name]
+    found = own_answers(open_engine(fresh_lm(), batch=eval_batch), asked, mixture_tokens)
+    if cut := sum(not whole for _, whole in found):
+        work.note(f"{cut} of {len(found)} own answers are cut at mixture_tokens.")
+    return [{"example_id": one.example_id, "answer": text, "whole": whole}
+            for one, (text, whole) in zip(asked, found, strict=True)]
+
+
+@stage("parquet")
+def mixture(mixture_plan, mixture_answers, lm, fresh_lm, tuned, train, held_out, questions, shots, eval_kinds,
+            eval_batch, sft_epochs, sft_lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank, lora_alpha, seed,
+            report, work, scratch):
+    """Every measure of the two domains' test halves and of held-out training problems: mixture ("untuned", "none": by
+    stage `sft`, and those of the plan), domain ("training set" for held-out problems), example_id, and `MEASURES`."""
+    answers = {row["example_id"]: row["answer"] for row in mixture_answers}
+    by_id = {example.example_id: example for group in questions.values() for example in group}
+    tests = [by_id[name] for row in mixture_plan["domains"] for name in row["test"]]
+    settings = FineTuning(sft_epochs, sft_lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank, lora_alpha, seed)
+
+    def trained(row, told):
+        # As open questions, options written out, so that nothing is put behind the model's own words.
+        added = [replace(by_id[name], question=question_text(by_id[name]), options=(), answer_index=-1, answer="",
+                         solution=answers[name]) for own in mixture_plan["domains"]
+                 for name in own["train"][:row["examples"][own["domain"]]]]
+        lm, folder = fresh_lm() if lora_rank else fresh_lm(dtype="float32"), scratch / row["mixture"].replace(" ", "-")
+        fine_tune(lm, [*train, *added], [], settings, folder, report=told, work=work)
+        return load_tuned(fresh_lm(), folder)
+
+    def measured(model, name):
+        parts = [item_measures(evaluate(model, tests, kinds=eval_kinds, shots=shots, batch=eval_batch, work=work)),
+                 item_measures(evaluate(model, held_out, kinds=("solution",), batch=eval_batch, work=work)).assign(
+                     domain="training set").rename(index="held out: {}".format)]  # perhaps of the same set
+        return pandas.concat(parts).reset_index().assign(mixture=name)
+
+    frames = [measured(lm, "untuned"), measured(tuned, "none")]
+    for row, told in steps(mixture_plan["mixtures"], report):
+        frames.append(measured(trained(row, told), row["mixture"]))
+    return pandas.concat(frames, ignore_index=True)

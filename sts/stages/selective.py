@@ -1,0 +1,79 @@
+"""Training linear read-outs of chosen latents and nothing else (Figure 7, Table 11): of those that demonstrations
+shift, and of others."""
+
+from __future__ import annotations
+
+import pandas
+import torch
+
+from sts.data.prompts import PromptGroup, solution_prompt
+from sts.engine.evaluate import evaluate
+from sts.engine.extract import paired_stats
+from sts.engine.finetune import FineTuning, fine_tune
+from sts.engine.readouts import ReadOuts, attached
+from sts.engine.residuals import Extractor
+from sts.engine.zeroing import lower_layers_once
+from sts.errors import StsError
+from sts.measure.items import item_measures
+from sts.measure.sets import latent_activity, sets_to_zero
+from sts.run.stage import stage, steps
+
+#: Sets whose read-outs are trained: those that demonstrations shift most, and three kinds of others.
+KINDS = ("most_shifted", "most_active", "like_rate", "random")
+
+
+@stage("parquet")
+def selective(readers, fresh_lm, tuned, shift, shift_groups, train, held_out, masks, selective_latents, selective_draws,
+              selective_examples, selective_lr, sft_epochs, sft_batch, sft_micro_batch, sft_max_length, eval_batch,
+              seed, report, work, passes, scratch):
+    """Bits per character of held-out problems' solutions after training the read-outs of one set of latents alone.
+
+    One row a set and problem: kind (of `KINDS`; none: before training, untrained: read-outs as they begin, sft: by
+    stage `sft`), latents (of each layer), draw, rate (mean firing rate on the solutions that are trained on) and energy
+    (sum, likewise), example_id, bits. A set that failed to match has one row, without the last two.
+    """
+    half = min(sae.cfg.d_sae for sae in readers.values()) // 2
+    if not selective_latents or max(selective_latents) > half:
+        raise StsError(f"selective_latents is {selective_latents}: name numbers of latents to train read-outs of, of 1 "
+                       f"to {half}, half of what an SAE has, so that there are as many others.")
+    lm, used, rates, by_layer = fresh_lm(), train[:selective_examples or None], {}, {}
+    prompts = tuple(solution_prompt(lm.tokenizer, example) for example in used)
+    limits = dict(zip(readers, Extractor(lm, tuple(readers), **passes).sink_norms(prompts, masks.outlier_norm),
+                      strict=True))
+    for layer, sae in readers.items():
+        moved = shift if len(readers) == 1 else paired_stats(  # a single layer is what stage `shift` has read
+            lm, sae, layer, shift_groups, masks, **passes).to_tensors()
+        active = paired_stats(lm, sae, layer, [PromptGroup(prompts, prompts)], masks, **passes).to_tensors()
+        rates[layer], energy_L = latent_activity(active, sae.W_dec.detach().double().norm(dim=1).cpu(), tuned=False)
+        by_layer[layer] = [one for one in sets_to_zero(moved["squared_difference_L"], energy_L, selective_latents,
+                                                       selective_draws, seed, rates[layer]) if one.kind in KINDS]
+    sets = [dict(zip(by_layer, own, strict=True)) for own in zip(*by_layer.values(), strict=True)]
+    settings = FineTuning(sft_epochs, selective_lr, sft_batch, sft_micro_batch, sft_max_length, 0, 1, seed)
+
+    def bits(model):
+        found = item_measures(evaluate(model, held_out, kinds=("solution",), batch=eval_batch, work=work))
+        return found.reset_index()[["example_id", "bits"]]
+
+    def added(own):
+        read_outs = ReadOuts(readers, {layer: part.latents for layer, part in own.items()})
+        return read_outs, attached(lm, read_outs, limits, masks.drop_first_positions)
+
+    frames = [bits(tuned).assign(kind="sft")]
+    with lower_layers_once(lm, min(readers), work):  # what lies below all read-outs is the same for every set
+        frames.append(bits(lm).assign(kind="none"))
+        with added(sets[0])[1]:
+            frames.append(bits(lm).assign(kind="untrained"))
+        for own, told in steps(sets, report):
+            kind, count, draw = next((part.kind, part.count, part.draw) for part in own.values())
+            path = scratch / f"{kind}-{count}-{draw}.parquet"
+            if not path.exists() and all(part.usable for part in own.values()):
+                read_outs, context = added(own)
+                with context:
+                    fine_tune(lm, used, [], settings, scratch, module=read_outs, report=told, work=work)
+                    bits(lm).to_parquet(path.with_suffix(".new"), index=False)
+                path.with_suffix(".new").replace(path)  # killed before this line, the set counts as not begun
+            found = pandas.read_parquet(path) if path.exists() else pandas.DataFrame(index=[0])
+            frames.append(found.assign(
+                kind=kind, latents=count, draw=draw, energy=sum(part.energy for part in own.values()),
+                rate=torch.cat([rates[layer][part.latents] for layer, part in own.items()]).mean().item()))
+    return pandas.concat(frames, ignore_index=True)
