@@ -141,7 +141,7 @@ def own_lists(run: OpenRun) -> Evidence:
 
 def after_rl(run: OpenRun, **arguments: Any) -> Evidence:
     """`row`, not testable where the reward did not rise in every seed, or fine-tuning beside it taught too little."""
-    found, rewards = row(run, **arguments), run.get("rl_rewards")
+    rewards, found = run.get("rl_rewards"), row(run, **arguments)  # the first says soonest that there are none
     taught = all(fall >= SMALLEST_FALL for fall in rewards["falls"])
     risen = all((one["low"] or 0) > 0 for one in rewards["rises"] if one["part"] == "reward")
     return replace(found, unable=found.unable or UNREWARDED * (not risen) or UNLEARNED * (not taught))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sts.errors import StsError
 from sts.run.resources import OTHERS, resource
 
 if TYPE_CHECKING:
@@ -29,18 +30,31 @@ def trainings_of(run: OpenRun) -> list[OpenRun]:
             for seed in dict.fromkeys((own.seed, *own.training_seeds))]
 
 
-@resource(("rl_data", "rl_seeds", "seed"), ("rl_runs",), name="each_rl")
 def rl_runs_of(run: OpenRun) -> list[OpenRun]:
-    """The run with `rl_data` to train on, at its own seed and at all `rl_seeds`."""
+    """The run with `rl_data` to train on, at its own seed and all `rl_seeds`; none where it takes no step."""
     own = run.settings
-    return [run.alone(sft_data=own.rl_data, seed=seed) for seed in dict.fromkeys((own.seed, *own.rl_seeds))]
+    return [run.alone(sft_data=own.rl_data, seed=seed) for seed in dict.fromkeys((own.seed, *own.rl_seeds))
+            if own.rl_steps]
 
 
-@resource(("rl_tried", "seed"), ("rl_tried",), name="each_tried")
 def rl_trials_of(run: OpenRun) -> list[OpenRun]:
     """The run with each set in `rl_tried` to train on for `rl_trial_steps`, at a seed of its own."""
     own = run.settings
     return [run.alone(sft_data=name, seed=own.seed + 1_000, rl_steps=own.rl_trial_steps) for name in own.rl_tried]
+
+
+@resource(("rl_data", "rl_seeds", "seed"), ("rl_runs",))
+def each_rl(run):
+    if not (found := rl_runs_of(run)):
+        raise StsError("In this run nothing is learned by reinforcement: its rl_steps is 0. Use 20 or more.")
+    return found
+
+
+@resource(("rl_tried", "seed"), ("rl_tried",))
+def each_tried(run):
+    if not (found := rl_trials_of(run)):
+        raise StsError("rl_tried is empty: name the question sets to try, such as [chain_sum, gcd].")
+    return found
 
 
 OTHERS |= {"seeds": (lambda run: seeds_of(run)[1:], ("correlations", "extreme_correlations")),

@@ -1,4 +1,4 @@
-"""Reinforcement learning rewards what it says, learns from it as GRPO does, goes on; at rate 0 it does nothing."""
+"""Reinforcement learning rewards what it says, learns from it as GRPO does, can be resumed; at rate 0 it is idle."""
 
 import random
 from dataclasses import replace

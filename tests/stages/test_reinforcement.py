@@ -10,13 +10,13 @@ from scipy import stats as scipy_stats
 
 import sts
 from sts.book import evidence
-from sts.book.claims import NOT_TESTABLE, read_claims
+from sts.book.claims import NOT_DONE, NOT_TESTABLE, read_claims
 from sts.data.prompts import make_group
 from sts.engine.extract import paired_stats
 from sts.errors import StsError
 from sts.measure.items import item_measures
 from sts.run import others, resources
-from sts.run.plan import jobs
+from sts.run.plan import asked_for, jobs
 from sts.stages import reinforcement
 
 
@@ -210,6 +210,18 @@ def test_trials_are_runs_of_their_own(run):
         sts.open_run("smoke", results=run.results, rl_tried=[]).get("rl_trials")
 
 
+def test_a_run_may_do_without(run):
+    without = sts.open_run("smoke", results=run.results, rl_steps=0)
+    with pytest.raises(StsError, match="rl_steps is 0"):
+        without.get("rl_rewards")
+    for name in ("reward-rises", "rl-overlap", "rl-actual", "own-answers"):
+        found, word, reason = evidence.weigh(without, read_claims()[1][name])
+        assert found is None and word == NOT_DONE and "rl_steps is 0" in reason
+    stages = {"rl_rewards", "rl_overlap", "rl_correlations"}
+    assert not stages & {*asked_for(without)} and stages <= {*asked_for(run)}
+    assert not {"rl_shift", "rl_evaluation", "rollout_shift"} & {*asked_for(run)}
+
+
 def test_at_rate_zero_there_is_nothing_to_foresee(run):
     still = sts.open_run("smoke", results=run.results, rl_lr=0)
     own = others.rl_runs_of(still)[0]
@@ -239,4 +251,5 @@ def test_a_workflow_holds_both_trainings_of_every_seed(run):
     found = jobs(run, ["rl_overlap", "rl_trials"])
     for name in ("rl-sft_data_chain_sum", "rl-sft_data_chain_sum-seed_1", "sft_shift-sft_data_chain_sum-seed_1"):
         assert name in found and name in found["rl_overlap"].needs
-    assert found["rl-sft_data_gcd-seed_1000-rl_steps_5"].changes == {"sft_data": "gcd", "seed": 1000, "rl_steps": 5}
+    trial = found["rl-sft_data_gcd-seed_1000-rl_steps_5"]
+    assert trial.changes.items() >= {"sft_data": "gcd", "seed": 1000, "rl_steps": 5}.items() and "lm" not in trial.takes
