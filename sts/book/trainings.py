@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from sts.run.run import OpenRun
 
 #: Sets of latents whose read-outs are trained beside the estimated ones.
-OTHERS = {"random": "random latents", "like_rate": "others that fire as often",
-          "most_active": "the most active latents"}
+OTHERS = {"random": "random latents", "like_rate": "others that fire as often", "most_active": "the most active"}
 
 
 def _asked(run: OpenRun, setting: str) -> None:

@@ -228,7 +228,7 @@ def test_leads_are_over_problems_and_draws_by_students_t():
     half = [scipy_stats.t.ppf(0.975, 3)**2 * table.mean(0).var(ddof=1) / 4,
             scipy_stats.t.ppf(0.975, 1)**2 * table.mean(1).var(ddof=1) * (1 / 2 + 1)]
     assert others.high - others.value == pytest.approx(math.sqrt(sum(half)))
-    assert list(others.against) == ["more than the most active latents"]  # no set matched in rate
+    assert list(others.against) == ["more than the most active"]  # no set matched in rate
     assert {(kind, count) for kind, count, _ in trainings.read_out_leads(Stub(frame, [5, 2]))} == {
         ("untrained", 2), ("untrained", 5), ("random", 5), ("most_active", 5)}
 
