@@ -237,6 +237,8 @@ class Run:
 
     def get(self, stage):
         self.asked.append(stage)
+        if stage == "change_quality":
+            return self.results.get(stage, [])
         if stage != "sft":
             return self.results[stage]
         folder = self.folder / f"sft-{self.falls[0]}"
