@@ -142,6 +142,8 @@ VERDICTS = {
     "judge-agrees": (NOT_DONE, NOT_DONE),
     "score-act": (HELD, HELD),
     "score-icl": (HELD, NOT_HELD),
+    "p-right-act": (NOT_TESTABLE, NOT_TESTABLE),
+    "p-right-icl": (NOT_TESTABLE, NOT_TESTABLE),
     "accuracy-act": (NOT_TESTABLE, NOT_TESTABLE),
     "accuracy-icl": (NOT_TESTABLE, NOT_TESTABLE),
     "extremes": (HELD, NOT_HELD),
