@@ -107,7 +107,7 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     pool_tokens: int = _is("tokens of each kind", 10_000, ge=100)
     judge_url: str = _is("OpenAI-compatible endpoint that is asked for labels too, such as http://host/v1", "")
     judge_model: str = _is("the model that it is asked for", "")
-    steer_factors: list[Annotated[float, Field(ge=0)]] = _is("what a latent is multiplied by in writing", [0, 1, 4, 16])
+    steer_factors: list[Annotated[float, Field(ge=0)]] = _is("a latent is multiplied by these", [0.0, 1.0, 4.0, 16.0])
     sft_examples: Count = _is("training examples", 300)
     sft_held_out: Count = _is("held-out examples of the training domain", 40)
     sft_epochs: Count = _is("passes over them", 1)
