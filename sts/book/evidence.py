@@ -102,7 +102,8 @@ def row(run: OpenRun, stage: str, where: Mapping[str, Any] = {}, *, under: str =
     for name, changed in against.items():
         more[name] = picked(**{**changed, "where": {**where, **changed.get("where", {})}})[0][1]
     affected = run.provenance(stage).get("affected", {}) if stage != "paper" else {}  # known to be recorded wrong
-    unable = (value_of(first, "undefined") or CHANCE * (where.get("measure") in ("accuracy", "p_right") and _at_chance(run))
+    answered = where.get("measure") in ("accuracy", "p_right")
+    unable = (value_of(first, "undefined") or CHANCE * (answered and _at_chance(run))
               or UNRELIABLE * ((first["reliability"] is not None and first["reliability"] < RELIABLE)
                                if "reliability" in first else
                                "measure" in where and stage != "paper" and _unreliable(run, where["measure"]))
