@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 
 from sts.data.prompts import encode, make_prompt, question_text, render
 from sts.data.sources import Example
@@ -59,6 +58,7 @@ def reinforce(lm: LanguageModel, train: Sequence[Example], folder: Path, *, step
         without an answer that can be verified, or without room for one.
     """
     from datasets import Dataset
+    from peft import LoraConfig
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 

@@ -84,7 +84,8 @@ def test_another_parameter_recomputes_only_what_depends_on_it(book):
     assert all(after[name] == before[name] for name in before)
     new = {name.split("-")[0] for name in set(after) - set(before)}
     assert {"scores", "correlations"} <= new
-    assert new <= {"scores", "correlations", "extreme_correlations", "correlations_by_seed"}
+    assert new <= {"scores", "correlations", "extreme_correlations", "correlations_by_seed", "baseline_values",
+                   "baseline_correlations", "change_quality", "score_checks"}
 
 
 def test_a_changed_parameter_has_a_notebook_and_a_page_of_its_own(book):

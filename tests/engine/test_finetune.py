@@ -274,7 +274,7 @@ def test_other_stages_are_not_computed_several_times_at_once(tmp_path, monkeypat
     run = sts.open_run("smoke", results=tmp_path)
     for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("RANK", "1")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(StsError, match="'scores' runs in one process and 2 were launched.*these stages: sft"):
+    with pytest.raises(StsError, match="'scores' runs in one process and 2 were launched.*these stages: rl, sft"):
         run.get("scores")
 
 

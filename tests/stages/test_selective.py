@@ -139,7 +139,7 @@ def test_a_layer_without_an_sae_is_said(tmp_path, monkeypatch):
     swept = sts.open_run("smoke", results=tmp_path)
     (tmp_path / "sweep" / "layer0-latents128-k8").mkdir(parents=True)
     monkeypatch.setattr(OpenRun, "get", lambda self, name: tmp_path / "sweep")
-    with pytest.raises(StsError, match="no SAE of layer 1: the sweep's were recorded without weights.*--again"):
+    with pytest.raises(StsError, match="SAE of layer 1 was recorded without weights.*--again"):
         resources.readers(swept)
 
 
