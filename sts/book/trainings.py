@@ -24,8 +24,8 @@ def _asked(run: OpenRun, setting: str) -> None:
         raise StsError(f"Setting {setting} of this run is empty, so nothing of the kind is trained.")
 
 
-def _evidence(found: MeanInterval, of: str) -> Evidence:
-    return Evidence(found.mean, found.low, found.high, n=found.n, of=of)
+def _of(what: str, found: MeanInterval) -> Evidence:
+    return Evidence(found.mean, found.low, found.high, n=found.n, of=what)
 
 
 def read_out_leads(run: OpenRun) -> Iterator[tuple[str, int, Evidence]]:
@@ -38,8 +38,7 @@ def read_out_leads(run: OpenRun) -> Iterator[tuple[str, int, Evidence]]:
         own = bits.loc["most_shifted", count].iloc[0]
         for place in (("untrained", 0), *((kind, count) for kind in OTHERS)):
             if place in bits.index:
-                found = crossed_mean_interval(bits.loc[place] - own, against_one=True)
-                yield place[0], count, _evidence(found, "problems")
+                yield place[0], count, _of("problems", crossed_mean_interval(bits.loc[place] - own, against_one=True))
 
 
 def read_outs(run: OpenRun, than: str = "untrained") -> Evidence:
@@ -61,15 +60,12 @@ def _mixed(run: OpenRun, than: str = "none") -> tuple[list[str], pandas.DataFram
     return domains, bits.assign(own=bits[names["sts"]], other=bits[names[than]])
 
 
-def _over(run: OpenRun, differences: pandas.Series, of: str) -> Evidence:
-    return _evidence(paired_mean_interval(differences, resamples=run.settings.bootstrap, seed=run.settings.seed), of)
-
-
 def kept_up(run: OpenRun, than: str = "none") -> Evidence:
     """Bits per character that the mixture takes off both domains' test halves more than training without it ("none"),
     or than as many examples divided in another way (Figure 5)."""
     domains, bits = _mixed(run, than)
-    first, second = (_over(run, (bits["other"] - bits["own"]).loc[domain], "questions") for domain in domains)
+    first, second = (_of("questions", paired_mean_interval(
+        (bits["other"] - bits["own"]).loc[domain], resamples=run.settings.bootstrap)) for domain in domains)
     return replace(first, against={f"in {domains[1]}": second})
 
 
@@ -78,5 +74,5 @@ def gain_kept(run: OpenRun) -> Evidence:
     well (Table 10), with the interval of the ratio's linear part."""
     bits = _mixed(run)[1].loc["training set"]
     plain, mixed = bits["untuned"] - bits["none"], bits["untuned"] - bits["own"]
-    share = mixed.mean() / plain.mean()
-    return _over(run, share + (mixed - share * plain) / plain.mean(), "problems")
+    parts = (share := mixed.mean() / plain.mean()) + (mixed - share * plain) / plain.mean()
+    return _of("problems", paired_mean_interval(parts, resamples=run.settings.bootstrap))

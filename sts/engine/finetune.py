@@ -124,9 +124,8 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
 
     Returns:
         {"curve": [{"step", "loss"}], "held_out_before", "held_out_after" (nats per solution token, averaged over
-        problems; None without any), "steps", "trained_parameters", "train" and "held_out" (numbers of examples used),
-        "left_out" and "cut" (see `tokens_to_train_on`)}; {} in all but the main process. `StsError` where no example is
-        left.
+        problems; None without), "steps", "trained_parameters", "train" and "held_out" (numbers of examples used),
+        "left_out", "cut" (see `tokens_to_train_on`)}; {} in all but the main process. `StsError` if none is left.
     """
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model

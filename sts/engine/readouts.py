@@ -29,10 +29,9 @@ class ReadOuts(torch.nn.Module):
         super().__init__()
         if missing := {*latents} - {*saes}:
             raise StsError(f"There is no SAE of layer {min(missing)} to read latents with.")
-        for layer, chosen in latents.items():
-            if len(chosen) and not 0 <= chosen.min() <= chosen.max() < saes[layer].cfg.d_sae:
-                raise StsError(f"A read-out asks for latent {int(chosen.max())}; the SAE of layer {layer} has "
-                               f"{saes[layer].cfg.d_sae}.")
+        if wrong := [(layer, one) for layer, own in latents.items() for one in own.tolist()
+                     if not 0 <= one < saes[layer].cfg.d_sae]:
+            raise StsError("The SAE of layer {} has no latent {}.".format(*wrong[0]))
         self.saes = dict(saes)  # as a plain dict they are no part of what is trained
         self.latents = {layer: chosen.to(saes[layer].device) for layer, chosen in latents.items()}
         self.weights = torch.nn.ParameterDict({str(layer): torch.zeros(
@@ -47,8 +46,8 @@ class ReadOuts(torch.nn.Module):
 @contextmanager
 def attached(lm: LanguageModel, read_outs: ReadOuts, norm_limits: Mapping[int, float],
              drop_first_positions: int = 1) -> Iterator[None]:
-    """A context in which read-outs are a part of the model, at every token that counts (see `zeroing.changed`), as the
-    latents of a sink would outweigh all others; layer -> residual norm above which a token is one."""
+    """A context in which read-outs are a part of the model, at every token that counts (see `zeroing.changed`): not at
+    sinks, whose latents would outweigh all others; layer -> residual norm above which a token is one."""
     with ExitStack() as stack:
         for layer in read_outs.latents:
             check_layer(lm.model, layer)

@@ -3,6 +3,7 @@ most and of the one forecast to move least, answered by the untuned model itself
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 from dataclasses import replace
@@ -19,12 +20,11 @@ from sts.measure.items import item_measures
 from sts.run.stage import stage, steps
 
 
-def divided(scores: dict[str, float], rooms: dict[str, int], kinds: list[str], shares: list[float],
-            most: int) -> list[dict]:
+def divided(scores: dict[str, float], rooms: dict[str, int], kinds: list[str], shares: list[float], most: int) -> list:
     """Mixtures: name, kind, step, and examples of each domain, by its score and how many it has. Those of one step hold
     equally many, whatever their kind; the largest as many as there are for all kinds, `most` at most."""
-    even = dict.fromkeys(scores, 1 / len(scores))
-    weights = {"sts": {name: value / sum(scores.values()) for name, value in scores.items()}, "even": even}
+    weights = {"sts": {name: value / sum(scores.values()) for name, value in scores.items()},
+               "even": dict.fromkeys(scores, 1 / len(scores))}
     whole = min([most, *(math.floor(rooms[name] / weights[kind][name] + 1e-9) for kind in kinds for name in scores)])
     first, second = scores
     return [{"mixture": f"{kind} {step:g}", "kind": kind, "step": step, "examples": {
@@ -41,16 +41,14 @@ def mixture_plan(scores, train, questions, mixture_steps, mixture_kinds, mixture
     own = scores[(scores["variant"] == "paper") & (scores["sts_icl"] > 0)].set_index("domain")["sts_icl"].drop(
         [*trained_domains(train)], errors="ignore")
     if len(own) < 2:
-        raise StsError("A mixture needs two domains beside those that are trained on, with scores above zero; there "
-                       f"are {len(own)}.")
+        raise StsError(f"A mixture needs two domains beside the trained, with scores above zero; here are {len(own)}.")
     domains = []
     for name in (own.idxmax(), own.idxmin()):
         if len(questions[name]) < 2:
-            raise StsError(f"Domain {name!r} has {len(questions[name])} question, which cannot be halved. Raise "
-                           "domain_limit, or leave it out of domains.")
+            raise StsError(f"Domain {name!r} has one question, which cannot be halved; raise domain_limit.")
         ids = [example.example_id for example in random.Random(seed).sample(questions[name], len(questions[name]))]
-        domains.append({"domain": name, "sts_icl": float(own[name]), "train": ids[:len(ids) // 2],
-                        "test": ids[len(ids) // 2:]})
+        half = len(ids) // 2
+        domains.append({"domain": name, "sts_icl": float(own[name]), "train": ids[:half], "test": ids[half:]})
     return {"domains": domains, "mixtures": divided(
         {row["domain"]: row["sts_icl"] for row in domains}, {row["domain"]: len(row["train"]) for row in domains},
         mixture_kinds, mixture_steps, mixture_examples)}
@@ -86,8 +84,10 @@ def mixture(mixture_plan, mixture_answers, lm, fresh_lm, tuned, train, held_out,
         added = [replace(by_id[name], question=question_text(by_id[name]), options=(), answer_index=-1, answer="",
                          solution=answers[name]) for own in mixture_plan["domains"]
                  for name in own["train"][:row["examples"][own["domain"]]]]
-        lm, folder = fresh_lm() if lora_rank else fresh_lm(dtype="float32"), scratch / row["mixture"].replace(" ", "-")
-        fine_tune(lm, [*train, *added], [], settings, folder, report=told, work=work)
+        folder = scratch / row["mixture"].replace(" ", "-")
+        fine_tune(fresh_lm() if lora_rank else fresh_lm(dtype="float32"), [*train, *added], [], settings, folder,
+                  report=told, work=work)
+        gc.collect()  # the trainer, which refers to itself, holds the model
         return load_tuned(fresh_lm(), folder)
 
     def measured(model, name):
@@ -96,7 +96,6 @@ def mixture(mixture_plan, mixture_answers, lm, fresh_lm, tuned, train, held_out,
                      domain="training set").rename(index="held out: {}".format)]  # perhaps of the same set
         return pandas.concat(parts).reset_index().assign(mixture=name)
 
-    frames = [measured(lm, "untuned"), measured(tuned, "none")]
-    for row, told in steps(mixture_plan["mixtures"], report):
-        frames.append(measured(trained(row, told), row["mixture"]))
-    return pandas.concat(frames, ignore_index=True)
+    return pandas.concat([measured(lm, "untuned"), measured(tuned, "none"), *(
+        measured(trained(row, told), row["mixture"]) for row, told in steps(mixture_plan["mixtures"], report))],
+        ignore_index=True)

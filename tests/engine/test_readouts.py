@@ -191,8 +191,8 @@ def test_training_with_the_lower_layers_run_once_is_the_same(tiny_models, tmp_pa
 
 
 @pytest.mark.parametrize(("layers", "latents", "said"), [
-    ((0, 1), LATENTS, "no SAE of layer 1"), ((0,), torch.tensor([3, 96]), "latent 96; the SAE of layer 0 has 96"),
-    ((0,), torch.tensor([-1]), "asks for latent -1")])
+    ((0, 1), LATENTS, "no SAE of layer 1"), ((0,), torch.tensor([3, 96]), "SAE of layer 0 has no latent 96"),
+    ((0,), torch.tensor([-1]), "layer 0 has no latent -1")])
 def test_what_cannot_be_read_is_said(layers, latents, said):
     with pytest.raises(StsError, match=said):
         ReadOuts({0: topk_sae(64)}, dict.fromkeys(layers, latents))

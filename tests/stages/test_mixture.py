@@ -77,14 +77,14 @@ def test_a_domain_too_small_to_be_halved_is_named(run):
     scores, questions = run.get("scores"), dict(resources.questions(run))
     name = run.get("mixture_plan")["domains"][1]["domain"]
     questions[name] = questions[name][:1]
-    with pytest.raises(StsError, match=f"'{name}' has 1 question, which cannot be halved. Raise domain_limit"):
+    with pytest.raises(StsError, match=f"'{name}' has one question, which cannot be halved; raise domain_limit"):
         stages.mixture_plan(scores, resources.train(run), questions, [1.0], ["sts"], 220, 0)
 
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"mixture_steps": []}, "mixture_steps is empty"),
-    ({"domains": ["math", "law"]}, "needs two domains .* there are 1"),
-    ({"sft_data": "mmlu_exemplars", "sft_examples": 200}, "needs two domains .* there are 0")])
+    ({"domains": ["math", "law"]}, "needs two domains .* here are 1"),
+    ({"sft_data": "mmlu_exemplars", "sft_examples": 200}, "needs two domains .* here are 0")])
 def test_what_cannot_be_mixed_is_said(run, changes, said):
     other = sts.open_run("smoke", results=run.results, **{"mixture_steps": [1.0]} | changes)
     with pytest.raises(StsError, match=said):
