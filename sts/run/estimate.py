@@ -102,8 +102,8 @@ def reads(run: OpenRun, stage: str) -> list[tuple[float, float]]:
     def of(what: str) -> list[list[tuple[float, float]]]:
         return lengths(run, getattr(resources, what)(run))
 
-    def whole(parts: list, limit: int = 0, most: float = float("inf")) -> float:
-        return sum(min(most, sum(one) + front) for part in parts for one in part[:limit or None])
+    def whole(parts: list, limit: int = 0, most: float = float("inf"), around: float = front) -> float:
+        return sum(min(most, sum(one) + around) for part in parts for one in part[:limit or None])
 
     def asked() -> list[Asked]:
         if stage.startswith("domain"):
@@ -129,8 +129,9 @@ def reads(run: OpenRun, stage: str) -> list[tuple[float, float]]:
         case "evaluation_before" | "evaluation_after" | "answer_forms":
             kinds, asks, limit = (2, "validation", 0) if "forms" in stage else (
                 len(own.eval_kinds), "questions", own.eval_limit)
-            shots = whole(of("shots"))  # run once for all questions of a domain
-            return [((whole(of(asks), limit) + shots) * (kinds if shots else 1), 1.0)]
+            # In plain text, and run once for all questions of a domain.
+            shots = whole(of("shots"), around=0)
+            return [((whole(of(asks), limit, around=0 if shots else front) + shots) * (kinds if shots else 1), 1.0)]
         case "generation_before" | "generation_after":
             return [((1 + own.demonstrations * bool(worked)) * whole(lengths(run, questions))
                      + len(questions) * own.eval_max_tokens, 1.0)
