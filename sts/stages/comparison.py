@@ -27,7 +27,8 @@ CONTROLS = ("base_bits", "question_tokens")
 SMALLEST_SHARE = 0.1
 PROBES = {"probe_raw": "raw", "probe_sae": "sae"}
 #: Stages that the ones over all seeds read of every seed.
-EVERY_SEED = ("baseline_values", "evaluation_before", "evaluation_after")
+EVALUATED = ("evaluation_before", "evaluation_after")
+EVERY_SEED = ("baseline_values", *EVALUATED)
 
 
 def _changes(domain_shift):
@@ -136,12 +137,16 @@ def probe_predictions(domain_stats, domain_raw_stats, domain_shift, baseline_dra
     return plain(rows)
 
 
-def _measured(each_seed, names=()):
-    """Each measure with its questions' differences and, seeds x domains, the values of predictors (NaN of one that is
-    newer than the stored values)."""
+def _differences(each_seed):
+    """Each measure with its questions' differences, by domain."""
+    return item_differences({own.settings.seed: tuple(own.get(name) for name in EVALUATED)
+                             for own in each_seed}).items()
+
+
+def _measured(each_seed, names):
+    """The same and, seeds x domains, the values of predictors (NaN of one that is newer than the stored values)."""
     tables = [own.get("baseline_values").set_index("domain").reindex(columns=list(names)) for own in each_seed]
-    for measure, differences in item_differences({own.settings.seed: (
-            own.get("evaluation_before"), own.get("evaluation_after")) for own in each_seed}).items():
+    for measure, differences in _differences(each_seed):
         frames = [table.reindex(sorted(differences)) for table in tables]
         yield measure, differences, {name: np.stack([frame[name].to_numpy(float) for frame in frames])
                                      for name in names}
@@ -184,7 +189,7 @@ def baseline_nulls(baseline_correlations, each_seed):
         found = null(np.mean(found_SR, axis=0), observed[measure, name])
         rows.append({"measure": measure, "null": kind, "predictor": name, **found, **about})
 
-    for measure, differences, _ in _measured(each_seed):
+    for measure, differences in _differences(each_seed):
         domains = sorted(differences)
         change_SN = np.abs(np.stack([differences[domain].mean(0) for domain in domains], axis=1))
         places = [names.index(domain) for domain in domains]
@@ -234,12 +239,12 @@ def baseline_confounds(each_seed, bootstrap, permutations, seed):
     return rows
 
 
-@stage("json", version=2, also=EVERY_SEED)
+@stage("json", version=3, also=EVALUATED)
 def change_quality(each_seed, seed):
     """How well each measure's changes are known (`items.change_quality`) and what so many domains can find
     (`power_of_design`); before: mean of the domains' values before training."""
     rows, before = [], _before(each_seed)
-    for measure, differences, _ in _measured(each_seed):
+    for measure, differences in _differences(each_seed):
         row = {"measure": measure, "n": len(differences), "seeds": len(each_seed), "before": before[measure].mean()}
         try:
             row |= power_of_design(len(differences)) | items.change_quality(differences, seed=seed)
@@ -249,20 +254,22 @@ def change_quality(each_seed, seed):
     return plain(rows)
 
 
-@stage("json", also=EVERY_SEED)
-def score_checks(baseline_correlations, change_quality, each_seed, bootstrap, seed):
+@stage("json", version=2, also=("scores", *EVALUATED))
+def score_checks(change_quality, each_seed, bootstrap, permutations, seed):
     """r of each score as in `baseline_correlations`, and the same with whole categories of subjects drawn
     (`category_interval`, None where there are none), and divided by the root of the change's reliability, which noise
     of the questions lowers it by (`corrected`; None where the change has hardly any)."""
     rows, known = [], {row["measure"]: row.get("reliability") for row in change_quality}
-    for measure, differences, values in _measured(each_seed, SCORES):
+    tables = [own.get("scores").query("variant == 'paper'").set_index("domain") for own in each_seed]
+    for measure, differences in _differences(each_seed):
         domains, share = sorted(differences), known[measure] or 0.0
-        change_SN = np.abs(np.stack([differences[domain].mean(0) for domain in domains], axis=1))
-        for row in baseline_correlations:
-            if (row["measure"], row["predictor"]) in {(measure, score) for score in SCORES} and "pearson" in row:
-                categories = _categories(domains)
-                rows.append({"measure": measure, "score": row["predictor"], "pearson": row["pearson"],
-                             "pearson_interval": row["pearson_interval"], "category_interval": cluster_interval(
-                                 values[row["predictor"]], change_SN, categories, bootstrap, seed) if categories
-                             else None, "corrected": row["pearson"] / share**0.5 if share > SMALLEST_SHARE else None})
+        categories = _categories(domains)
+        compared = Comparison(differences, {score: np.stack([own.loc[domains, score] for own in tables])
+                                            for score in SCORES}, bootstrap=bootstrap, permutations=permutations,
+                              seed=seed)
+        rows += [{"measure": measure, "score": score, "pearson": row["pearson"],
+                  "pearson_interval": row["pearson_interval"], "category_interval": cluster_interval(
+                      compared.values[score], compared.change_SN, categories, bootstrap, seed) if categories else None,
+                  "corrected": row["pearson"] / share**0.5 if share > SMALLEST_SHARE else None}
+                 for score, row in compared.rows().items() if "pearson" in row]
     return rows

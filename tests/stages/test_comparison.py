@@ -238,7 +238,8 @@ class Seed:
         self.settings, self.tables = SimpleNamespace(seed=seed), {
             "evaluation_before": before, "evaluation_after": after, "baseline_values": pandas.DataFrame(
                 {"domain": names, "sts_act": score, "sts_icl": -score, "base_bits": np.arange(len(names)) % 5,
-                 "question_tokens": np.arange(len(names)) % 7})}
+                 "question_tokens": np.arange(len(names)) % 7}), "scores": pandas.DataFrame(
+                {"variant": "paper", "domain": names, "sts_act": score, "sts_icl": -score})}
 
     def get(self, name):
         return self.tables[name]
@@ -255,13 +256,12 @@ def test_a_category_is_a_control_and_whole_categories_are_drawn():
     everything = row_of(rows, score="sts_act", all=True)
     more = np.column_stack([dummies, np.arange(len(names)) % 5, np.arange(len(names)) % 7])
     assert everything["by_seed"] == pytest.approx([naive_partial(score, np.abs(own), more) for own in change])
-    known = [{"measure": "bits", "predictor": name, "pearson": 0.6, "pearson_interval": {"low": 0.5, "high": 0.7}}
-             for name in ("sts_act", "sts_icl")]
-    act, icl = score_checks(known, [{"measure": "bits", "reliability": 0.64}], seeds, 2000, 0)
-    assert act["corrected"] == pytest.approx(0.75)
+    act, icl = score_checks([{"measure": "bits", "reliability": 0.64}], seeds, 2000, 100, 0)
+    assert act["pearson"] == pytest.approx(np.mean([np.corrcoef(score, np.abs(own))[0, 1] for own in change]))
+    assert act["corrected"] == pytest.approx(act["pearson"] / 0.8)
     assert act["category_interval"]["high"] - act["category_interval"]["low"] > 0.1
     assert icl["category_interval"]["low"] == pytest.approx(-act["category_interval"]["high"])
-    assert score_checks(known, [{"measure": "bits", "reliability": 0.05}], seeds, 200, 0)[0]["corrected"] is None
+    assert score_checks([{"measure": "bits", "reliability": 0.05}], seeds, 200, 100, 0)[0]["corrected"] is None
 
 
 def naive_partial(x, y, controls):
