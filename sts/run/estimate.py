@@ -117,7 +117,7 @@ def reads(run: OpenRun, stage: str) -> list[tuple[float, float]]:
             return [(sum(one.all for one in asked()), share)]
         case "shift_rows" | "domain_rows":
             return [(sum(2 * min(own.official_rows, one.alone) for one in asked()), share)]
-        case "sft_shift" | "domain_model_change":
+        case "sft_shift" | "rl_shift" | "domain_model_change":
             return [(sum(one.twice for one in asked()), share)]
         case "sft_shift_solutions":
             return [(2 * whole(of("held_out")) + whole(of("held_out"), SINKS), share)]
@@ -126,7 +126,7 @@ def reads(run: OpenRun, stage: str) -> list[tuple[float, float]]:
             (train,), sets = of("train"), own.overlap_draws
             return [(sets * Asked(front, train[max(counts) * sets:], own.overlap_tokens, count, 1, train).all, share)
                     for count in counts]
-        case "evaluation_before" | "evaluation_after" | "answer_forms":
+        case "evaluation_before" | "evaluation_after" | "rl_evaluation" | "answer_forms":
             kinds, asks, limit = (2, "validation", 0) if "forms" in stage else (
                 len(own.eval_kinds), "questions", own.eval_limit)
             # In plain text, and run once for all questions of a domain.
@@ -144,8 +144,14 @@ def reads(run: OpenRun, stage: str) -> list[tuple[float, float]]:
                 1, (resources.train(run), resources.held_out(run)))
             train, held_out = (times * whole(lengths(run, part), most=own.sft_max_length) for part in parts)
             return [(own.sft_epochs * train, 2.0 if own.lora_rank else 3.0), (2 * held_out, 1.0)]
+        case "rl":  # as its work is counted: sampling, the untuned model's pass, the way there and back
+            (train,), answers = of("train"), own.rl_steps * own.rl_problems * own.rl_group
+            asked_of = sum(question for question, _ in train) / len(train) + front
+            return [(answers * (asked_of + own.rl_tokens), 4.0)]
         case "text_activations":
             return [(whole(of("texts")), share)]
+        case "pool_activations":
+            return [(len(own.pool) * own.pool_tokens, share)]
         case "sae":
             return [(1.02 * sum(own.sae_text.values()), share)]  # with the held-out part
         case "sweep_sae_training":

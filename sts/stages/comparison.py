@@ -259,7 +259,8 @@ def score_checks(change_quality, each_seed, bootstrap, permutations, seed):
     """r of each score as in `baseline_correlations`, and the same with whole categories of subjects drawn
     (`category_interval`, None where there are none), and divided by the root of the change's reliability, which noise
     of the questions lowers it by (`corrected`; None where the change has hardly any)."""
-    rows, known = [], {row["measure"]: row.get("reliability") for row in change_quality}
+    rows: list[dict] = []
+    known = {row["measure"]: row.get("reliability") for row in change_quality}
     tables = [own.get("scores").query("variant == 'paper'").set_index("domain") for own in each_seed]
     for measure, differences in _differences(each_seed):
         domains, share = sorted(differences), known[measure] or 0.0
@@ -267,9 +268,10 @@ def score_checks(change_quality, each_seed, bootstrap, permutations, seed):
         compared = Comparison(differences, {score: np.stack([own.loc[domains, score] for own in tables])
                                             for score in SCORES}, bootstrap=bootstrap, permutations=permutations,
                               seed=seed)
+        found: dict[str, Any] = compared.rows()
         rows += [{"measure": measure, "score": score, "pearson": row["pearson"],
                   "pearson_interval": row["pearson_interval"], "category_interval": cluster_interval(
                       compared.values[score], compared.change_SN, categories, bootstrap, seed) if categories else None,
                   "corrected": row["pearson"] / share**0.5 if share > SMALLEST_SHARE else None}
-                 for score, row in compared.rows().items() if "pearson" in row]
+                 for score, row in found.items() if "pearson" in row]
     return rows
