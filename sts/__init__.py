@@ -17,7 +17,7 @@ for _category in (FutureWarning, DeprecationWarning):  # libraries' notes to the
 
 from sts.errors import StsError  # noqa: E402
 
-__all__ = ["StsError", "open_run"]
+__all__ = ["StsError", "forecast", "open_run"]
 __version__ = "0.1.0"
 
 
@@ -27,3 +27,12 @@ def open_run(run="laptop", **overrides):
     from sts.run.run import open_run as opened
 
     return opened(run, **overrides)
+
+
+def forecast(train, domains, out=None, **options):
+    """The `sts.book.forecast.Forecast` of one's own data; to a folder `out` its report is written."""
+    from sts.book.forecast import Forecast
+
+    found = Forecast(train, domains, **options)
+    found.path = found.report(out) if out else None
+    return found

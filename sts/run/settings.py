@@ -11,11 +11,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
+from sts.data.load import is_own
 from sts.data.sources import GENERATED, SOURCES
 from sts.errors import ROOT, StsError, one_of
 
 
-def _question_sets(names: str) -> str:
+def _question_sets(names: str, info: ValidationInfo) -> str:
+    if is_own(names):
+        return os.path.abspath(Path((info.context or {}).get(info.field_name) or "", names))
     parts, known = names.split("+"), (*SOURCES, *GENERATED)
     if unknown := [name for name in parts if name not in known]:
         raise ValueError(one_of("data set", unknown[0], known))
@@ -79,8 +82,8 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     small_sae_k: Count = _is("active latents per token of the small SAE", 16)
     small_sae_samples: Count = _is("training samples of the small SAE", 300_000)
     splice_tokens: int = _is("tokens on which the spliced-in loss is measured", 12_000, ge=100)
-    sft_data: QuestionSet = _is("question set to fine-tune on and foresee; several in equal parts: gsm8k+math")
-    domain_data: QuestionSet = _is("question set whose domains are scored and evaluated")
+    sft_data: QuestionSet = _is("question set to fine-tune on and foresee: gsm8k, gsm8k+math, or a .jsonl file")
+    domain_data: QuestionSet = _is("question set whose domains are scored and evaluated, or a folder of .jsonl files")
     domain_split: str = _is("its split; empty for the first", "")
     domains: list[str] = _is("domains to keep; empty for all", [])
     domain_limit: Index = _is("questions a domain at most, drawn once for all seeds; 0 for all", 0)
@@ -109,7 +112,7 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     judge_model: str = _is("the model that it is asked for", "")
     steer_factors: list[Annotated[float, Field(ge=0)]] = _is("a latent is multiplied by these", [0.0, 1.0, 4.0, 16.0])
     sft_examples: Count = _is("training examples", 300)
-    sft_held_out: Count = _is("held-out examples of the training domain", 40)
+    sft_held_out: Index = _is("held-out examples of the training domain", 40)
     sft_epochs: Count = _is("passes over them", 1)
     sft_lr: Rate = _is("peak learning rate", 2e-4)
     sft_lr_tried: list[float] = _is("learning rates that stage sft_trials compares on held-out problems", [])
