@@ -29,10 +29,8 @@ def open_run(run="laptop", **overrides):
     return opened(run, **overrides)
 
 
-def forecast(train, domains, out=None, **options):
-    """The `sts.book.forecast.Forecast` of one's own data; to a folder `out` its report is written."""
+def forecast(*data, **options):
+    """The forecast of one's own data; see `sts.book.forecast.Forecast`."""
     from sts.book.forecast import Forecast
 
-    found = Forecast(train, domains, **options)
-    found.path = found.report(out) if out else None
-    return found
+    return Forecast(*data, **options)

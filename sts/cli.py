@@ -81,15 +81,14 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
 
 
 @app.command()
-def forecast(model: Annotated[str, typer.Option(help="packaged name, local folder or hub id")],
-             sae: Annotated[str, typer.Option(help="folder in sae-lens format, or release/sae_id of its registry")],
+def forecast(model: Annotated[str, typer.Option(help="as the setting")],
+             sae: Annotated[str, typer.Option(help="as the setting: a folder, or release/sae_id")],
              train: Annotated[str, typer.Option(metavar="FILE", help="problems to train on, one JSON object a line")],
              domains: Annotated[str, typer.Option(metavar="DIR", help="folder of such files, one a domain")],
              layer: Annotated[int | None, typer.Option(help="by default the one that the SAE names")] = None,
-             out: Annotated[str, typer.Option(metavar="DIR", help="where the report goes")] = "forecast",
-             parameter: ParameterOption = None) -> None:
+             out: Annotated[str, typer.Option(metavar="DIR")] = "forecast", parameter: ParameterOption = None) -> None:
     """Forecast which of your own domains move in training on your own problems, and write a report."""
-    found = sts.forecast(train, domains, out, **{"model": model, "sae": sae, "layer": layer, **_values(parameter)})
+    found = sts.forecast(train, domains, **dict(model=model, sae=sae, layer=layer, out=out) | _values(parameter))
     print(f"{found.scores.to_string(index=False)}\n\nOpen it with a browser:\n  {found.path.as_uri()}")
 
 

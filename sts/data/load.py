@@ -54,15 +54,11 @@ def own_examples(path: Path) -> list[Example]:
     """A .jsonl file of `own_row`, or a folder of them, each called as its domain is; of rows that ask the same the
     first. `StsError` for a wrong row, an empty file, or none."""
     examples: dict[tuple, Example] = {}
-    for file in [path] if path.is_file() else sorted(path.glob("[!.]*.jsonl")):
-        before = len(examples)
-        for example in (own_row(row, file.stem) for row in json_lines(file)):
-            examples.setdefault((file, " ".join(example.question.split()), example.options), example)
-        if len(examples) == before:
-            raise StsError(f"{file} holds no rows; write one JSON object a line, or remove the file.")
-    if not examples:
-        raise StsError(f"{path} {'holds no .jsonl file' if path.is_dir() else 'is not there'}. Name a .jsonl file, or "
-                       "a folder with one for each domain.")
+    files = [path] if path.is_file() else sorted(path.glob("[!.]*.jsonl"))
+    for file, example in ((one, own_row(row, one.stem)) for one in files for row in json_lines(one)):
+        examples.setdefault((file, " ".join(example.question.split()), example.options), example)
+    if empty := {*(files or [path])} - {file for file, *_ in examples}:
+        raise StsError(f"{min(empty)} is not there, or holds no problems. Name a .jsonl file, or a folder of them.")
     return [*examples.values()]
 
 

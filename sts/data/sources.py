@@ -129,9 +129,9 @@ def own_row(row: Row, domain: str) -> Example:
         raise row.wrong(long[0], "more than 200,000 characters. Cut it, or leave the row out.")
     if "options" in row.values:
         options, said = row.options("options"), row.text("answer", empty="answer_index" in row.values).strip()
-        return _mmlu_pro(Row({"answer_index": options.index(said) if said in options else said, "cot_content":
-                              row.values.get("solution"), **row.values, "question_id": row_id, "category": domain},
-                             row.file, row.number), row_id)
+        return replace(_mmlu_pro(Row({
+            "answer_index": options.index(said) if said in options else said, "cot_content": row.values.get("solution"),
+            **row.values, "question_id": 0, "category": domain}, row.file, row.number), row_id), example_id=row_id)
     if "solution" not in row.values and "####" in row.text("answer"):
         return replace(_gsm8k(row, row_id), domain=domain)
     return _open(domain, "question", "solution" if "solution" in row.values else "answer")(row, row_id)
