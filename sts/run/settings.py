@@ -174,7 +174,6 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     rival_tokens: Count = _is("tokens of such an answer, at most", 40)
     rival_questions: Count = _is("questions a domain whose right answers rivals read, at most", 10)
     rival_alpha: float = _is("the mean state of training data is added so many times", 1.0)
-    example_domains: Index = _is("domains for which single examples are ranked and left out; 0: not done", 0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:

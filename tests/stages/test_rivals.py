@@ -47,14 +47,14 @@ def test_states_of_training_and_own_answers_are_of_equally_many_tokens(run):
             latents = resources.reader(run).encode(own[:12]).mean(0)
             torch.testing.assert_close(found[f"{side}_sae_EL"][row], latents, rtol=1e-3, atol=1e-4)
     lasts = torch.stack([answer_tokens(run, train[place])[-1] for place in found["place_E"].tolist()])
-    torch.testing.assert_close(found["last_D"], lasts.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["training_last_ED"], lasts, rtol=1e-4, atol=1e-5)
 
 
 def test_domains_are_read_on_their_right_answers(run):
     found, questions = run.get("domain_answer_states"), resources.questions(run)
     for domain in ("law", "math"):
         own = [answer_tokens(run, one) for one in questions[domain][:run.settings.rival_questions]]
-        torch.testing.assert_close(found[f"{domain}/raw_QD"], torch.stack([one.mean(0) for one in own]), rtol=1e-4,
+        torch.testing.assert_close(found[f"{domain}/raw_ED"], torch.stack([one.mean(0) for one in own]), rtol=1e-4,
                                    atol=1e-5)
         torch.testing.assert_close(found[f"{domain}/last_D"], torch.stack([one[-1] for one in own]).mean(0), rtol=1e-4,
                                    atol=1e-5)
