@@ -51,7 +51,7 @@ GROUPS = {"name": "the run", "model": "model", "sae": "SAE", "text_data": "texts
           "question_tokens_only": "forecast", "overlap_draws": "how well demonstrations foresee training; zeroing",
           "pool": "what latents mean", "sft_examples": "fine-tuning", "rl_data": "reinforcement learning",
           "eval_limit": "evaluation", "seeds": "further runs; resampling", "sweep_seeds": "ablations",
-          "selective_latents": "read-outs of chosen latents; mixtures of training data"}
+          "selective_latents": "read-outs of chosen latents; mixtures of training data", "rival_problems": "rivals"}
 
 
 class Run(BaseModel, extra="forbid", frozen=True, strict=True):
@@ -173,6 +173,10 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
         "how the two share it: in proportion to STS_ICL, or evenly", ["sts"], min_length=1)
     mixture_examples: Count = _is("examples to add, at most", 220)
     mixture_tokens: Count = _is("tokens of the untuned model's own answer to one of them, at most", 512)
+    rival_problems: Count = _is("training problems that the untuned model answers itself, at most", 40)
+    rival_tokens: Count = _is("tokens of such an answer, at most", 40)
+    rival_questions: Count = _is("questions a domain whose right answers rivals read, at most", 10)
+    rival_alpha: float = _is("the mean state of training data is added so many times", 1.0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:
