@@ -81,8 +81,7 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
 
 
 @app.command()
-def forecast(model: Annotated[str, typer.Option(help="as the setting")],
-             sae: Annotated[str, typer.Option(help="as the setting: a folder, or release/sae_id")],
+def forecast(model: Annotated[str, typer.Option()], sae: Annotated[str, typer.Option(help="folder or release/sae_id")],
              train: Annotated[str, typer.Option(metavar="FILE", help="problems to train on, one JSON object a line")],
              domains: Annotated[str, typer.Option(metavar="DIR", help="folder of such files, one a domain")],
              layer: Annotated[int | None, typer.Option(help="by default the one that the SAE names")] = None,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -67,13 +66,12 @@ def _share(extractor: Extractor, sides: list[Side]) -> Prefix:
 
 def paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], masks: Masks, *,
                  tokens_per_batch: int = 4096, report: Callable[[float], None] = lambda fraction: None,
-                 work: Work | None = None, each: Any = None) -> PairedStats:
+                 work: Work | None = None, each=None) -> PairedStats:
     """Token-paired statistics of questions without and behind demonstrations (the paper's definition). A group's
     questions share one set of demonstrations; a question in several counts in each, and is run without them once.
 
     `tokens_per_batch`: padded tokens in one forward pass, halved when memory runs out. `report` is told the fraction
-    done; `each`, of every question behind every set, its prompt's ids and its own `PairedStats`. `StsError` for prompts
-    that do not pair, NaN activations, or masks that leave no token.
+    done, `each` ids and statistics of each question. `StsError` for prompts that do not pair, NaN, or no token left.
     """
     extractor, stats, done = Extractor(lm, layer, tokens_per_batch, work), PairedStats(sae.cfg.d_sae, sae.device), 0
     behind: dict[Side, list[tuple[int, Side]]] = {}  # of a question: (group, the same behind its demonstrations)
