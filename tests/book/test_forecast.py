@@ -32,8 +32,8 @@ def data(tmp_path_factory):
     problems = [{"question": one.question, "solution": one.solution} for one in gsm_symbolic(14, seed=0)]
     problems[0]["question"] = "<script>alert('p')</script> " + problems[0]["question"]
     write(folder / "train.jsonl", problems)
-    for domain in ("law", "health", "cost$x_$"):
-        own = [one for one in mmlu_exemplars() if one.domain == domain.replace("cost$x_$", "physics")][:8]
+    for domain in ("law", "health", "<b>$x_$&"):
+        own = [one for one in mmlu_exemplars() if one.domain == domain.replace("<b>$x_$&", "physics")][:8]
         write(folder / "domains" / f"{domain}.jsonl", [{
             "question": f"{one.question} <img src=x onerror=alert(1)>", "options": list(one.options),
             "answer": one.answer, "solution": one.solution} for one in own])
@@ -111,7 +111,7 @@ def test_cards_are_of_the_latents_that_set_the_ends_apart(found):
     apart = [abs(card["act"][first] - card["act"][last]) for card in cards]
     assert len(cards) == 10 and apart == sorted(apart, reverse=True) and apart[0] > 0
     kinds = {context["kind"] for card in cards for context in card["contexts"]}
-    assert kinds <= {"training set", "law", "health", "cost$x_$"} and len(kinds) > 1
+    assert kinds <= {"training set", "law", "health", "<b>$x_$&"} and len(kinds) > 1
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_the_report_stands_by_itself_and_shows_html_as_text(found):
     assert len(images) == 1 and images[0]["src"].startswith("data:image/png;base64,")
     assert not [name for _, own in page.found for name in own if name.startswith("on")]
     assert "<script>alert('p')</script>" in page.said and "train.jsonl, row 1" in page.said
-    for domain in ("law", "health", "cost$x_$"):
+    for domain in ("law", "health", "<b>$x_$&"):
         assert domain in page.said
     for stage in ("shift", "domain_stats", "question_sums"):
         assert f"{found.run.provenance(stage)['work']['tokens']:,}" in page.said
