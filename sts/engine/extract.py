@@ -96,10 +96,10 @@ def paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], 
             if pairs:
                 icl_TD = extractor.tokens([side for _, side in pairs], front)
                 _add(stats, sae, torch.cat([row_TD for row_TD, _ in pairs]), icl_TD, limit)
-                for (row_TD, (ids, _)), own_TD in zip(pairs, icl_TD.split([len(row_TD) for row_TD, _ in pairs]),
-                                                      strict=True) if each else ():
-                    _add(own := PairedStats(sae.cfg.d_sae, sae.device), sae, row_TD, own_TD, limit)
-                    each(ids, own)
+                if each:
+                    for (row_TD, (ids, _)), its_TD in zip(pairs, icl_TD.split([len(x) for x, _ in pairs]), strict=True):
+                        _add(own := PairedStats(sae.cfg.d_sae, sae.device), sae, row_TD, its_TD, limit)
+                        each(ids, own)
         done += len(batch)
         report(done / len(bases))
     return _checked([stats])[0]
