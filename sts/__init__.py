@@ -17,7 +17,7 @@ for _category in (FutureWarning, DeprecationWarning):  # libraries' notes to the
 
 from sts.errors import StsError  # noqa: E402
 
-__all__ = ["StsError", "open_run"]
+__all__ = ["StsError", "forecast", "open_run"]
 __version__ = "0.1.0"
 
 
@@ -27,3 +27,10 @@ def open_run(run="laptop", **overrides):
     from sts.run.run import open_run as opened
 
     return opened(run, **overrides)
+
+
+def forecast(*data, **options):
+    """The forecast of one's own data; see `sts.book.forecast.Forecast`."""
+    from sts.book.forecast import Forecast
+
+    return Forecast(*data, **options)

@@ -1,4 +1,4 @@
-"""The command line: `sts book`, `sts run`, `sts stage`, `sts plan`, `sts settings`, `sts record`, `sts doctor`."""
+"""The command line: `sts book`, `run`, `stage`, `forecast`, `plan`, `settings`, `record` and `doctor`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,17 @@ def stage(name: str, run: RunOption = "laptop", parameter: ParameterOption = Non
         print(f"{name} [{opened.key(name)}], computed {record['finished']} in {record['seconds']} s")
         print(f"In Python: import sts; {name} = sts.open_run({run!r}{arguments}).get({name!r})")
         print(opened.find(name))
+
+
+@app.command()
+def forecast(model: Annotated[str, typer.Option()], sae: Annotated[str, typer.Option(help="folder or release/sae_id")],
+             train: Annotated[str, typer.Option(metavar="FILE", help="problems to train on, one JSON object a line")],
+             domains: Annotated[str, typer.Option(metavar="DIR", help="folder of such files, one a domain")],
+             layer: Annotated[int | None, typer.Option(help="by default the one that the SAE names")] = None,
+             out: Annotated[str, typer.Option(metavar="DIR")] = "forecast", parameter: ParameterOption = None) -> None:
+    """Forecast which of your own domains move in training on your own problems, and write a report."""
+    found = sts.forecast(train, domains, **dict(model=model, sae=sae, layer=layer, out=out) | _values(parameter))
+    print(f"{found.scores.to_string(index=False)}\n\nOpen it with a browser:\n  {found.path.as_uri()}")
 
 
 @app.command()

@@ -98,19 +98,25 @@ class Page:
         return f"{escape(claim.number(found))} <small>{escape(', '.join(filter(None, about)))}</small>"
 
     def scorecard(self) -> HTML:
-        """A row for each of the paper's results, from the records of claims and what is stored; counted at the top."""
-        (results, known), rows, words = claims.read_claims(), [], []
+        """A row for each of the paper's results, from the records of claims and what is stored; counted at the top; and
+        the same for what the book asks beyond the paper."""
+        (results, known), parts = claims.read_claims(), []
         self.run = self.run.only_stored()
-        for name, result in results.items():
-            own = [(claim, *evidence.weigh(self.run, claim)[:2]) for claim in known.values() if claim.result == name]
-            words.append(claims.together([word for *_, word in own]))
-            ours = "".join(f"<div>{escape(claim.label)}: {self._number(claim, found)} {_pill(word, 'sts-small')}</div>"
-                           for claim, found, word in own if found)
-            link = f'<a href="{result["chapter"]}.html">{escape(name)}</a>' if "chapter" in result else escape(name)
-            rows.append({"of the paper": HTML(link), "verdict": HTML(_pill(words[-1])), "claim": result["says"],
-                         "the paper": result["paper"], f"run {self.settings.name}, with 95% interval": HTML(ours)})
-        counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
-        return HTML(f'<ul class="sts-counts">{counts}</ul><div class="sts-scorecard">{figures.table(rows).data}</div>')
+        for head, beyond in (("of the paper", False), ("beyond the paper", True)):
+            rows, words = [], []
+            for name, result in ((name, one) for name, one in results.items() if one.get("beyond", False) == beyond):
+                own = [(claim, *evidence.weigh(self.run, claim)[:2]) for claim in known.values()
+                       if claim.result == name]
+                words.append(claims.together([word for *_, word in own]))
+                ours = "".join(f"<div>{escape(claim.label)}: {self._number(claim, found)} {_pill(word, 'sts-small')}"
+                               "</div>" for claim, found, word in own if found)
+                link = f'<a href="{result["chapter"]}.html">{escape(name)}</a>' if "chapter" in result else escape(name)
+                rows.append({head: HTML(link), "verdict": HTML(_pill(words[-1])), "claim": result["says"],
+                             "the paper": result["paper"], f"run {self.settings.name}, with 95% interval": HTML(ours)})
+            counts = "".join(f"<li>{_pill(word)} <strong>{words.count(word)}</strong></li>" for word in claims.WORDS)
+            parts.append('<h3>Beyond the paper</h3>' * beyond + f'<ul class="sts-counts">{counts}</ul>'
+                         f'<div class="sts-scorecard">{figures.table(rows).data}</div>')
+        return HTML("".join(parts))
 
     def latents(self, count: int = 10, stages: Sequence[str] = ("latent_examples", "latent_logits", "latent_strengths"),
                 about: Mapping[int, Sequence[str]] = {}, fold: str = "") -> HTML:

@@ -36,7 +36,7 @@ def json_lines(path: Path) -> Iterator[Row]:
         if line.strip():
             try:
                 values = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):  # the latter of brackets inside brackets by the thousand
                 values = None
             if not isinstance(values, dict):
                 raise StsError(f"{path}, row {number}: not JSON of one row: {line[:40]!r}. Write one JSON object a "

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sts.data.check import LETTERS, Row, json_lines, read_text
-from sts.data.sources import CORPORA, GENERATED, MMLU_PRO_CATEGORY, PUZZLES, SOURCES, Example, without_preamble
+from sts.data.sources import CORPORA, GENERATED, MMLU_PRO_CATEGORY, PUZZLES, SOURCES, Example, own_row, without_preamble
 from sts.errors import MissingData, StsError, one_of
 
 #: Plain texts from installed packages.
@@ -30,6 +30,8 @@ def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) 
     """A question set of `SOURCES` or `GENERATED`, of its first split unless one is named: `limit` of them, drawn in an
     order fixed by `seed`, or all (0). `StsError` for an unknown name or split, a set that is not here, a wrong row."""
     known = {**{one: source.splits for one, source in SOURCES.items()}, **GENERATED}
+    if is_own(name):
+        known[name], split = ("",), ""
     if name not in known:
         raise one_of("Data set", name, known)
     if split and split not in known[name]:
@@ -43,7 +45,26 @@ def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) 
     return random.Random(seed).sample(examples, min(limit, len(examples))) if limit else examples
 
 
+def is_own(name: str) -> bool:
+    """Whether a question set is one's own, named by a path."""
+    return name.endswith(".jsonl") or os.sep in name
+
+
+def own_examples(path: Path) -> list[Example]:
+    """A .jsonl file of `own_row`, or a folder of them, each called as its domain is; of rows that ask the same the
+    first. `StsError` for a wrong row, an empty file, or none."""
+    examples: dict[tuple, Example] = {}
+    files = [path] if path.is_file() else sorted(path.glob("[!.]*.jsonl"))
+    for file, example in ((one, own_row(row, one.stem)) for one in files for row in json_lines(one)):
+        examples.setdefault((file, " ".join(example.question.split()), example.options), example)
+    if empty := {*(files or [path])} - {file for file, *_ in examples}:
+        raise StsError(f"{min(empty)} is not there, or holds no problems. Name a .jsonl file, or a folder of them.")
+    return [*examples.values()]
+
+
 def _read(name: str, split: str) -> list[Example]:
+    if is_own(name):
+        return own_examples(Path(name))
     examples: dict[str, Example] = {}
     for index, row in enumerate(_rows(name, split)):
         example = SOURCES[name].read(row, f"{name}-{split}-{index}")
@@ -107,7 +128,7 @@ def without_hub() -> Iterator[None]:
 def load_mixture(names: str, count: int, *, seed: int = 0) -> list[Example]:
     """At most `count` examples of a question set's first split, or of several ("gsm8k+math") in equal parts, mixed. Of
     several answers to a question (counsel_chat) the first alone, so that none is both trained on and held out."""
-    parts, examples = names.split("+"), []
+    parts, examples = [names] if is_own(names) else names.split("+"), []
     for place, name in enumerate(parts):
         share = count // len(parts) + (place < count % len(parts))
         if name in GENERATED:
@@ -128,7 +149,7 @@ def training_split(names: str, train: int, held_out: int, *, seed: int = 0) -> t
     kept = train
     if len(examples) < train + held_out:
         kept = round(len(examples) * train / (train + held_out))
-        if not 0 < kept < len(examples):
+        if not 0 < kept < len(examples) + (not held_out):
             raise StsError(f"{few}: too few to train on some and hold out others. Use more examples, or ask for fewer.")
         logging.getLogger("sts").warning("%s: only %d are trained on and %d held out.", few, kept, len(examples) - kept)
     return examples[:kept], examples[kept:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import yaml
 
@@ -119,6 +119,22 @@ def _math(row: Row, row_id: str) -> Example:
 def _pubmedqa(row: Row, row_id: str) -> Example:
     question = "\n".join([*row.texts("contexts"), row.text("question")])
     return Example(row_id, "medicine", question, (), -1, row.text("final_decision"), row.text("long_answer"))
+
+
+def own_row(row: Row, domain: str) -> Example:
+    """A row of one's own: question and solution, or answer (worked as GSM8K's, where it has a "####"); or question,
+    options, answer_index or answer (a letter or the right option's text), and perhaps solution."""
+    row_id = f"{domain}.jsonl, row {row.number}"
+    if long := [name for name, own in row.values.items() if len(str(own)) > 200_000]:  # no model here reads as much
+        raise row.wrong(long[0], "more than 200,000 characters. Cut it, or leave the row out.")
+    if "options" in row.values:
+        options, said = row.options("options"), row.text("answer", empty="answer_index" in row.values).strip()
+        return replace(_mmlu_pro(Row({
+            "answer_index": options.index(said) if said in options else said, "cot_content": row.values.get("solution"),
+            **row.values, "question_id": 0, "category": domain}, row.file, row.number), row_id), example_id=row_id)
+    if "solution" not in row.values and "####" in row.text("answer"):
+        return replace(_gsm8k(row, row_id), domain=domain)
+    return _open(domain, "question", "solution" if "solution" in row.values else "answer")(row, row_id)
 
 
 SOURCES: dict[str, Source] = {

@@ -66,12 +66,12 @@ def _share(extractor: Extractor, sides: list[Side]) -> Prefix:
 
 def paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], masks: Masks, *,
                  tokens_per_batch: int = 4096, report: Callable[[float], None] = lambda fraction: None,
-                 work: Work | None = None) -> PairedStats:
+                 work: Work | None = None, each=None) -> PairedStats:
     """Token-paired statistics of questions without and behind demonstrations (the paper's definition). A group's
     questions share one set of demonstrations; a question in several counts in each, and is run without them once.
 
     `tokens_per_batch`: padded tokens in one forward pass, halved when memory runs out. `report` is told the fraction
-    done. `StsError` for prompts that do not pair, NaN activations, or masks that leave no token.
+    done, `each` ids and statistics of each question. `StsError` for prompts that do not pair, NaN, or no token left.
     """
     extractor, stats, done = Extractor(lm, layer, tokens_per_batch, work), PairedStats(sae.cfg.d_sae, sae.device), 0
     behind: dict[Side, list[tuple[int, Side]]] = {}  # of a question: (group, the same behind its demonstrations)
@@ -94,8 +94,12 @@ def paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGroup], 
             pairs = [(row_TD, side) for row_TD, base in zip(rows, questions, strict=True)
                      for place, side in behind[base] if place == number]
             if pairs:
-                _add(stats, sae, torch.cat([row_TD for row_TD, _ in pairs]),
-                     extractor.tokens([side for _, side in pairs], front), limit)
+                icl_TD = extractor.tokens([side for _, side in pairs], front)
+                _add(stats, sae, torch.cat([row_TD for row_TD, _ in pairs]), icl_TD, limit)
+                if each:
+                    for (row_TD, (ids, _)), its_TD in zip(pairs, icl_TD.split([len(x) for x, _ in pairs]), strict=True):
+                        _add(own := PairedStats(sae.cfg.d_sae, sae.device), sae, row_TD, its_TD, limit)
+                        each(ids, own)
         done += len(batch)
         report(done / len(bases))
     return _checked([stats])[0]

@@ -107,6 +107,15 @@ def goes_on(trainer: Any, checkpoints: Path, report: Callable[[float], None]) ->
     return any(checkpoints.glob("checkpoint-*"))
 
 
+def with_adapters(model: Any, rank: int, alpha: int, seed: int) -> Any:
+    """The model, which is changed, with LoRA adapters on all linear layers as training begins; as it is, of rank 0."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)  # before the adapters get their random start
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear",
+                                            task_type="CAUSAL_LM")) if rank else model
+
+
 def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], settings: FineTuning, folder: Path, *,
               module: torch.nn.Module | None = None, report: Callable[[float], None] = lambda fraction: None,
               work: Work | None = None) -> dict:
@@ -128,7 +137,6 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
         "left_out", "cut" (see `tokens_to_train_on`)}; {} in all but the main process. `StsError` if none is left.
     """
     from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -139,14 +147,11 @@ def fine_tune(lm: LanguageModel, train: list[Example], held_out: list[Example], 
                        f"none has one: the questions alone fill the {settings.max_length} tokens of sft_max_length. "
                        "Raise it, or use other examples.")
     batch = divide_batch(settings.batch, settings.micro_batch, count())
-    torch.manual_seed(settings.seed)  # before the adapters get their random start
     added, whole = module is not None, module is None and not settings.lora_rank
-    model = lm.model.requires_grad_(whole)
+    rank = 0 if added else settings.lora_rank
+    model = with_adapters(lm.model.requires_grad_(whole), rank, settings.lora_alpha, settings.seed)
     if module is not None:
         module.requires_grad_(True)
-    elif not whole:
-        model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha,
-                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
     steps = settings.epochs * math.ceil(len(train_rows) / settings.batch)
     checkpoints = folder / "checkpoints"
     options = trainer_options(lm, checkpoints, steps, batch, settings.seed)

@@ -145,6 +145,12 @@ class SideBySide(Code):
                 for name, tensor in tensors.items() for place, part in enumerate(self.parts)}
 
 
+def layer_of(hook: object) -> int:
+    """The decoder layer after which an SAE of this hook reads; -1 where that is no residual stream."""
+    site = SITE.fullmatch(str(hook))  # before layer n is after layer n - 1
+    return int(site[1]) - (site[2] in ("resid_pre", "in", "input")) if site else -1
+
+
 def check_fits(sae, lm: LanguageModel, layer: int) -> None:
     """Hold all that an SAE says of where and how it reads against the model and the layer: `StsError` for another
     width, site, layer, model, or scale of its input; a note in the log where it was trained on the base model of an
@@ -156,11 +162,9 @@ def check_fits(sae, lm: LanguageModel, layer: int) -> None:
         raise StsError(f"The SAE takes vectors of width {sae.cfg.d_in}; model {lm.name!r} has width {width}. "
                        "Choose an SAE trained on this model.")
     for hook in {said.hook_name, getattr(said, "hook_name_out", None)} - {None, ""}:
-        site = SITE.fullmatch(str(hook))
-        if not site:
+        if (after := layer_of(hook)) < 0:
             raise StsError(f"The SAE was trained on {hook!r}, which is not the residual stream after a layer. Choose "
                            "one of a residual stream, such as 'blocks.12.hook_resid_post'.")
-        after = int(site[1]) - (site[2] in ("resid_pre", "in", "input"))  # before layer n is after layer n - 1
         if after != layer:
             raise StsError(f"The SAE was trained on the residual stream after layer {after} ({hook}); layer {layer} "
                            f"was asked for. Set layer to {after}, or choose another SAE.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sts.errors import StsError
 from sts.run.resources import OTHERS, resource
+from sts.run.stage import RESOURCES
 
 if TYPE_CHECKING:
     from sts.run.run import OpenRun
@@ -57,6 +59,8 @@ def each_tried(run):
     return found
 
 
-OTHERS |= {"seeds": (lambda run: seeds_of(run)[1:], ("correlations", "extreme_correlations")),
+RESOURCES["each_rival_set"] = replace(RESOURCES["each_training"], inputs=("rival_sets",))
+OTHERS |= {"rival_sets": (trainings_of, ("rival_values", "domain_shift")),
+           "seeds": (lambda run: seeds_of(run)[1:], ("correlations", "extreme_correlations")),
            "training_sets": (trainings_of, EVERY_SET), "rl_runs": (rl_runs_of, EVERY_RL),
            "rl_tried": (rl_trials_of, ("rl",))}

@@ -57,6 +57,11 @@ def _sums(variant: str) -> Callable[[Mapping], dict]:
     return kept
 
 
+def _means(states: Mapping) -> dict:
+    """Of states by example their means, as one example."""
+    return {name: own.mean(0, keepdim=True) if name[-3:] in ("_ED", "_EL") else own for name, own in states.items()}
+
+
 #: Stage -> what is recorded of its result instead of all: a function of it, or None for nothing.
 CHANGED: dict[str, Callable[[Any], Any] | None] = {
     "latent_examples": _without_tokens, "ablated_answers": _without_answers, "shifted_examples": _without_tokens,
@@ -64,7 +69,8 @@ CHANGED: dict[str, Callable[[Any], Any] | None] = {
     "pool_activity": None,
     "domain_stats": _sums("paper"), "domain_rows": _sums("official_code"),
     "text_activations": None, "latent_strengths": None, "domain_raw_stats": None, "domain_model_change": None,
-    "random_latent_scores": None, "rollouts": None, "mixture_answers": None}
+    "random_latent_scores": None, "rollouts": None, "mixture_answers": None,
+    "greedy_answers": None, "training_answer_states": _means, "domain_answer_states": _means}
 
 
 def as_recorded(name: str, kind: str, value: Any, scratch: Path) -> Any:

@@ -97,7 +97,7 @@ def reader(run):
     own = run.settings
     folder = run.get("sae") if own.sae == "train" else None
     if folder and not (folder / "cfg.json").is_file():
-        raise StsError(f"{folder.name} was recorded without its weights. To train it here: sts stage sae --again, with "
+        raise MissingData(f"{folder.name} was recorded without its weights. Train it here: sts stage sae --again, with "
                        "the same run and parameters.")
     name = str(folder or own.sae)
     found = run.once("SAE", ("fold_norms", "sae_dtype", "device"), lambda: load_sae(

@@ -11,11 +11,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
+from sts.data.load import is_own
 from sts.data.sources import GENERATED, SOURCES
 from sts.errors import ROOT, StsError, one_of
 
 
-def _question_sets(names: str) -> str:
+def _question_sets(names: str, info: ValidationInfo) -> str:
+    if is_own(names):
+        return os.path.abspath(Path((info.context or {}).get(info.field_name) or "", names))
     parts, known = names.split("+"), (*SOURCES, *GENERATED)
     if unknown := [name for name in parts if name not in known]:
         raise ValueError(one_of("data set", unknown[0], known))
@@ -48,7 +51,7 @@ GROUPS = {"name": "the run", "model": "model", "sae": "SAE", "text_data": "texts
           "question_tokens_only": "forecast", "overlap_draws": "how well demonstrations foresee training; zeroing",
           "pool": "what latents mean", "sft_examples": "fine-tuning", "rl_data": "reinforcement learning",
           "eval_limit": "evaluation", "seeds": "further runs; resampling", "sweep_seeds": "ablations",
-          "selective_latents": "read-outs of chosen latents; mixtures of training data"}
+          "selective_latents": "read-outs of chosen latents; mixtures of training data", "rival_problems": "rivals"}
 
 
 class Run(BaseModel, extra="forbid", frozen=True, strict=True):
@@ -109,7 +112,7 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     judge_model: str = _is("the model that it is asked for", "")
     steer_factors: list[Annotated[float, Field(ge=0)]] = _is("a latent is multiplied by these", [0.0, 1.0, 4.0, 16.0])
     sft_examples: Count = _is("training examples", 300)
-    sft_held_out: Count = _is("held-out examples of the training domain", 40)
+    sft_held_out: Index = _is("held-out examples of the training domain", 40)
     sft_epochs: Count = _is("passes over them", 1)
     sft_lr: Rate = _is("peak learning rate", 2e-4)
     sft_lr_tried: list[float] = _is("learning rates that stage sft_trials compares on held-out problems", [])
@@ -170,6 +173,10 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
         "how the two share it: in proportion to STS_ICL, or evenly", ["sts"], min_length=1)
     mixture_examples: Count = _is("examples to add, at most", 220)
     mixture_tokens: Count = _is("tokens of the untuned model's own answer to one of them, at most", 512)
+    rival_problems: Count = _is("training problems that the untuned model answers itself, at most", 40)
+    rival_tokens: Count = _is("tokens of such an answer, at most", 40)
+    rival_questions: Count = _is("questions a domain whose right answers rivals read, at most", 10)
+    rival_alpha: float = _is("the mean state of training data is added so many times", 1.0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:

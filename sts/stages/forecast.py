@@ -4,10 +4,15 @@ pass through the model has in raw dimensions, and what fine-tuning really change
 from __future__ import annotations
 
 import pandas
+import torch
 
+from sts.data.groups import token_pieces
+from sts.data.prompts import make_prompt, question_text
+from sts.engine import sae_quality as quality
 from sts.engine.extract import model_paired_folds, paired_stats, row_paired_stats
+from sts.engine.sae_training import collect_activations
 from sts.engine.saes import SideBySide, identity_sae
-from sts.measure.baselines import split_domains
+from sts.measure.baselines import chosen_by, split_domains
 from sts.measure.cost import prompt_tokens
 from sts.measure.score import REVISION, score_domains
 from sts.run.stage import stage, steps
@@ -80,3 +85,36 @@ def forecast_tokens(tokenizer, shift_groups, domain_groups):
     """Tokens of the forecast's prompts, each counted whole, beside which `shift` and `domain_stats` ran fewer."""
     return {"shift": prompt_tokens(shift_groups),
             "domain_stats": prompt_tokens([group for own in domain_groups.values() for group in own])}
+
+
+@stage("parquet")
+def question_sums(lm, reader, layer, shift, shift_groups, train, domain_groups, questions, masks, top_n, passes):
+    """What `scores` adds up, a row a question behind a set of demonstrations (domain "": the training set's): domain,
+    example_id, tokens, and over D_N the sums of the activation (act) and of the squared change (icl)."""
+    rows, chosen = [], chosen_by(shift, top_n)
+    for domain, own, groups in (("", train, shift_groups), *((d, questions[d], domain_groups[d]) for d in questions)):
+        known = {make_prompt(lm.tokenizer, question_text(one)).ids: one.example_id for one in own}
+        asked = {icl.ids: known[base.ids] for one in groups for base, icl in zip(one.base, one.icl, strict=True)}
+
+        def add(ids, stats, domain=domain, asked=asked):
+            rows.append((domain, asked[ids], stats.tokens, stats.base.sum_L[chosen].sum().item(),
+                         stats.squared_difference_L[chosen].sum().item()))
+        paired_stats(lm, reader, layer, groups, masks, each=add, **passes)
+    return pandas.DataFrame(rows, columns=["domain", "example_id", "tokens", "act", "icl"])
+
+
+@stage("json")
+def difference_latents(lm, reader, layer, shift, domain_stats, train, questions, top_n, scratch, report, work):
+    """Cards of ten latents of D_N that set the domain of the highest STS_act apart from that of the lowest: what each
+    adds to every domain's (act), contexts in 5,000 tokens of each and of the training set, and tokens promoted."""
+    chosen, domains = chosen_by(shift, top_n), split_domains(domain_stats)
+    act_DN = torch.stack([own["base_sum_L"][chosen] / own["tokens"] for own in domains.values()])
+    apart_N = act_DN[act_DN.sum(1).argmax()] - act_DN[act_DN.sum(1).argmin()]
+    places = apart_N.abs().argsort(descending=True, stable=True)[:10].tolist()
+    pieces = [(kind, ids) for kind, own in {"training set": train, **questions}.items()
+              for ids in token_pieces(lm.tokenizer, own, 400, 5_000, whole=False)]
+    collect_activations(lm, {layer: scratch}, [ids for _, ids in pieces], work=work, report=report)
+    (kinds, found), latents = zip(*pieces, strict=True), chosen[places].tolist()
+    cards = quality.top_contexts(quality.Firings(reader, scratch, found, lm.tokenizer, latents, kinds))
+    return [card | tokens | {"act": dict(zip(domains, act_DN[:, place].tolist(), strict=True))} for place, card, tokens
+            in zip(places, cards, quality.promoted_tokens(lm, reader, latents), strict=True)]
