@@ -99,10 +99,11 @@ def influence(fresh_lm, train, questions, rival_problems, rival_questions, sft_m
     descent, over its rate (LESS, Xia et al. 2024, arXiv 2402.04333, without a warm-up)."""
     lm = fresh_lm()
     weights = first_weights(lm, lora_rank, lora_alpha, seed)
-    training_G, *domains = (gradient(lm, weights, _prompts(lm.tokenizer, own, sft_max_length), work=work,
-                                     micro_batch=sft_micro_batch) for own, _ in steps(
-        [train[:rival_problems], *(group[:rival_questions] for group in questions.values())], report))
-    return {domain: -(training_G @ own_G).item() for domain, own_G in zip(questions, domains, strict=True)}
+    parts = [train[:rival_problems], *(group[:rival_questions] for group in questions.values())]
+    found = (gradient(lm, weights, _prompts(lm.tokenizer, own, sft_max_length), micro_batch=sft_micro_batch, work=work)
+             for own, _ in steps(parts, report))  # one at a time, as each is as large as the adapters
+    training_G = next(found)
+    return {domain: -(training_G @ own_G).item() for domain, own_G in zip(questions, found, strict=True)}
 
 
 @stage("parquet")
