@@ -94,6 +94,7 @@ def jackknife_plus(x_N: np.ndarray, y_N: np.ndarray, x_M: np.ndarray, level: flo
     if rank > len(x_N):
         raise StsError(f"An interval of level {level:g} takes {math.ceil(level / (1 - level) - 1e-9)} points; there "
                        f"are {len(x_N)}.")
+    degree = degree if np.ptp(x_N) else 0  # a constant score says nothing
     lines = [np.polyfit(x_N[kept], y_N[kept], degree) for kept in ~np.eye(len(x_N), dtype=bool)]
     residual_N = np.array([abs(y - np.polyval(line, x)) for line, x, y in zip(lines, x_N, y_N, strict=True)])
     fitted_NM = np.array([np.polyval(line, x_M) for line in lines])

@@ -219,7 +219,6 @@ def test_records_hold_no_answers_and_only_means_of_states(run, tmp_path):
         run.get(name)
     record(run, tmp_path)
     assert [path for path in tmp_path.glob("greedy_answers-*") if "provenance" not in path.name] == []
-    path, = [path for path in tmp_path.glob("training_answer_states-*.safetensors")]
-    states = load_file(path)
+    states = load_file(tmp_path / f"training_answer_states-{run.key('training_answer_states')}.safetensors")
     assert len(states["training_raw_ED"]) == 1
     torch.testing.assert_close(states["own_sae_EL"][0], run.get("training_answer_states")["own_sae_EL"].mean(0))
