@@ -94,6 +94,7 @@ def jackknife_plus(x_N: np.ndarray, y_N: np.ndarray, x_M: np.ndarray, level: flo
     if rank > len(x_N):
         raise StsError(f"An interval of level {level:g} takes {math.ceil(level / (1 - level) - 1e-9)} points; there "
                        f"are {len(x_N)}.")
+    degree = degree if np.ptp(x_N) else 0  # a constant score says nothing
     lines = [np.polyfit(x_N[kept], y_N[kept], degree) for kept in ~np.eye(len(x_N), dtype=bool)]
     residual_N = np.array([abs(y - np.polyval(line, x)) for line, x, y in zip(lines, x_N, y_N, strict=True)])
     fitted_NM = np.array([np.polyval(line, x_M) for line in lines])
@@ -105,8 +106,8 @@ def coverage(cases: list[tuple[np.ndarray, ...]], level: float) -> dict[str, Any
     """How often intervals from known scores and changes hold new changes; a case is (score_N, change_N, score_M,
     change_M). n, share with its exact interval (low, high), mean width, that without a score (blind), that of the
     changes' central `level` (spread), and narrower (mean, low, high): 1 - width / blind."""
-    (low_M, high_M), blind = (np.concatenate([jackknife_plus(*case[:3], level, degree) for case in cases], axis=1)
-                              for degree in (1, 0))
+    (low_M, high_M), blind = (np.concatenate([jackknife_plus(x_N, y_N, x_M, level, degree)
+                                              for x_N, y_N, x_M, _ in cases], axis=1) for degree in (1, 0))
     y_M, width_M, blind_M = np.concatenate([case[3] for case in cases]), high_M - low_M, blind[1] - blind[0]
     return _share((low_M <= y_M) & (y_M <= high_M)) | {
         "width": float(width_M.mean()), "blind": float(blind_M.mean()),

@@ -99,10 +99,11 @@ def influence(fresh_lm, train, questions, rival_problems, rival_questions, sft_m
     descent, over its rate (LESS, Xia et al. 2024, arXiv 2402.04333, without a warm-up)."""
     lm = fresh_lm()
     weights = first_weights(lm, lora_rank, lora_alpha, seed)
-    training_G, *domains = (gradient(lm, weights, _prompts(lm.tokenizer, own, sft_max_length), work=work,
-                                     micro_batch=sft_micro_batch) for own, _ in steps(
-        [train[:rival_problems], *(group[:rival_questions] for group in questions.values())], report))
-    return {domain: -(training_G @ own_G).item() for domain, own_G in zip(questions, domains, strict=True)}
+    parts = [train[:rival_problems], *(group[:rival_questions] for group in questions.values())]
+    found = (gradient(lm, weights, _prompts(lm.tokenizer, own, sft_max_length), micro_batch=sft_micro_batch, work=work)
+             for own, _ in steps(parts, report))  # one at a time, as each is as large as the adapters
+    training_G = next(found)
+    return {domain: -(training_G @ own_G).item() for domain, own_G in zip(questions, found, strict=True)}
 
 
 @stage("parquet")
@@ -114,18 +115,19 @@ def rival_values(scores, shift, domain_stats, training_answer_states, domain_ans
     known, domains, chosen = training_answer_states, split_domains(domain_answer_states), chosen_by(shift, top_n)
     raw_DD = torch.stack([own["raw_ED"].mean(0) for own in domains.values()])
     sae_DL = torch.stack([own["sae_L"] for own in domains.values()])
-    raw, sae = ([known[f"{side}_{kind}"] for side in ("training", "own")] for kind in ("raw_ED", "sae_EL"))
+    raw, own_raw, sae, own_sae = (known[f"{side}_{kind}"] for kind in ("raw_ED", "sae_EL")
+                                  for side in ("training", "own"))
     moved_L, sums = shift["difference_L"] / shift["tokens"], split_domains(domain_stats)
     after = item_measures(injection)
     change = (after[[*INJECTED]] - item_measures(evaluation_before)[[*INJECTED]]).loc[after.index]
     return pandas.DataFrame({
-        "pd_raw": rivals.projection_difference(*raw, raw_DD).mean(0),
-        "pd_sae": rivals.projection_difference(*sae, sae_DL).mean(0),
-        "pd_chosen": rivals.projection_difference(*sae, sae_DL, chosen).mean(0),
+        "pd_raw": rivals.projection_difference(raw, own_raw, raw_DD).mean(0),
+        "pd_sae": rivals.projection_difference(sae, own_sae, sae_DL).mean(0),
+        "pd_chosen": rivals.projection_difference(sae, own_sae, sae_DL, chosen).mean(0),
         "influence": [influence[name] for name in domains],
-        "closeness": rivals.closeness((sae[0] - sae[1]).mean(0), sae_DL, reader.W_dec.cpu(), top_n),
-        "logme": [rivals.logme(np.concatenate([own["raw_ED"], raw[0]]),
-                               np.arange(len(own["raw_ED"]) + len(raw[0])) < len(own["raw_ED"]))
+        "closeness": rivals.closeness((sae - own_sae).mean(0), sae_DL, reader.W_dec.cpu(), top_n),
+        "logme": [rivals.logme(np.concatenate([own["raw_ED"], raw]),
+                               np.arange(len(own["raw_ED"]) + len(raw)) < len(own["raw_ED"]))
                   for own in domains.values()],
         "sts_split": [((sums[name]["base_sum_L"] * moved_L.sign())[chosen].sum() / sums[name]["tokens"]).item()
                       for name in domains],

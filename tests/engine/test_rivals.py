@@ -57,7 +57,10 @@ def test_sinks_are_left_out_of_the_mean(lm_of):
 def begun(request, tiny_models):
     family, rank = request.param
     lm = load_model(str(tiny_models[family]), dtype="float32")
-    return lm, first_weights(lm, rank, 8, 3), rank
+    weights = first_weights(lm, rank, 8, 3)
+    lm.model.double()  # so that differences can be small
+    lm.model.get_input_embeddings().padding_idx = None  # torch leaves its row out of the gradient, also inside a text
+    return lm, weights, rank
 
 
 def mean_loss(lm, prompts):
@@ -89,23 +92,23 @@ def test_gradients_are_finite_differences(begun):
     assert work.tokens == sum(len(prompt.ids) for prompt in prompts) and work.passes == 2 * work.padded_tokens
     direction_G = torch.randn(len(gradient_G), generator=torch.Generator().manual_seed(0))
     direction_G = gradient_G + direction_G * gradient_G.norm() / direction_G.norm()  # else hardly anything changes
-    step_G = direction_G * (2e-2 if rank else 1e-3) / gradient_G.norm()
+    step_G = direction_G.double() * 1e-4 / gradient_G.norm()
     moved(weights, step_G)
     ahead = mean_loss(lm, prompts)
     moved(weights, -2 * step_G)
     slope = (ahead - mean_loss(lm, prompts)) / 2
     moved(weights, step_G)
-    assert slope == pytest.approx((gradient_G @ step_G).item(), rel=1e-2)
+    assert slope == pytest.approx((gradient_G.double() @ step_G).item(), rel=1e-3)
 
 
 def test_a_small_step_on_one_set_changes_another_by_minus_the_inner_product(begun):
     lm, weights, _ = begun
     prompts = prompts_of(lm)
     training, domain = (gradient(lm, weights, own, micro_batch=4, work=Work()) for own in (prompts[:3], prompts[3:]))
-    before, rate = mean_loss(lm, prompts[3:]), 2e-3 / training.norm()
+    before, rate = mean_loss(lm, prompts[3:]), 2e-4 / training.norm()
     moved(weights, -rate * training)
     change = mean_loss(lm, prompts[3:]) - before
-    assert change == pytest.approx(-(rate * training @ domain).item(), rel=3e-2) and change < 0
+    assert change == pytest.approx(-(rate * training @ domain).item(), rel=1e-2) and change < 0
 
 
 def test_adapters_are_those_that_fine_tuning_starts_from(tiny_models, tmp_path):
