@@ -369,4 +369,4 @@ def test_settings_are_listed_with_value_and_meaning(monkeypatch, capsys):
     assert not stopped.value.code
     said = capsys.readouterr().out
     assert "top_n = 16\n    how many shifted latents (N)" in said
-    assert "\nforecast\n--------\nquestion_tokens_only = True\n" in said and said.count("\n--") == 14
+    assert "\nforecast\n--------\nquestion_tokens_only = True\n" in said and said.count("\n--") == 15

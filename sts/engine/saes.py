@@ -145,10 +145,10 @@ class SideBySide(Code):
                 for name, tensor in tensors.items() for place, part in enumerate(self.parts)}
 
 
-def layer_of(hook: object) -> int:
-    """The decoder layer after which an SAE of this hook reads; -1 where that is no residual stream."""
+def layer_of(hook: object) -> int | None:
+    """The decoder layer after which an SAE of this hook reads, -1 before the first; None if no residual stream."""
     site = SITE.fullmatch(str(hook))  # before layer n is after layer n - 1
-    return int(site[1]) - (site[2] in ("resid_pre", "in", "input")) if site else -1
+    return int(site[1]) - (site[2] in ("resid_pre", "in", "input")) if site else None
 
 
 def check_fits(sae, lm: LanguageModel, layer: int) -> None:
@@ -162,7 +162,7 @@ def check_fits(sae, lm: LanguageModel, layer: int) -> None:
         raise StsError(f"The SAE takes vectors of width {sae.cfg.d_in}; model {lm.name!r} has width {width}. "
                        "Choose an SAE trained on this model.")
     for hook in {said.hook_name, getattr(said, "hook_name_out", None)} - {None, ""}:
-        if (after := layer_of(hook)) < 0:
+        if (after := layer_of(hook)) is None:
             raise StsError(f"The SAE was trained on {hook!r}, which is not the residual stream after a layer. Choose "
                            "one of a residual stream, such as 'blocks.12.hook_resid_post'.")
         if after != layer:

@@ -13,7 +13,6 @@ from typing import Any
 
 from yaml import YAMLError
 
-from sts.errors import StsError
 from sts.run.others import seeds_of
 from sts.run.resources import INPUTS, OTHERS
 from sts.run.run import OpenRun
@@ -97,9 +96,7 @@ def jobs(run: OpenRun, stages: Iterable[str]) -> dict[str, Job]:
                           if need not in own.parameters and (chosen is None or other.settings.seed in chosen)]
             asked += [(other, need) for what in own.inputs if what in OTHERS and what != "seeds"
                       for other in OTHERS[what][0](one) for need in OTHERS[what][1]]
-            needs, record = tuple(dict.fromkeys(add(*pair) for pair in asked)), {}
-            with suppress(StsError):  # its key is made of data that are not here
-                record = one.provenance(name)
+            needs, record = tuple(dict.fromkeys(add(*pair) for pair in asked)), one.provenance(name)
             found[label] = Job(name, one, run.changed | varied, needs, bool(record) and one.stored(name), record)
         return label
 

@@ -150,7 +150,9 @@ class OpenRun:
 
     def provenance(self, name: str) -> dict[str, Any]:
         """What is recorded about the stage's stored result; empty if there is none."""
-        return self.store.provenance(name, self.key(name), self.spec(name).kind)
+        with suppress(StsError):  # as in `stored`
+            return self.store.provenance(name, self.key(name), self.spec(name).kind)
+        return {}
 
     def _use(self, name: str) -> None:
         for need in self.needs(name) if name not in self.used else ():
