@@ -68,8 +68,10 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
     target = results_folder() / settings.name / "notebooks" / (re.sub(r"[^\w.=-]", "_", name) + ".ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
     print(f"{source.stem} (run {settings.name})", flush=True)
+    # The pages of a recorded run show what is recorded, and fetch nothing to compute the rest.
+    local = {"HF_HUB_OFFLINE": "1"} if (ROOT / "data" / "recorded" / settings.name).is_dir() and not given else {}
     try:  # the kernel inherits the environment; its own log would tell about transport encryption on localhost
-        with patch.dict(os.environ, KEEP_MEMORY | os.environ):
+        with patch.dict(os.environ, KEEP_MEMORY | os.environ | local):
             papermill.execute_notebook(
                 str(source), str(target), parameters={"run": run, **given}, kernel_name="python3", progress_bar=False,
                 extra_arguments=["--log-level=40"])

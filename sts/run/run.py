@@ -150,7 +150,9 @@ class OpenRun:
 
     def provenance(self, name: str) -> dict[str, Any]:
         """What is recorded about the stage's stored result; empty if there is none."""
-        with suppress(StsError):  # as in `stored`
+        from sts.data.load import without_hub
+
+        with suppress(StsError), without_hub():  # as in `stored`; nothing is fetched to say that there is none
             return self.store.provenance(name, self.key(name), self.spec(name).kind)
         return {}
 
