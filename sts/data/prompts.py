@@ -188,11 +188,13 @@ def make_prompt(tokenizer: PreTrainedTokenizerBase, question: str, demonstration
                    whole=True)
 
 
-def solution_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> Prompt:
-    """A question with its worked solution, whose tokens are the `question` range; `StsError` where there is none."""
-    question, solution = question_text(example), solution_text(example)
-    return _prompt(tokenizer, render(tokenizer, question, answer=solution), len(context_text(tokenizer, question)),
-                   blank(tokenizer) + _plain(tokenizer, solution), whole=False)
+def solution_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, opening: str = "") -> Prompt:
+    """A question with its worked solution, whose tokens behind `opening`, if it starts so, are the `question` range;
+    `StsError` where there is none."""
+    question, solution = question_text(example), blank(tokenizer) + _plain(tokenizer, solution_text(example))
+    cut = len(blank(tokenizer) + opening) if opening and solution_text(example).startswith(opening) else 0
+    return _prompt(tokenizer, render(tokenizer, question, answer=solution_text(example)),
+                   len(context_text(tokenizer, question)) + cut, solution[cut:], whole=False)
 
 
 def paired_positions(base: Prompt, icl: Prompt, *, question_tokens_only: bool = True,

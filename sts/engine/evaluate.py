@@ -4,9 +4,10 @@ worked `solution`, whose bits per character a small model can resolve where its 
 Behind examples of the domain questions are asked in plain text as lm-evaluation-harness' `mmlu` asks them, each option
 alone; without, in a chat, the letter after "The answer is (".
 
-What is scored are the very tokens that fine-tuning trains on (`prompts.solution_prompt`). Sequences that begin alike
-are packed into one row: the tokens that they share once, then each one's rest, which attends to what is shared and to
-itself ("tree attention", Miao et al., 2023, arXiv 2305.09781). lm-evaluation-harness' own class takes twice the time.
+What is scored are the very tokens that fine-tuning trains on (`prompts.solution_prompt`), but for the opening words
+that all answers without worked steps share. Sequences that begin alike are packed into one row: the tokens that they
+share once, then each one's rest, which attends to what is shared and to itself ("tree attention", Miao et al., 2023,
+arXiv 2305.09781). lm-evaluation-harness' own class takes twice the time.
 
 Shape suffixes: B rows, P positions, T tokens whose logits are needed, V vocabulary, N target tokens.
 """
@@ -134,9 +135,10 @@ def targets(tokenizer, example: Example, kinds: Sequence[str]) -> Iterator[tuple
             own = ids[len(cue):] if ids[:len(cue)] == cue else tokenizer(letter, add_special_tokens=False)["input_ids"]
             yield "letter", index, len(letter), context, tuple(own)
     if "solution" in kinds and solution_text(example):
-        ids, (first, last) = solution_prompt(tokenizer, example)
-        # The blank behind "Answer:" is scored, so it is counted.
-        yield "solution", -1, len(blank(tokenizer) + solution_text(example)), ids[:first], ids[first:last]
+        ids, (first, last) = solution_prompt(tokenizer, example, OPENING)
+        # The blank behind "Answer:" is scored, so it is counted; the words that all answers open with are neither.
+        said = (blank(tokenizer) + solution_text(example)).removeprefix(blank(tokenizer) + OPENING)
+        yield "solution", -1, len(said), ids[:first], ids[first:last]
 
 
 def shot_targets(tokenizer, example: Example, *, shots: Sequence[Example],

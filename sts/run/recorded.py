@@ -48,13 +48,11 @@ def texts_withheld(value: list[dict] | dict) -> bool:
     return all(token == BLANK for card in value for context in card["contexts"] for token in context["tokens"])
 
 
-def _sums(variant: str) -> Callable[[Mapping], dict]:
-    """Of sums by domain ("law/tokens"), those that a variant's scores are made of, and the numbers of tokens."""
-    def kept(sums: Mapping) -> dict:
-        from sts.measure.score import sums_of
+def _sums(sums: Mapping) -> dict:
+    """Of sums by domain ("law/tokens"), those that the paper's scores are made of, and the numbers of tokens."""
+    from sts.measure.score import sums_of
 
-        return {name: own for name, own in sums.items() if name.rpartition("/")[2] in ("tokens", *sums_of(variant))}
-    return kept
+    return {name: own for name, own in sums.items() if name.rpartition("/")[2] in ("tokens", *sums_of("paper"))}
 
 
 def _means(states: Mapping) -> dict:
@@ -67,7 +65,7 @@ CHANGED: dict[str, Callable[[Any], Any] | None] = {
     "latent_examples": _without_tokens, "ablated_answers": _without_answers, "shifted_examples": _without_tokens,
     "steered_answers": _without_answers, "judge_labels": _without_prompts, "pool_activations": None,
     "pool_activity": None,
-    "domain_stats": _sums("paper"), "domain_rows": _sums("official_code"),
+    "domain_stats": _sums, "domain_rows": None,
     "text_activations": None, "latent_strengths": None, "domain_raw_stats": None, "domain_model_change": None,
     "random_latent_scores": None, "rollouts": None, "mixture_answers": None,
     "greedy_answers": None, "training_answer_states": _means, "domain_answer_states": _means}
@@ -109,7 +107,7 @@ def record(run: OpenRun, target: Path) -> list[str]:
         provenance = own.provenance(name, key, kind) | {"drawn": drawn}
         value, scratch = None, copy.scratch(name, key)
         if (one.settings.sft_data == run.settings.sft_data
-                and (name not in ("domain_stats", "domain_rows") or one.settings.seed == run.settings.seed)):
+                and (name != "domain_stats" or one.settings.seed == run.settings.seed)):
             value = as_recorded(name, kind, read(own.paths(name, key, kind)[0], kind), scratch)
         if value is None or name in CHANGED or kind == "folder":
             provenance["withheld"] = "all of it" if value is None else "texts, weights or sums"

@@ -70,14 +70,14 @@ def answer_forms(lm, validation, eval_batch, report, work, scratch):
             for form, own in rows.groupby("kind")]
 
 
-@stage("parquet", version=2)
+@stage("parquet", version=3)
 def evaluation_before(lm, questions, shots, eval_limit, eval_batch, eval_kinds, report, work, scratch):
     """Log-likelihoods of `eval_kinds` under the untuned model."""
     return evaluate(lm, _asked(questions, eval_limit), kinds=eval_kinds, shots=shots, batch=eval_batch, scratch=scratch,
                     report=report, work=work)
 
 
-@stage("parquet", version=2, inputs_without=("sft_train",))
+@stage("parquet", version=3, inputs_without=("sft_train",))
 def evaluation_after(tuned, train, questions, shots, eval_limit, eval_batch, eval_kinds, report, work, scratch):
     """The same under the tuned model; questions that it was trained on are counted in the record of what was run."""
     asked = _asked(questions, eval_limit)

@@ -79,6 +79,17 @@ def test_fifty_items_agree_with_one_forward_pass_for_each_target(lm_of):
         assert row.is_right == (row.kind == "solution" or row.option == example.answer_index)
 
 
+def test_of_an_answer_without_worked_steps_the_opening_words_are_context(lm_of):
+    """All such answers share them, and training moves them in every domain."""
+    lm = lm_of("llama")
+    example = dataclasses.replace(EXAMPLES[2], solution="")
+    [row] = evaluate(lm, [example], kinds=["solution"]).itertuples()
+    prompt = lm.tokenizer.apply_chat_template([{"role": "user", "content": f"{example.question}\n(A) 10\n(B) 11"}],
+                                              tokenize=False, add_generation_prompt=True)
+    assert row.loglikelihood == pytest.approx(log_probability(lm, prompt + "The answer is (", "B) 11."), abs=1e-3)
+    assert row.characters == len("B) 11.")
+
+
 def test_only_the_kinds_asked_for_are_scored(lm_of):
     lm = lm_of("llama")
     assert set(evaluate(lm, EXAMPLES, kinds=["letter"])["kind"]) == {"letter"}
