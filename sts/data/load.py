@@ -235,8 +235,8 @@ def load_texts(name: str) -> list[str]:
         return documents[:-1]
     path = local_file("corpus", name) if name in CORPORA else Path(name).expanduser()
     if path is None:
-        raise StsError(f"Corpus {name!r} is read from a local folder only: put corpus/{name}.jsonl, one JSON object "
-                       'with "text" a line, in a folder and name that folder in STS_DATA_DIR.')
+        raise MissingData(f"Corpus {name!r} is read from a local folder only: put corpus/{name}.jsonl, one JSON object "
+                          'with "text" a line, in a folder and name that folder in STS_DATA_DIR.')
     if not path.is_file():
         raise StsError(f"Text {name!r} is not known. Valid: {', '.join(CORPORA + PACKAGED_TEXTS)}, a question set "
                        f"({', '.join([*SOURCES, *GENERATED])}), or the path of a .txt or .jsonl file.")

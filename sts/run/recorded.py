@@ -88,7 +88,7 @@ def as_recorded(name: str, kind: str, value: Any, scratch: Path) -> Any:
 def record(run: OpenRun, target: Path) -> list[str]:
     """Copy the run's stored results to `target`, those of its further seeds as well; the names with keys, sorted.
 
-    Of further training sets, and of the sums of further seeds, provenance alone is recorded. What the run no longer
+    Of further training sets, and of the tensors of further seeds, provenance alone is recorded. What the run no longer
     asks for is removed from `target`. `StsError` where nothing is stored, or a key is not known.
     """
     own, copy = Store(run.store.folder), Store(target)
@@ -107,7 +107,7 @@ def record(run: OpenRun, target: Path) -> list[str]:
         provenance = own.provenance(name, key, kind) | {"drawn": drawn}
         value, scratch = None, copy.scratch(name, key)
         if (one.settings.sft_data == run.settings.sft_data
-                and (name != "domain_stats" or one.settings.seed == run.settings.seed)):
+                and (kind != "tensors" or one.settings.seed == run.settings.seed)):
             value = as_recorded(name, kind, read(own.paths(name, key, kind)[0], kind), scratch)
         if value is None or name in CHANGED or kind == "folder":
             provenance["withheld"] = "all of it" if value is None else "texts, weights or sums"
