@@ -36,6 +36,7 @@ RELIABLE = 0.5
 UNLEARNED = "training taught the model too little: the loss on held-out problems fell by less than a tenth"
 CHANCE = "before training the model is right no more often than by chance"
 UNRELIABLE = "the change is mostly noise"
+UNMATCHED = "no random sets match what they are compared with"
 UNREWARDED = "the reward did not rise"
 CODES = {"sae": "SAE latents", "raw": "raw dimensions", "random": "random sparse code"}
 
@@ -101,13 +102,12 @@ def row(run: OpenRun, stage: str, where: Mapping[str, Any] = {}, *, under: str =
     more = {each.format(**one): other for one, other in own if each and one is not first}
     for name, changed in against.items():
         more[name] = picked(**{**changed, "where": {**where, **changed.get("where", {})}})[0][1]
-    affected = run.provenance(stage).get("affected", {}) if stage != "paper" else {}  # known to be recorded wrong
     answered = where.get("measure") in ("accuracy", "p_right")
     unable = (value_of(first, "undefined") or CHANCE * (answered and _at_chance(run))
               or UNRELIABLE * ((first["reliability"] is not None and first["reliability"] < RELIABLE)
                                if "reliability" in first else
                                "measure" in where and stage != "paper" and _unreliable(run, where["measure"]))
-              or affected.get("why", "") * (where.get("axis") in affected.get("axes", ())))
+              or UNMATCHED * (not all(one.fair for one in more.values())))
     count = value_of(first, n) or (run.get("domain_shift")["domain"].nunique() if of == "domains" else None)
     return replace(number, n=count, of=of, against=more, unable=unable)
 
@@ -128,7 +128,7 @@ def losses(run: OpenRun, published: bool = False) -> Evidence:
                run.get("domain_shift").query("measure == 'accuracy'")["shift"])
     if changes.empty:
         raise StsError("Accuracy was not evaluated in this run.")
-    unable = CHANCE * (not published and _at_chance(run))
+    unable = "" if published else CHANCE * _at_chance(run) or UNRELIABLE * _unreliable(run, "accuracy")
     return Evidence((changes < 0).to_numpy().mean().item(), n=len(changes), unable=unable)
 
 

@@ -156,6 +156,7 @@ def scatter(rows: Any, x: str = "score", y: str = "change", *, panel: str | None
             for place in numpy.argsort(far)[:-NAMED]:
                 own[place].remove()
             own = [own[place] for place in numpy.argsort(far)[-NAMED:]]
+            plt.setp(own, size="small")
         if own:
             adjust_text(own, x=right, y=up, ax=axis, expand=(1.15, 1.7), iter_lim=300,
                         arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6})

@@ -105,11 +105,11 @@ def jackknife_plus(x_N: np.ndarray, y_N: np.ndarray, x_M: np.ndarray, level: flo
 def coverage(cases: list[tuple[np.ndarray, ...]], level: float) -> dict[str, Any]:
     """How often intervals from known scores and changes hold new changes; a case is (score_N, change_N, score_M,
     change_M). n, share with its exact interval (low, high), mean width, that without a score (blind), that of the
-    changes' central `level` (spread), and narrower (mean, low, high): 1 - width / blind."""
+    changes' central `level` (spread), and narrower: 1 - width / blind, mean."""
     (low_M, high_M), blind = (np.concatenate([jackknife_plus(x_N, y_N, x_M, level, degree)
                                               for x_N, y_N, x_M, _ in cases], axis=1) for degree in (1, 0))
     y_M, width_M, blind_M = np.concatenate([case[3] for case in cases]), high_M - low_M, blind[1] - blind[0]
     return _share((low_M <= y_M) & (y_M <= high_M)) | {
         "width": float(width_M.mean()), "blind": float(blind_M.mean()),
         "spread": float(np.ptp(np.quantile(y_M, [(1 - level) / 2, (1 + level) / 2]))),
-        "narrower": paired_mean_interval(1 - width_M / blind_M)._asdict()}
+        "narrower": float((1 - width_M / blind_M).mean())}

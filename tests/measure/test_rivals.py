@@ -129,5 +129,5 @@ def test_a_score_that_tells_the_change_makes_intervals_narrower():
     change = 3 * score + 0.1 * rng.standard_normal(40)
     case = (score[:20], change[:20], score[20:], change[20:])
     found, none = rivals.coverage([case], 0.9), rivals.coverage([(change[20:], *case[1:])], 0.9)
-    assert found["n"] == 20 and found["share"] > 0.7 and found["narrower"]["low"] > 0.5
-    assert found["width"] < found["spread"] and none["narrower"]["low"] < 0.2
+    assert found["n"] == 20 and found["share"] > 0.7 and found["narrower"] > 0.5
+    assert found["width"] < found["spread"] and none["narrower"] < 0.2
