@@ -29,10 +29,9 @@ LEVEL, INJECTED = 0.9, ("bits", "p_right")
 
 
 def _prompts(tokenizer, examples, most=2**31):
-    """Open questions, options written out, with the worked solution or the right option's text behind them and no
-    opening in between; of at most so many tokens, without questions that fill these."""
-    found = [solution_prompt(tokenizer, replace(one, question=question_text(one), options=(), answer_index=-1))
-             for one in examples]
+    """Questions without their options, with the worked solution or the right option's text behind them and no opening
+    in between; of at most so many tokens, without questions that fill these."""
+    found = [solution_prompt(tokenizer, replace(one, options=(), answer_index=-1)) for one in examples]
     return [Prompt(ids[:most], (first, min(last, most))) for ids, (first, last) in found if first < most]
 
 

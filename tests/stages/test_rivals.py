@@ -31,7 +31,7 @@ def run(tmp_path_factory):
 def answer_tokens(run, example, **changes):
     """Residual stream after layer 0 on the tokens of an answer, by a plain pass."""
     prompt = solution_prompt(resources.tokenizer(run), replace(
-        example, question=question_text(example), options=(), answer_index=-1, **changes))
+        example, options=(), answer_index=-1, **changes))
     with torch.no_grad():
         hidden = resources.lm(run).model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states[1][0]
     return hidden[slice(*prompt.question)]
@@ -115,7 +115,7 @@ def test_influence_is_minus_the_inner_product_of_the_starts_gradients(run):
     def gradients(examples):
         lm.model.zero_grad()
         for one in examples:
-            prompt = solution_prompt(lm.tokenizer, replace(one, question=question_text(one), options=(),
+            prompt = solution_prompt(lm.tokenizer, replace(one, options=(),
                                                            answer_index=-1))
             labels = torch.tensor([[token if prompt.question[0] <= at < prompt.question[1] else -100
                                     for at, token in enumerate(prompt.ids)]])
