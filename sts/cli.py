@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -29,7 +30,7 @@ def _values(parameters: list[str] | None) -> dict[str, Any]:
     try:
         found = {name: read_yaml(value) for name, _, value in (pair.partition("=") for pair in parameters or [])}
     except yaml.YAMLError as error:
-        raise StsError(f"A value after -p could not be read: {error}") from error
+        raise StsError(f"A value after -p could not be read: {' '.join(str(error).split())}") from error
     for name in (name for name, value in found.items() if value is None):
         raise StsError(f"-p {name} has no value. Write for example: -p {name} 1")
     return found
@@ -85,7 +86,7 @@ def forecast(model: Annotated[str, typer.Option()], sae: Annotated[str, typer.Op
              train: Annotated[str, typer.Option(metavar="FILE", help="problems to train on, one JSON object a line")],
              domains: Annotated[str, typer.Option(metavar="DIR", help="folder of such files, one a domain")],
              layer: Annotated[int | None, typer.Option(help="by default the one that the SAE names")] = None,
-             out: Annotated[str, typer.Option(metavar="DIR")] = "forecast", parameter: ParameterOption = None) -> None:
+             out: Annotated[Path, typer.Option(metavar="DIR")] = Path("forecast"), parameter: ParameterOption = None):
     """Forecast which of your own domains move in training on your own problems, and write a report."""
     found = sts.forecast(train, domains, **dict(model=model, sae=sae, layer=layer, out=out) | _values(parameter))
     print(f"{found.scores.to_string(index=False)}\n\nOpen it with a browser:\n  {found.path.as_uri()}")
@@ -180,14 +181,17 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: `-p NAME VALUE`, papermill's form, is -p NAME=VALUE; an `StsError` is one message, no traceback."""
+    """Entry point: `-p NAME VALUE`, papermill's form, is -p NAME=VALUE; an `StsError` is one message, no traceback, as
+    is what the machine refuses (permission, a full disk, too long a name)."""
     arguments = sys.argv[1:]
     for place, option in enumerate(arguments, 1):
         if option in ("-p", "--parameter") and "=" not in "".join(arguments[place:place + 1]):
             arguments[place:place + 2] = ["=".join(arguments[place:place + 2])]
     try:
         app(arguments)
-    except StsError as error:
+    except (StsError, OSError) as error:
+        if getattr(error, "errno", 0) not in (0, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOSPC):
+            raise
         print(f"sts: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

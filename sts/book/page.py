@@ -32,7 +32,7 @@ class Page:
     """What the cells of a chapter ask for; every method's result is the last expression of its cell. The run is a
     profile's name, a YAML file or open; parameters are settings to change, where None leaves the profile's own."""
 
-    def __init__(self, chapter: str, run: str | OpenRun = "laptop", **parameters: Any):
+    def __init__(self, chapter: str, /, run: str | OpenRun = "laptop", **parameters: Any):
         self.run = sts.open_run(run, **parameters) if isinstance(run, str) else run
         self.chapter, self.settings, self._tabs = chapter, self.run.settings, 0
 

@@ -1,6 +1,5 @@
 """What comes from outside is checked here, once: text files, and every row of a question set. What can be meant one way
-only is read so (a byte-order mark, numbers as text); all else is one line with file, row, column and what would work.
-"""
+only is read so (a byte-order mark, numbers as text); all else is a line with file, row, column and what would work."""
 
 from __future__ import annotations
 
@@ -19,11 +18,12 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 def read_text(path: Path) -> str:
     """A UTF-8 text file, with or without byte-order mark; line ends become "\\n"."""
-    content = path.read_bytes()
     try:
-        text, at = content.decode("utf-8-sig"), content.find(0)
+        text, at = (content := path.read_bytes()).decode("utf-8-sig"), content.find(0)
+    except OSError as error:
+        raise StsError(f"{path} cannot be read: {error.strerror}. Name a text file that can be.") from error
     except UnicodeDecodeError as error:
-        text, at = "", error.start
+        text, at, content = "", error.start, error.object
     if at >= 0:
         raise StsError(f"{path}, row {content.count(10, 0, at) + 1}: not UTF-8 (UTF-16, as PowerShell's > writes, or "
                        "Windows-1252?). Save the file as UTF-8.")
@@ -39,8 +39,7 @@ def json_lines(path: Path) -> Iterator[Row]:
             except (ValueError, RecursionError):  # the latter of brackets inside brackets by the thousand
                 values = None
             if not isinstance(values, dict):
-                raise StsError(f"{path}, row {number}: not JSON of one row: {line[:40]!r}. Write one JSON object a "
-                               "line.")
+                raise StsError(f"{path}, row {number}: not JSON of one row: {line[:40]!r}. Write one object a line.")
             yield Row(values, str(path), number)
 
 
@@ -58,8 +57,7 @@ class Row:
 
     def value(self, column: str) -> Any:
         if column not in self.values:
-            raise self.wrong(column, f"missing; the row has {', '.join(map(str, self.values))}. Name the columns as "
-                                     "the public release does.")
+            raise self.wrong(column, f"missing; the row has {', '.join(map(str, self.values))}. Add or rename one.")
         return self.values[column]
 
     def text(self, column: str, *, empty: bool = False, of: Collection[str] | None = None) -> str:
@@ -68,8 +66,8 @@ class Row:
         value = "" if empty and self.values.get(column) is None else self.value(column)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             value = str(value)
-        if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
-            raise self.wrong(column, f"{ascii(str(value)[:60])} is no text. Write a text in quotes.")
+        if not isinstance(value, str) or re.search("[\ud800-\udfff\U0010e000-\U0010fffd]", value):
+            raise self.wrong(column, f"{ascii(str(value)[:60])} is no text. Write Unicode text in quotes.")
         if not (value.strip() or empty):
             raise self.wrong(column, "empty. Write a text, or leave the row out.")
         if of is not None and value not in of:
@@ -87,8 +85,7 @@ class Row:
         """Two to 26 texts to choose from."""
         options = self.texts(column)
         if not 2 <= len(options) <= len(LETTERS):
-            raise self.wrong(column, f"{len(options)} options. A question needs 2 to {len(LETTERS)}; an open question "
-                                     "belongs in a set without options, such as gsm8k.")
+            raise self.wrong(column, f"{len(options)} options. A question needs 2 to {len(LETTERS)}, or no column.")
         return options
 
     def index(self, column: str, options: tuple[str, ...]) -> int:

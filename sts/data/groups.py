@@ -31,8 +31,7 @@ def demonstration_draws(examples: list[Example], count: int, draws: int, *, seed
     """`draws` pairs of `count` demonstrations and all other examples, by a moving window over a seeded shuffle.
 
     `set_aside`: none needs to be left over; `apart`: each of the others stands in one pair alone. `StsError`, which
-    says `what` these are, for too few examples.
-    """
+    says `what` these are, for too few examples."""
     shuffled = random.Random(seed).sample(examples, len(examples))
     pairs, taken = [], set()
     for draw in range(draws):
@@ -42,10 +41,11 @@ def demonstration_draws(examples: list[Example], count: int, draws: int, *, seed
             others = [index for index in others[draw::draws] if index not in taken]
             taken.update(others)
         pairs.append(([shuffled[index] for index in chosen], [shuffled[index] for index in others]))
+    most = len(examples) - (draws if apart else not set_aside)
     if len(examples) < count or not (set_aside or all(others for _, others in pairs)):
         raise StsError(f"{what} has {len(examples)} examples, too few for a question behind each of {draws} draws of "
-                       f"{count} demonstrations. Use at most {len(examples) - (not set_aside)} demonstrations, lower "
-                       "demonstration_draws, or use more examples.")
+                       f"{count} demonstrations. Use {f'at most {most} demonstrations, ' * (most > 0)}fewer "
+                       "demonstration_draws, or more examples.")
     return pairs
 
 

@@ -41,7 +41,8 @@ def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) 
     if name in PUZZLES:
         return puzzles(name, limit or 1000, seed=seed + (1_000_000 if split == "test" else 0))
     worked = (name, split) in (("mmlu_exemplars", split), ("mmlu", "worked"))
-    examples = mmlu_exemplars(by_subject=name == "mmlu") if worked else _read(name, split or known[name][0])
+    examples = own_examples(Path(name)) if is_own(name) else mmlu_exemplars(by_subject=name == "mmlu") if worked else (
+        _read(name, split or known[name][0]))
     return random.Random(seed).sample(examples, min(limit, len(examples))) if limit else examples
 
 
@@ -54,17 +55,16 @@ def own_examples(path: Path) -> list[Example]:
     """A .jsonl file of `own_row`, or a folder of them, each called as its domain is; of rows that ask the same the
     first. `StsError` for a wrong row, an empty file, or none."""
     examples: dict[tuple, Example] = {}
-    files = [path] if path.is_file() else sorted(path.glob("[!.]*.jsonl"))
+    files = [path] if os.path.isfile(path) else sorted(path.glob("[!.]*.jsonl"))
     for file, example in ((one, own_row(row, one.stem)) for one in files for row in json_lines(one)):
         examples.setdefault((file, " ".join(example.question.split()), example.options), example)
     if empty := {*(files or [path])} - {file for file, *_ in examples}:
-        raise StsError(f"{min(empty)} is not there, or holds no problems. Name a .jsonl file, or a folder of them.")
+        raise StsError(f"{min(empty)} {'holds no problems' if os.path.exists(min(empty)) else 'is not there'}. Name a "
+                       ".jsonl file with one JSON object a line, or a folder of them.")
     return [*examples.values()]
 
 
 def _read(name: str, split: str) -> list[Example]:
-    if is_own(name):
-        return own_examples(Path(name))
     examples: dict[str, Example] = {}
     for index, row in enumerate(_rows(name, split)):
         example = SOURCES[name].read(row, f"{name}-{split}-{index}")

@@ -127,11 +127,17 @@ def own_row(row: Row, domain: str) -> Example:
     row_id = f"{domain}.jsonl, row {row.number}"
     if long := [name for name, own in row.values.items() if len(str(own)) > 200_000]:  # no model here reads as much
         raise row.wrong(long[0], "more than 200,000 characters. Cut it, or leave the row out.")
+    row = replace(row, values={name: own.strip() if isinstance(own, str) else own for name, own in row.values.items()
+                               if own is not None})  # null: as a table writes a column that a row does not have
+    row.text("question")
     if "options" in row.values:
-        options, said = row.options("options"), row.text("answer", empty="answer_index" in row.values).strip()
+        options = [one.strip() for one in row.options("options")]
+        known = [*options, *LETTERS[:len(options)]]
+        right = row.values["answer_index"] if "answer_index" in row.values else (
+            known.index(row.text("answer", of={*known})) % len(options))
         return replace(_mmlu_pro(Row({
-            "answer_index": options.index(said) if said in options else said, "cot_content": row.values.get("solution"),
-            **row.values, "question_id": 0, "category": domain}, row.file, row.number), row_id), example_id=row_id)
+            "cot_content": row.values.get("solution"), **row.values, "answer_index": right, "question_id": 0,
+            "category": domain}, row.file, row.number), row_id), example_id=row_id)
     if "solution" not in row.values and "####" in row.text("answer"):
         return replace(_gsm8k(row, row_id), domain=domain)
     return _open(domain, "question", "solution" if "solution" in row.values else "answer")(row, row_id)

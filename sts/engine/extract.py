@@ -111,8 +111,7 @@ def row_paired_stats(lm: LanguageModel, sae, layer: int, groups: list[PromptGrou
 
     Row r of the first run is the r-th token of all prompts without demonstrations, row r of the second the r-th token
     of all prompts with them: not the same token. Template and demonstration tokens count as well; nothing is masked.
-    At most `rows` rows are compared, fewer if either run has fewer.
-    """
+    At most `rows` rows are compared, fewer if either run has fewer."""
     extractor, stats = Extractor(lm, layer, tokens_per_batch, work), PairedStats(sae.cfg.d_sae, sae.device)
     runs = [[prompt.ids for group in groups for prompt in getattr(group, side)] for side in ("base", "icl")]
     rows, first = min([rows, *(sum(map(len, prompts)) for prompts in runs)]), []

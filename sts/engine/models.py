@@ -69,8 +69,7 @@ def sha256_of_file(*paths: Path) -> str:
 def resolve_model(name: str, revision: str, cache: Path, convert: bool = True) -> tuple[str, str]:
     """What `from_pretrained` takes for a packaged name, local folder or hub id, and what identifies its weights: a
     digest of local files, or `hub:<id>@<revision>`; `StsError` for what is none of these. A packaged model is converted
-    into the folder `cache` unless its identity alone is wanted (`convert`).
-    """
+    into the folder `cache` unless its identity alone is wanted (`convert`)."""
     from sts.engine import packaged  # it knows this module
 
     if name in RANDOM:
@@ -138,7 +137,7 @@ def _read(name: str, location: str, identity: str, revision: str, more: Callable
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, for one-line messages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).replace(":\n\t", " ").splitlines()[0]
 
 
 def bf16_is_fast(device: str) -> bool:
@@ -184,8 +183,7 @@ def residual_stream(model: Any, layers: int | Sequence[int], input_ids_BP: torch
     several layers side by side.
 
     Nothing after the last of them is computed: a forward hook raises there, and the exception ends the pass. `inputs`
-    go to the decoder.
-    """
+    go to the decoder."""
     layers, found = (layers,) if isinstance(layers, int) else layers, {}
 
     def keep(layer: int):

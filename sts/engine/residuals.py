@@ -171,9 +171,10 @@ class Extractor:
         """The residual stream at the tokens that count, T x D, prompt after prompt; of whole prompts, each beginning
         with the prefix, ranges that are not empty or before its end. What follows a range is not run, as attention is
         causal. `StsError` for NaN or infinite values, or what fits neither context nor memory."""
-        if (longest := max(len(ids) for ids, _ in sides)) > self.lm.context_length:
+        if (longest := len(ids := max((ids for ids, _ in sides), key=len))) > self.lm.context_length:
             raise StsError(f"A prompt of {longest} tokens does not fit the model's context of "
-                           f"{self.lm.context_length}. Use fewer demonstrations or shorter questions.")
+                           f"{self.lm.context_length}. Use fewer demonstrations, or shorten the text in its middle: "
+                           f"{self.lm.tokenizer.decode(list(ids[longest // 2:][:20]))!r}.")
 
         def size(rows: list[Side]) -> float:
             return len(rows) * (max(last for _, (_, last) in rows) - prefix.cached * (1 - CACHED_SHARE))

@@ -73,8 +73,7 @@ def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_nor
             SAE.from_pretrained(*name.split("/", 1), device=device, dtype=dtype)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         what, way = ("is not in sae-lens' format", "Convert it, or train one with: sts stage sae") if folder else (
-            "was asked from sae-lens' registry", "What works without a network: a local folder with cfg.json and "
-            "sae_weights.safetensors.")
+            "was asked from sae-lens' registry", "Offline, name a folder with cfg.json and sae_weights.safetensors.")
         raise StsError(f"SAE {name!r} {what}: {first_line(error).rstrip('.')}. {way}") from error
     if fold_norms:
         fold_decoder_norms(sae)
@@ -114,8 +113,7 @@ def random_code(sae, seed: int = 0) -> Code:
     """A code with random directions (unit vectors drawn evenly from the sphere), as sparse on every token as an SAE.
 
     Each latent is the projection of the residual stream less the SAE's decoder bias. On a token on which the SAE has n
-    active latents, the n largest positive projections are kept.
-    """
+    active latents, the n largest positive projections are kept."""
     directions_DL = torch.randn(sae.cfg.d_in, sae.cfg.d_sae, generator=torch.Generator().manual_seed(seed))
     directions_DL = (directions_DL / directions_DL.norm(dim=0)).to(sae.device)
 

@@ -46,8 +46,7 @@ def shifted_dimensions(squared_difference_L: torch.Tensor, top_n: int) -> torch.
     """D_N: int64 indices of the N latents with the largest summed (or mean) squared change, largest first.
 
     Ties go to the lower index, so that the choice is the same on every machine. `StsError` if N is larger than the
-    number of latents, or the change holds NaN.
-    """
+    number of latents, or the change holds NaN."""
     check_top_n(top_n, len(squared_difference_L))
     if not torch.isfinite(squared_difference_L).all():
         raise StsError("The change per latent holds NaN or infinite values; the extraction that made it is broken.")
@@ -71,8 +70,7 @@ def score_domain(variant: str, stats: Stats, dimensions: torch.Tensor) -> dict[s
     """STS_act and STS_ICL of one domain on the dimensions of these indices: {"sts_act", "sts_icl", "tokens"}.
 
     `stats` are the domain's `PairedStats.to_tensors()`: token-paired for `paper`, row-paired for `official_code`.
-    Units: activation (the paper's act), squared activation (the others).
-    """
+    Units: activation (the paper's act), squared activation (the others)."""
     tokens = stats["tokens"].item()
     return {score: stats[field][dimensions].sum().item() / tokens / (len(dimensions) if averaged else 1)
             for score, (field, averaged) in FORMULAS[variant].items()} | {"tokens": tokens}
@@ -98,8 +96,7 @@ def concentrations(change_FL: torch.Tensor, *also: int, random_orders: int = 200
     Indexed by numbers of latents, a grid and those in `also`, the shares of the total squared change that they carry:
     `share`, most shifted first, chosen and measured on the same questions, which flatters them; `held_out`, chosen by
     the other folds' change and measured on the fold left out, all folds together, with `low` and `high` (95% over
-    folds); `random_low` and `random_high`, central 95% of random orders. `StsError` without two folds or a change.
-    """
+    folds); `random_low` and `random_high`, central 95% of random orders. `StsError` without two folds or a change."""
     (folds, width), change_FL = change_FL.shape, change_FL.double()
     if folds < 2:
         raise StsError(f"{folds} fold(s) of questions; choosing on some and measuring on others needs two. "
@@ -138,8 +135,7 @@ def overlap_rows(first_L: torch.Tensor, second_L: torch.Tensor, counts: Sequence
     One dict an N: n, overlap, share (overlap / N), chance (N / L, the mean for random sets), chance_low and chance_high
     (central 95% of the hypergeometric distribution, as shares), p (upper tail: random sets share at least as many), and
     the same among active latents alone, a stricter null: active (latents with any change of the second kind),
-    active_chance and active_p (None where a set reaches beyond the active latents).
-    """
+    active_chance and active_p (None where a set reaches beyond the active latents)."""
     width, active = len(second_L), second_L > 0
     first, second = (shifted_dimensions(change_L, width) for change_L in (first_L, second_L))
     rows, number = [], int(active.sum())

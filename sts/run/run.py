@@ -4,7 +4,6 @@ settings that it uses, the keys of the stages it needs, digests of its data and 
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 from collections.abc import Callable
@@ -217,17 +216,11 @@ class OpenRun:
 def open_run(run: str | Run = "laptop", *, results: Path | None = None, **overrides: Any) -> OpenRun:
     """Open a run profile (see `load_run`), its results in folder `results` (by default `results_folder()`).
 
-    `overrides` are settings to change; None leaves the profile's own. `StsError` for wrong ones, or an unknown SAE.
-    """
+    `overrides` are settings to change; None leaves the profile's own. `StsError` for wrong ones, or an unknown SAE."""
     overrides = {name: value for name, value in overrides.items() if value is not None}
     profile, opened = load_run(run), OpenRun(load_run(run, overrides), results=results)
     opened.changed = {name: own for name in overrides
                       if (own := getattr(opened.settings, name)) != getattr(profile, name)}
     if opened.settings.sae != "train":
-        resources.identity(opened, "sae")  # a wrong name is said now, not after minutes of work, and too large a top_n
-        from sts.engine.saes import sae_folder
-        from sts.measure.score import check_top_n
-
-        if folder := sae_folder(opened.settings.sae):
-            check_top_n(opened.settings.top_n, json.loads((folder / "cfg.json").read_text(encoding="utf-8"))["d_sae"])
+        resources.identity(opened, "sae")  # a wrong name is said now, not after minutes of work
     return opened

@@ -227,8 +227,7 @@ def load_run(run: str | Run = "laptop", overrides: Mapping[str, Any] | None = No
     """A run profile, a name in runs/ or the path of a YAML file, or a `Run`, with overrides, key -> value.
 
     Paths in a file are relative to it, those among the overrides to the working directory. `StsError` for no such
-    profile, an unknown key, a wrong type or an impossible value; it names the key.
-    """
+    profile, an unknown key, a wrong type or an impossible value; it names the key."""
     folder, changes = None, dict(overrides or {})
     if isinstance(run, Run):
         settings = run.model_dump()

@@ -1,5 +1,4 @@
-"""The forecast: which latents worked examples shift, and how much each domain uses them; and beside it what its own
-pass through the model has in raw dimensions, and what fine-tuning really changes in each domain."""
+"""The forecast: which latents worked examples shift, how much each domain uses them, and what training changes."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,6 +17,7 @@ from sts.data.sources import own_row
 from sts.errors import StsError
 from sts.measure.items import paired_mean_interval
 from sts.run import resources
+from sts.run.run import OpenRun
 
 SMALL = {"run": "smoke", "demonstrations": 1, "demonstration_draws": 2, "shift_tokens": 2000, "score_tokens": 4000}
 
@@ -172,6 +174,8 @@ def test_questions_that_are_trained_on_are_counted(data, tmp_path):
     ({"question": "How?", "answer": "6 + 1 = <<6+1=7>>7\n#### 7"}, ((), -1, "6 + 1 = 7\n#### 7")),
     ({"question": "Which?", "options": ["a", "b"], "answer_index": 1}, (("a", "b"), 1, "")),
     ({"question": "Which?", "options": ["a", "b"], "answer": "B"}, (("a", "b"), 1, "")),
+    ({"question": "Which?", "options": ["a", " b"], "answer": "b "}, (("a", " b"), 1, "")),
+    ({"question": "How?", "options": None, "answer_index": None, "answer": "7", "solution": None}, ((), -1, "7")),
     ({"question": "Which?", "options": ["B", "A"], "answer": "A"}, (("B", "A"), 1, "")),  # a text before a letter
     ({"question": "Which?", "options": ["a", "b"], "answer": "b", "solution": "Why."}, (("a", "b"), 1, "Why."))])
 def test_a_row_is_read_as_it_can_be_meant(values, expected):
@@ -193,19 +197,21 @@ GOOD = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(6
 
 
 @pytest.mark.parametrize(("train", "domains", "message"), [
-    ("", {}, r"train\.jsonl is not there, or holds no problems"),
+    ("", {}, r"train\.jsonl holds no problems"),
     ("{\n", {}, r"train\.jsonl, row 1: not JSON"),
     ('{"question": "a", "answer": "b"}\n{"question": \n', {}, r"train\.jsonl, row 2: not JSON"),
     ("[" * 200_000, {}, r"train\.jsonl, row 1: not JSON"),
     ('{"question": "a"}\n', {}, r"train\.jsonl, row 1, column 'answer': missing; the row has question"),
     ('\n{"answer": "a"}\n', {}, r"train\.jsonl, row 2, column 'question': missing"),
     (json.dumps({"question": "x" * 10_000_000, "answer": "b"}), {}, r"row 1, column 'question': more than 200,000"),
-    (None, {"b": []}, r"b\.jsonl is not there, or holds no problems"),
+    (None, {"b": []}, r"b\.jsonl holds no problems"),
     (None, {"b": None}, r"domains has one domain\. Name"),
-    (None, {"a": None, "b": None}, r"domains is not there, or holds no problems"),
+    (None, {"a": None, "b": None}, r"domains is not there\. Name"),
     (None, {"b": GOOD[:2]}, r"Domain 'b' has 2 examples, too few.*Use at most 1 demonstrations"),
     (None, {"b": [{"question": "a", "options": "no list", "answer": "A"}]}, r"b\.jsonl, row 1, column 'options'"),
-    (None, {"b": [{"question": "a", "options": ["a", "b"], "answer": "C"}]}, r"b\.jsonl, row 1.*'answer_index'")])
+    (None, {"b": [{"question": "a", "options": ["a", "b"], "answer": "C"}]}, r"b\.jsonl, row 1.*value 'C'.*: A, B"),
+    (None, {"b": None, "b.jsonl/c": GOOD}, r"domains/b\.jsonl cannot be read: Is a directory"),
+    (None, {"b": [*GOOD, {"question": "end", "answer": "so " * 9000}]}, r"not fit the model's context.*'.*so so so")])
 def test_wrong_data_is_one_line_and_no_report(tmp_path, monkeypatch, capsys, train, domains, message):
     write(tmp_path / "train.jsonl", GOOD)
     if train is not None:
@@ -226,16 +232,43 @@ def test_wrong_data_is_one_line_and_no_report(tmp_path, monkeypatch, capsys, tra
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_in_place_of_the_file_and_a_file_in_place_of_the_report_are_said(data, tmp_path):
+def test_a_folder_in_place_of_the_file_and_a_file_in_place_of_the_report_are_said(data, tmp_path, monkeypatch):
     with pytest.raises(StsError, match="domains is a folder. Name a .jsonl file"):
         sts.forecast(data / "domains", data / "domains", **SMALL)
     (tmp_path / "out").write_text("mine")
+    monkeypatch.setattr(OpenRun, "get", None)  # said before anything is computed
     with pytest.raises(StsError, match="cannot be written to .*out"):
         sts.forecast(data / "train.jsonl", data / "domains", out=tmp_path / "out", **SMALL)
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_report_that_cannot_take_its_place_leaves_the_folder_as_it_was(found, data, tmp_path):
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    with pytest.raises(StsError, match="cannot be written to .*out: .*Is a directory"):
+        sts.forecast(data / "train.jsonl", data / "domains", out=tmp_path / "out", **SMALL)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
+def test_what_the_machine_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sts", "forecast", "--model", "random-llama", "--sae", "s", "--train", "x" * 300,
+                                     "--domains", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert capsys.readouterr().err.startswith("sts: [Errno 36] File name too long")
 
 
 def test_the_layer_is_the_one_that_the_sae_names(found, data):
     own = sts.forecast(data / "train.jsonl", data / "domains", sae=str(found["sae"]), model="random-llama", top_n=16,
                        **SMALL | {"run": "forecast"})
     assert sts.open_run("forecast").settings.layer == 22 and own.settings.layer == 0
+
+
+@pytest.mark.parametrize("hook", [None, "blocks.0.hook_mlp_out", "blocks.0.hook_resid_pre"])
+def test_an_sae_that_names_no_layer_is_not_read_at_the_profiles(found, data, tmp_path, hook):
+    shutil.copytree(found["sae"], tmp_path / "sae")
+    file = tmp_path / "sae" / "cfg.json"
+    cfg = json.loads(file.read_text())
+    cfg["metadata"]["hook_name"] = hook
+    file.write_text(json.dumps(cfg))
+    with pytest.raises(StsError, match=f"sae' says that it reads {hook!r}.*name the layer"):
+        sts.forecast(data / "train.jsonl", data / "domains", sae=str(tmp_path / "sae"), **SMALL)

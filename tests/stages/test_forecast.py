@@ -86,7 +86,7 @@ def test_every_draw_of_demonstrations_has_questions_of_its_own(run, draws, demon
 
 def test_too_few_examples_for_the_draws_are_said(run):
     few = sts.open_run("smoke", results=run.results, demonstration_draws=4, shift_demonstrations=3, sft_examples=4)
-    with pytest.raises(StsError, match="'gsm_symbolic' has 4 examples, too few.*lower demonstration_draws"):
+    with pytest.raises(StsError, match="'gsm_symbolic' has 4 examples, too few.*Use fewer demonstration_draws"):
         resources.shift_groups(few)
 
 
