@@ -73,7 +73,7 @@ def load_sae(name: str, *, device: str = "cpu", dtype: str = "float32", fold_nor
             SAE.from_pretrained(*name.split("/", 1), device=device, dtype=dtype)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         what, way = ("is not in sae-lens' format", "Convert it, or train one with: sts stage sae") if folder else (
-            "was asked from sae-lens' registry", "Offline, name a folder with cfg.json and sae_weights.safetensors.")
+            "was asked from sae-lens' registry", "What works without a network: a folder in sae-lens' format.")
         raise StsError(f"SAE {name!r} {what}: {first_line(error).rstrip('.')}. {way}") from error
     if fold_norms:
         fold_decoder_norms(sae)
