@@ -36,7 +36,7 @@ RELIABLE = 0.5
 UNLEARNED = "training taught the model too little: the loss on held-out problems fell by less than a tenth"
 CHANCE = "before training the model is right no more often than by chance"
 UNRELIABLE = "the change is mostly noise"
-UNMATCHED = "no random sets match what they are compared with"
+UNMATCHED = "no random sets match it"
 UNREWARDED = "the reward did not rise"
 CODES = {"sae": "SAE latents", "raw": "raw dimensions", "random": "random sparse code"}
 
