@@ -36,7 +36,7 @@ class Page:
     def __init__(self, chapter: str, /, run: str | OpenRun = "laptop", **parameters: Any):
         self.run = sts.open_run(run, **parameters) if isinstance(run, str) else run
         self.chapter, self.settings, self._tabs = chapter, self.run.settings, 0
-        if isinstance(run, str) and any(folder.is_dir() for folder in self.run.store.recorded):  # trains nothing
+        if isinstance(self.run, OpenRun) and any(one.is_dir() for one in self.run.store.recorded):  # trains nothing
             logging.getLogger("sts").setLevel(logging.ERROR)
 
     def __getitem__(self, stage: str) -> Any:
