@@ -47,7 +47,7 @@ def greedy_answers(fresh_lm, train, rival_problems, rival_tokens, eval_batch, wo
     return [{"example_id": one.example_id, "answer": text} for one, text in zip(asked, texts, strict=True)]
 
 
-@stage("tensors")
+@stage("tensors", version=2)
 def training_answer_states(lm, reader, layer, train, greedy_answers, rival_tokens, masks, passes):
     """`answer_states` of training answers and of the model's own, training_raw_ED, own_raw_ED and so on, over their
     first `rival_tokens` tokens (of both alike, as one is cut there); place_E: the problem's place in the training set.
@@ -63,7 +63,7 @@ def training_answer_states(lm, reader, layer, train, greedy_answers, rival_token
             **passes).items()}
 
 
-@stage("tensors")
+@stage("tensors", version=2)
 def domain_answer_states(lm, reader, layer, questions, rival_questions, masks, report, passes):
     """`answer_states` of each domain's first questions with their right answers: domain/raw_ED; of the others the means
     over questions, domain/sae_L and domain/last_D."""
@@ -90,7 +90,7 @@ def injection(lm, layer, training_answer_states, domain_answer_states, questions
                         work=work)
 
 
-@stage("json")
+@stage("json", version=2)
 def influence(fresh_lm, train, questions, rival_problems, rival_questions, sft_max_length, sft_micro_batch, lora_rank,
               lora_alpha, seed, report, work):
     """Domain -> minus the inner product of gradients where fine-tuning starts: of the training answers' loss and of the
@@ -153,7 +153,7 @@ def rival_correlations(each_seed, bootstrap, permutations, seed):
     return rows
 
 
-@stage("json")
+@stage("json", version=2)
 def rival_tests(each_rival_set, sft_data):
     """What holds of the run's own training set (part "own") and of all others ("others"), means over seeds.
 
