@@ -6,6 +6,7 @@ model and takes its share of each batch; the main one writes.
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 
 from sts.data.prompts import question_text, solution_prompt, solution_text
@@ -215,3 +217,22 @@ def load_tuned(lm: LanguageModel, folder: Path) -> LanguageModel:
     else:
         model = AutoModelForCausalLM.from_pretrained(adapter, dtype=lm.model.dtype)
     return replace(lm, name=f"{lm.name} (tuned)", model=model.to(lm.device).eval().requires_grad_(False))
+
+
+def to_train(fresh_lm: Callable[..., LanguageModel], settings: FineTuning) -> LanguageModel:
+    """A copy of the model to fine-tune; all weights in bf16 would round most updates away, and adapters are float32."""
+    return fresh_lm() if settings.lora_rank else fresh_lm(dtype="float32")
+
+
+def retrained(fresh_lm: Callable[..., LanguageModel], train: list[Example], settings: FineTuning, folder: Path,
+              measured: Callable[[LanguageModel], pandas.DataFrame], *, report: Callable[[float], None],
+              work: Work) -> pandas.DataFrame:
+    """What is `measured` of a copy of the model after fine-tuning on other examples, kept beside `folder`."""
+    kept = folder.with_name(f"{folder.name}.parquet")
+    if not kept.exists():
+        fine_tune(to_train(fresh_lm, settings), train, [], settings, folder, report=report, work=work)
+        gc.collect()  # the trainer, which refers to itself, holds the model
+        measured(load_tuned(fresh_lm(), folder)).to_parquet(kept.with_suffix(".new"), index=False)
+        kept.with_suffix(".new").replace(kept)  # killed before this line, the training counts as not measured
+        shutil.rmtree(folder)
+    return pandas.read_parquet(kept)

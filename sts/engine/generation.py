@@ -4,12 +4,10 @@ another language model is asked what a latent is about."""
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -82,7 +80,7 @@ def own_answers(engine: Any, examples: Sequence[Example], max_tokens: int) -> li
 def generate_and_score(engine: Any, benchmark: str, examples: Sequence[Example],
                        demonstrations: Sequence[Example] = (), *, shots: int = 5,
                        max_tokens: int = 1024) -> pandas.DataFrame:
-    """Let a model (of `open_engine` or `open_vllm`) answer in words, greedily, and score its answers.
+    """Let a model (of `open_engine`) answer in words, greedily, and score its answers.
 
     Of mmlu_pro a letter is read from the answer, and a question gets the first `shots` demonstrations of its own
     domain; of gsm8k and math a mathematical expression is read. One row a question: example_id, domain, characters (of
@@ -121,27 +119,6 @@ def open_engine(lm: LanguageModel, *, batch: int) -> Any:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     make: Any = HFLM  # a decorator hides its parameters
     return make(lm.model, tokenizer=lm.tokenizer, batch_size=batch, max_length=lm.context_length)
-
-
-def open_vllm(location: str, *, revision: str = "", dtype: str = "auto", tensor_parallel: int = 1,
-              adapter: Path | None = None, lora_rank: int = 16, seed: int = 0) -> Any:
-    """The harness's vLLM model from a folder or hub id, split over so many GPUs; `StsError` where there is no vLLM.
-    `adapter`: what `fine_tune` wrote, a LoRA adapter, or a whole model, which then takes the model's place."""
-    if importlib.util.find_spec("vllm") is None:
-        raise StsError("Setting eval_backend 'vllm': vLLM is not installed. It needs a GPU and its own version of "
-                       "PyTorch; install it with: pip install 'lm-eval[vllm]'. eval_backend hf works without it.")
-    from lm_eval.api.registry import get_model
-
-    options: dict[str, Any] = {"pretrained": location, "dtype": dtype, "tensor_parallel_size": tensor_parallel,
-                               "batch_size": "auto", "seed": seed, "enable_prefix_caching": True}
-    if revision:
-        options |= {"revision": revision, "tokenizer_revision": revision}
-    if adapter is not None and (adapter / "adapter_config.json").is_file():
-        options |= {"lora_local_path": str(adapter), "max_lora_rank": lora_rank}
-    elif adapter is not None:
-        options |= {"pretrained": str(adapter), "tokenizer": location}
-        options.pop("revision", None)
-    return get_model("vllm").create_from_arg_obj(options)
 
 
 def judge_prompt(card: Mapping[str, Any], labels: Sequence[str]) -> str:

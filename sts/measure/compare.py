@@ -148,10 +148,10 @@ def best_of(scores_KSN: np.ndarray, change_SN: np.ndarray, *, orders: int = 10_0
 
 
 #: Every setting that is varied, in the order of the page.
-AXES = ("bands", "top_n", "variant", "width", "width_share", "layer", "k", "norms", "demonstrations",
+AXES = ("bands", "top_n", "variant", "width", "width_share", "layer", "k", "demonstrations",
         "shift_demonstrations", "score_tokens", "shift_tokens", "masks")
 #: Those whose values are SAEs of the sweep, and those of which the paper says that the last value predicts worst.
-SAE_AXES, ENDS = ("width", "width_share", "layer", "k", "norms"), ("bands", "width", "k")
+SAE_AXES, ENDS = ("width", "width_share", "layer", "k"), ("bands", "width", "k")
 
 
 def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], differences: Mapping[str, np.ndarray],

@@ -7,11 +7,8 @@ k / n, a backward pass once for the gradient of activations and once for that of
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import pandas
+from dataclasses import dataclass
 
 from sts.data.prompts import PromptGroup
 from sts.errors import StsError
@@ -32,7 +29,7 @@ class Architecture:
 ARCHITECTURES = {"llama3-8b-instruct": Architecture("Llama3-8B-Instruct", 32, 8192, 25, 16_384),
                  "qwen2.5-7b-instruct": Architecture("Qwen2.5-7B-Instruct", 28, 32_768, 25, 28_672),
                  "gemma2-9b-it": Architecture("Gemma2-9B-Instruct", 42, 8192, 31, 131_072)}
-LARGEST, LARGEST_FACTOR = 1_000_000_000, 1000  # assumption, and factor that one may be off by: every product is finite
+LARGEST = 1_000_000_000  # assumption: every product is finite
 
 
 @dataclass(frozen=True)
@@ -103,26 +100,6 @@ def ratio(one: Architecture, settings: Settings, assumed: Assumptions) -> float:
     """How many forecasts finding out by fine-tuning and evaluating costs, in token-forward-passes."""
     found_out = training_cost(settings, assumed) + evaluation_cost(settings, assumed)
     return found_out / forecast_cost(one, settings, assumed)
-
-
-def sensitivity(settings: Settings, assumed: Assumptions, *, factor: float = 2.0) -> pandas.DataFrame:
-    """The ratio when an assumption is off by `factor` either way (a yes or no: either), one at a time, and all at once
-    ("all"). One row a model and assumption: model, assumption, ratio (as assumed), low, high."""
-    if not 1 <= factor <= LARGEST_FACTOR:
-        raise StsError(f"Parameter 'off_by' is how far every assumption may be off, as a factor: a number from 1 (not "
-                       f"at all) to {LARGEST_FACTOR:,}; got {factor!r}.")
-    values = {name: {value, not value} if isinstance(value, bool) else {
-        value, max(1, round(value / factor)), min(LARGEST, round(value * factor))}
-        for name, value in vars(assumed).items()}
-    cases = {name: [replace(assumed, **{name: value}) for value in own] for name, own in values.items()}
-    cases["all"] = [Assumptions(*chosen) for chosen in itertools.product(*values.values())]
-    rows = []
-    for one in ARCHITECTURES.values():
-        for name, own in cases.items():
-            ratios = [ratio(one, settings, case) for case in own]
-            rows.append({"model": one.name, "assumption": name, "ratio": ratio(one, settings, assumed),
-                         "low": min(ratios), "high": max(ratios)})
-    return pandas.DataFrame(rows)
 
 
 def prompt_tokens(groups: Sequence[PromptGroup]) -> dict[str, int]:

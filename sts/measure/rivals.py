@@ -48,24 +48,14 @@ def closeness(rise_L: torch.Tensor, answers_DL: torch.Tensor, decoder_LD: torch.
     return torch.stack([rows_LD[shifted_dimensions(own_L, count)].mean(0) @ risen_D for own_L in answers_DL])
 
 
-def logme(features_NL: np.ndarray, labels_N: np.ndarray, *, steps: int = 100) -> float:
+def logme(features_NL: np.ndarray, labels_N: np.ndarray) -> float:
     """LogME (You et al. 2021, arXiv 2102.11005): the largest log evidence a point of a Bayesian linear model of a label
     (1 or 0), over the precisions of its prior and its noise, mean over labels."""
-    left_NR, size_R, _ = np.linalg.svd(np.asarray(features_NL, float), full_matrices=False)
-    n, found = len(labels_N), []
-    for label in np.unique(labels_N):
-        y_N = (labels_N == label).astype(float)
-        z_R, prior, noise, value = left_NR.T @ y_N, 1.0, 1.0, 0.0
-        for _ in range(steps):
-            weight_R = prior + noise * size_R**2
-            size = ((noise * size_R * z_R / weight_R) ** 2).sum()
-            error = ((prior * z_R / weight_R) ** 2).sum() + max(y_N @ y_N - z_R @ z_R, 0)
-            value = (len(size_R) * math.log(prior) + n * math.log(noise / (2 * math.pi)) - noise * error - prior * size
-                     - np.log(weight_R).sum()) / 2
-            used = (noise * size_R**2 / weight_R).sum()
-            prior, noise = used / max(size, 1e-12), (n - used) / max(error, 1e-12)
-        found.append(value / n)
-    return float(np.mean(found))
+    from sklearn.linear_model import BayesianRidge
+
+    flat = dict.fromkeys(("alpha_1", "alpha_2", "lambda_1", "lambda_2"), 0.0)
+    return float(np.mean([BayesianRidge(fit_intercept=False, compute_score=True, **flat).fit(
+        features_NL, labels_N == label).scores_[-1] for label in np.unique(labels_N)]) / len(labels_N))
 
 
 def _share(right_N: np.ndarray) -> dict[str, Any]:

@@ -37,8 +37,6 @@ SAES = {"sae": lambda own: own.sae_samples * own.sae_latents,
         "sweep_sae_training": lambda own: own.sweep_sae_samples * (
             sum(own.sweep_widths) + own.sae_latents * (1 + len(own.sweep_layers) + len(own.sweep_k))
             if own.sweep_widths or own.sweep_layers or own.sweep_k else 0)}
-
-
 #: Parameters of stages that run more than a few passes.
 COUNTED = {"work", "passes", "tuned", "fresh_lm"}
 
@@ -224,7 +222,4 @@ def summary(run: OpenRun, found: Mapping[str, Job], todo: Collection[str], known
              f"Memory: about {memory / 1e9:.1f} GB a job at most. Disk: about {disk / 1e9:.1f} GB, and the model.",
              "Two cores compute in float32, as fast as was measured; the H100 in bf16, at an assumed 30% of its peak.",
              f"Without an estimate: {', '.join(unknown)}." if unknown else "Other stages run no model, or briefly."]
-    with suppress(StsError), without_hub():
-        per = characters(run, resources.train(run))
-        lines.append(f"Tokens that no record holds: characters of texts, {per:.1f} a token in {run.settings.sft_data}.")
     return "\n".join(lines)

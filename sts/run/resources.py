@@ -21,12 +21,13 @@ from sts.run.stage import RESOURCES, Resource
 
 if TYPE_CHECKING:
     from sts.run.run import OpenRun
-
 _MODEL = ("model", "model_revision")
 _TRAINING = ("sft_data", "sft_examples", "sft_held_out", "seed")
 _DOMAINS = ("domain_data", "domain_split", "domains", "domain_limit")
 _VALIDATION = ("domain_data", "domains", "validation_limit")
 _SET_ASIDE = ("domain_data", "demonstration_split", "domains")
+_FINE_TUNING = (*(f"sft_{name}" for name in ("epochs", "lr", "batch", "micro_batch", "max_length")), "lora_rank",
+                "lora_alpha", "seed")
 _TEXTS = ("text_data", "text_examples", "seed")
 _POOL = ("pool", "pool_tokens")
 #: Inputs of which records keep the settings that decide them, as stages need not use them.
@@ -45,7 +46,6 @@ def resource(uses: tuple[str, ...] = (), inputs: tuple[str, ...] = (), needs: tu
 def fresh_lm(run):
     """A function that loads a copy of the model, for stages that change it; it takes another `dtype`."""
     from sts.engine.models import load_model
-
     own = run.settings
     return partial(load_model, own.model, revision=own.model_revision, dtype=own.dtype, device=run.device,
                    cache=run.results / "models")
@@ -54,7 +54,6 @@ def fresh_lm(run):
 def described(run: OpenRun) -> tuple[Any, Any]:
     """The model's tokenizer and configuration."""
     from sts.engine.models import without_weights
-
     own = run.settings
     return run.once("tokenizer", _MODEL, lambda: without_weights(
         own.model, revision=own.model_revision, cache=run.results / "models"))
@@ -72,20 +71,13 @@ def tokenizer(run):
     return described(run)[0]
 
 
-@resource((*_MODEL, "dtype"), ("model",), ("sft",))
-def tuned(run):
-    """The fine-tuned model, a copy of its own."""
+def _after(stage: str, run):
     from sts.engine.finetune import load_tuned
+    return load_tuned(fresh_lm(run)(), run.get(stage))
 
-    return load_tuned(fresh_lm(run)(), run.get("sft"))
 
-
-@resource((*_MODEL, "dtype"), ("model",), ("rl",))
-def reinforced(run):
-    """The model after reinforcement learning, a copy of its own."""
-    from sts.engine.finetune import load_tuned
-
-    return load_tuned(fresh_lm(run)(), run.get("rl"))
+for _name, _stage in (("tuned", "sft"), ("reinforced", "rl")):  # the model after either training, a copy of its own
+    resource((*_MODEL, "dtype"), ("model",), (_stage,), _name)(partial(_after, _stage))
 
 
 @resource(("fold_norms", "sae_dtype"), ("sae",))
@@ -93,7 +85,6 @@ def reader(run):
     """The run's SAE, trained first where the run says so, and checked to fit the model and the layer."""
     from sts.engine.saes import check_fits, load_sae
     from sts.measure.score import check_top_n
-
     own = run.settings
     folder = run.get("sae") if own.sae == "train" else None
     if folder and not (folder / "cfg.json").is_file():
@@ -127,7 +118,6 @@ def readers(run):
 @resource(("question_tokens_only", "drop_first_positions", "outlier_norm"))
 def masks(run):
     from sts.engine.extract import Masks
-
     return Masks(run.settings.question_tokens_only, run.settings.drop_first_positions, run.settings.outlier_norm)
 
 
@@ -141,6 +131,12 @@ def _training_set(run) -> tuple[list, list]:
 def train(run):
     """Training examples."""
     return _training_set(run)[0]
+
+
+@resource(_FINE_TUNING)
+def fine_tuning(run):
+    from sts.engine.finetune import FineTuning
+    return FineTuning(*(getattr(run.settings, name) for name in _FINE_TUNING))
 
 
 @resource(inputs=("sft_held_out",))
@@ -248,7 +244,6 @@ def domain_groups(run):
 
 def _model_digest(run: OpenRun) -> str:
     from sts.engine.models import resolve_model
-
     return resolve_model(run.settings.model, run.settings.model_revision, run.results / "models", convert=False)[1]
 
 

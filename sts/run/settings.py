@@ -143,8 +143,6 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     eval_generate: list[Literal["mmlu_pro", "gsm8k", "math", "sft_held_out"]] = _is(
         "answered in words as well: domain_data (mmlu_pro), GSM8K, MATH, held-out problems of sft_data", [])
     eval_max_tokens: Count = _is("tokens of a generated answer, at most", 1024)
-    eval_backend: Literal["hf", "vllm"] = _is("what generates answers: transformers, or vLLM", "hf")
-    eval_tensor_parallel: Count = _is("GPUs that vLLM splits one copy of the model over", 1)
     seeds: list[Index] = _is("seeds of further runs to compare with; all but the SAE is done again for each", [])
     training_sets: list[QuestionSet] = _is("further values of sft_data; all but the SAE is done again for each", [])
     training_seeds: list[Index] = _is("further seeds at which training sets are compared, sft_data among them", [])
@@ -177,6 +175,7 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     rival_tokens: Count = _is("tokens of such an answer, at most", 40)
     rival_questions: Count = _is("questions a domain whose right answers rivals read, at most", 10)
     rival_alpha: float = _is("the mean state of training data is added so many times", 1.0)
+    example_domains: Index = _is("domains for which training problems are ranked and fifths left out; 0: none", 0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:

@@ -3,17 +3,17 @@ most and of the one forecast to move least, answered by the untuned model itself
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 from dataclasses import replace
+from functools import partial
 
 import pandas
 
 from sts.data.groups import trained_domains
 from sts.data.prompts import question_text
 from sts.engine.evaluate import evaluate
-from sts.engine.finetune import FineTuning, fine_tune, load_tuned
+from sts.engine.finetune import retrained
 from sts.engine.generation import open_engine, own_answers
 from sts.errors import StsError
 from sts.measure.items import item_measures
@@ -70,25 +70,20 @@ def mixture_answers(mixture_plan, fresh_lm, questions, mixture_tokens, eval_batc
 
 @stage("parquet")
 def mixture(mixture_plan, mixture_answers, lm, fresh_lm, tuned, train, held_out, questions, shots, eval_kinds,
-            eval_batch, sft_epochs, sft_lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank, lora_alpha, seed,
-            report, work, scratch):
+            eval_batch, fine_tuning, report, work, scratch):
     """Every measure of the two domains' test halves and of held-out training problems: mixture ("untuned", "none": by
     stage `sft`, and those of the plan), domain ("training set" for held-out problems), example_id, and `MEASURES`."""
     answers = {row["example_id"]: row["answer"] for row in mixture_answers}
     by_id = {example.example_id: example for group in questions.values() for example in group}
     tests = [by_id[name] for row in mixture_plan["domains"] for name in row["test"]]
-    settings = FineTuning(sft_epochs, sft_lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank, lora_alpha, seed)
 
     def trained(row, told):
         # As open questions, options written out, so that nothing is put behind the model's own words.
         added = [replace(by_id[name], question=question_text(by_id[name]), options=(), answer_index=-1, answer="",
                          solution=answers[name]) for own in mixture_plan["domains"]
                  for name in own["train"][:row["examples"][own["domain"]]]]
-        folder = scratch / row["mixture"].replace(" ", "-")
-        fine_tune(fresh_lm() if lora_rank else fresh_lm(dtype="float32"), [*train, *added], [], settings, folder,
-                  report=told, work=work)
-        gc.collect()  # the trainer, which refers to itself, holds the model
-        return load_tuned(fresh_lm(), folder)
+        return retrained(fresh_lm, [*train, *added], fine_tuning, scratch / row["mixture"].replace(" ", "-"),
+                         partial(measured, name=row["mixture"]), report=told, work=work)
 
     def measured(model, name):
         parts = [item_measures(evaluate(model, tests, kinds=eval_kinds, shots=shots, batch=eval_batch, work=work)),
@@ -97,5 +92,4 @@ def mixture(mixture_plan, mixture_answers, lm, fresh_lm, tuned, train, held_out,
         return pandas.concat(parts).reset_index().assign(mixture=name)
 
     return pandas.concat([measured(lm, "untuned"), measured(tuned, "none"), *(
-        measured(trained(row, told), row["mixture"]) for row, told in steps(mixture_plan["mixtures"], report))],
-        ignore_index=True)
+        trained(row, told) for row, told in steps(mixture_plan["mixtures"], report))], ignore_index=True)

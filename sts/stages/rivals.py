@@ -1,8 +1,10 @@
 """Rivals of the score: what they read of training answers, of domains' right answers and of the model; how well they
-forecast the size of a change and its sign; how often intervals hold the change."""
+forecast the size of a change and its sign; how often intervals hold it; and which training problems move a domain."""
 
 from __future__ import annotations
 
+import itertools
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +12,10 @@ import numpy as np
 import pandas
 import torch
 
+from sts.data.groups import trained_domains
 from sts.data.prompts import Prompt, make_prompt, question_text, solution_prompt
 from sts.engine.evaluate import evaluate
+from sts.engine.finetune import retrained
 from sts.engine.generation import open_engine, own_answers
 from sts.engine.models import decoder_layers
 from sts.engine.rivals import answer_states, first_weights, gradient
@@ -21,11 +25,14 @@ from sts.measure import rivals
 from sts.measure.baselines import chosen_by, split_domains
 from sts.measure.compare import SCORES, Comparison
 from sts.measure.correlation import correlation_rows, plain
-from sts.measure.items import item_differences, item_measures
+from sts.measure.items import item_differences, item_measures, paired_mean_interval
+from sts.measure.score import shares_named
 from sts.run.stage import stage, steps
 
 #: Level of the intervals; measures that an injected state forecasts.
 LEVEL, INJECTED = 0.9, ("bits", "p_right")
+#: How training problems are ranked, those that should make right answers likelier last; random fifths beside theirs.
+RANKINGS, RANDOM = ("projection", "overlap", "influence"), 4
 
 
 def _prompts(tokenizer, examples, most=2**31):
@@ -189,3 +196,76 @@ def rival_tests(each_rival_set, sft_data):
                    key=lambda row: (row["share"], np.nan_to_num(row["pearson"])))
         found["signs"] += [row | {"best": row["forecast"] == best["forecast"]} for row in rows]
     return plain(found)
+
+
+@stage("parquet")
+def example_forecasts(fresh_lm, train, questions, scores, training_answer_states, domain_answer_states, example_domains,
+                      top_n, rival_questions, sft_max_length, lora_rank, lora_alpha, seed, report, work):
+    """What each training problem should do for a domain of highest STS_act that is not trained on: place (of the
+    problem), domain, projection (`rivals.projection_difference`), overlap (share of the domain's `top_n` most active
+    latents that are the answer's too), influence (inner product of both losses' gradients)."""
+    own, known = scores[scores["variant"] == "paper"].set_index("domain")["sts_act"], training_answer_states
+    chosen = own.drop([*trained_domains(train)], errors="ignore").nlargest(example_domains).index
+    lm, domains, rows = fresh_lm(), split_domains(domain_answer_states), []
+    weights = first_weights(lm, lora_rank, lora_alpha, seed)
+    projected_ED = rivals.projection_difference(known["training_raw_ED"], known["own_raw_ED"], torch.stack(
+        [one["raw_ED"].mean(0) for one in domains.values()]))
+
+    def slope(examples):
+        return gradient(lm, weights, _prompts(lm.tokenizer, examples, sft_max_length), micro_batch=1, work=work)
+
+    goals = [(name, slope(questions[name][:rival_questions]), shares_named(
+        known["training_sae_EL"], domains[name]["sae_L"], top_n)) for name in chosen]
+    for (at, place), _ in steps(enumerate(known["place_E"].tolist()), report):
+        own_G = slope([train[place]])
+        rows += [{"place": place, "domain": name, "projection": projected_ED[at, [*domains].index(name)].item(),
+                  "overlap": shared_E[at], "influence": (own_G @ goal_G).item()} for name, goal_G, shared_E in goals]
+    return pandas.DataFrame(rows, columns=["place", "domain", *RANKINGS])
+
+
+@stage("parquet")
+def example_retraining(example_forecasts, fresh_lm, train, questions, shots, eval_limit, eval_kinds, eval_batch,
+                       fine_tuning, seed, report, work, scratch):
+    """Every measure of a domain's questions after training on all ranked problems but a fifth: ranking, left_out (its
+    "top" or "bottom"; of ranking "random" the number of the draw), domain, example_id, and `MEASURES`."""
+    places, names = ([*dict.fromkeys(example_forecasts[name])] for name in ("place", "domain"))
+    if not places:
+        return pandas.DataFrame(columns=["domain", "example_id", "ranking", "left_out"])
+    fifth = max(1, len(places) // 5)
+    left = {("random", str(draw), None): random.Random(f"{seed} {draw}").sample(places, fifth)
+            for draw in range(RANDOM)}
+    for name, ranking in itertools.product(names, RANKINGS):
+        own: Any = example_forecasts[example_forecasts["domain"] == name]
+        ordered = own.sort_values(ranking, kind="stable")["place"].tolist()
+        left |= {(ranking, "top", name): ordered[-fifth:], (ranking, "bottom", name): ordered[:fifth]}
+    frames = []
+    for ((ranking, end, name), gone), told in steps(left.items(), report):
+        asked = [one for own in ([name] if name else names) for one in questions[own][:eval_limit or None]]
+        frames.append(retrained(
+            fresh_lm, [train[place] for place in places if place not in gone], fine_tuning,
+            scratch / f"{ranking}-{end}-{name}", lambda lm, asked=asked: item_measures(evaluate(
+                lm, asked, kinds=eval_kinds, shots=shots, batch=eval_batch, work=work)).reset_index(),
+            report=told, work=work).assign(ranking=ranking, left_out=end))
+    return pandas.concat(frames, ignore_index=True)
+
+
+@stage("json", also=("example_retraining", "example_domains"))
+def example_effects(each_seed, bootstrap, seed):
+    """How much likelier right answers are without the bottom fifth of a ranking than without its top: a row a ranking
+    and measure with the mean, an interval over questions, p (share of random fifths' leads over one another that are as
+    large, the same draws for a seed's domains) and `each` by seed and domain. Empty where none are ranked."""
+    frames = {own.settings.seed: own.get("example_retraining") for own in each_seed if own.settings.example_domains}
+    rows, numbers = [], {"resamples": bootstrap, "seed": seed}
+    for measure in (name for name in rivals.UP if any(name in own for own in frames.values())):
+        wide = {one: rivals.UP[measure] * own.pivot(index=["domain", "example_id"], columns=["ranking", "left_out"],
+                                                    values=measure) for one, own in frames.items()}
+        null = [np.mean(leads) for leads in itertools.product(*([first - second for first, second in (
+            itertools.permutations(own["random"].groupby("domain").mean().mean(), 2))] for own in wide.values()))]
+        for ranking in RANKINGS:
+            leads = {one: own[ranking, "bottom"] - own[ranking, "top"] for one, own in wide.items()}
+            mean = paired_mean_interval(pandas.concat(leads), **numbers)
+            rows.append({"measure": measure, "ranking": ranking, **mean._asdict(),
+                         "p": np.mean(np.array(null) >= mean.mean), "each": [
+                             {"seed": one, "domain": name, **paired_mean_interval(part, **numbers)._asdict()}
+                             for one, lead in leads.items() for name, part in lead.groupby("domain")]})
+    return plain(rows)

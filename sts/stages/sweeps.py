@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import pandas
 import torch
-from safetensors.torch import load_file, save_file
 
 from sts.engine.extract import paired_stats
 from sts.engine.sae_quality import reconstruction_quality
@@ -22,9 +21,7 @@ from sts.measure.score import REVISION, Stats, check_top_n, same_fraction, score
 from sts.run.stage import stage, steps
 
 #: Seed of the sweep's text and SAEs, the same in every seed of a run; files in the folder of each of these SAEs.
-SAE_SEED, QUALITY, NORMS = 0, "quality.json", "decoder_norms.safetensors"
-#: What a table calls an SAE whose decoder norms are not folded in.
-AS_TRAINED = "as trained"
+SAE_SEED, QUALITY = 0, "quality.json"
 COLUMNS = ["axis", "value", "own", "domain", *SCORES]
 #: Names in `sweep_masks` -> what a table calls it, and which settings of the masks are switched off.
 MASKS_OFF = {"whole_prompt": ("template too", {"question_tokens_only": False}),
@@ -99,8 +96,7 @@ def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_te
     layers = _by_layer(sae_values(SaeSpec(layer, sae_latents, sae_k), sweep_widths, sweep_layers, sweep_k))
     specs, activations = [spec for own in layers.values() for spec in own], scratch / "activations"
     (scratch / "plan.json").write_text(json.dumps([spec.name for spec in specs]) + "\n", encoding="utf-8")
-    missing = [spec for spec in specs if not (scratch / spec.name / QUALITY).is_file()]
-    if missing:
+    if missing := [spec for spec in specs if not (scratch / spec.name / QUALITY).is_file()]:
         train, held_out = sae_texts.pieces(sweep_text_tokens, seed=SAE_SEED)
         for part, pieces, share in (("held_out", held_out, 0.0), ("train", train, 0.2)):
             collect_activations(lm, {one: activations / part / str(one) for one in sorted(layers)}, pieces, work=work,
@@ -111,10 +107,8 @@ def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_te
         trained, _ = train_sae(activations / "train" / str(spec.layer), spec.latents, spec.k, sweep_sae_samples,
                                lr=sae_lr, seed=SAE_SEED, model_name=lm.name, layer=spec.layer, device=device,
                                report=told)
-        norms_L = trained.W_dec.detach().norm(dim=-1).float().cpu()  # saving folds them
         folder.mkdir(exist_ok=True)
         save_sae(trained, folder, dtype="bfloat16")
-        save_file({"norms_L": norms_L}, folder / NORMS)
         quality = reconstruction_quality(load_sae(str(folder), device=device),
                                          activations / "held_out" / str(spec.layer))
         (folder / QUALITY).write_text(json.dumps(quality) + "\n", encoding="utf-8")  # last, as the mark of its end
@@ -143,20 +137,13 @@ def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_gr
               for axis, specs in axes.items() for spec in specs]
     values += [("width_share", f"{spec.latents:,}", spec, same_fraction(top_n, sae_latents, spec.latents))
                for spec in axes.get("width", ())]
-    values += [("norms", value, own, top_n) for value in ("folded", AS_TRAINED) if axes]
     rows = []
     for axis, value, spec, count in values:
         folder, domains = sweep_sae_training / spec.name, sums[spec]
         quality = json.loads((folder / QUALITY).read_text(encoding="utf-8"))
-        if value == AS_TRAINED:
-            norms_L = load_file(folder / NORMS)["norms_L"].double()  # up to a factor, which no correlation notices
-            domains = {name: stats | {"base_sum_L": stats["base_sum_L"] / norms_L,
-                                      "squared_difference_L": stats["squared_difference_L"] / norms_L**2}
-                       for name, stats in domains.items()}
         rows += _scores(chosen_by(domains[""], count), {name: stats for name, stats in domains.items() if name},
-                        axis=axis, value=value, own=spec == own and value != AS_TRAINED, **spec._asdict(),
-                        l0=quality["l0"], explained=quality["fraction_of_variance_explained"],
-                        silent=quality["dead"] / spec.latents)
+                        axis=axis, value=value, own=spec == own, **spec._asdict(), l0=quality["l0"],
+                        explained=quality["fraction_of_variance_explained"], silent=quality["dead"] / spec.latents)
     return pandas.DataFrame(rows, columns=[*COLUMNS, "layer", "latents", "k", "l0", "explained", "silent"])
 
 

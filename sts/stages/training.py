@@ -10,22 +10,17 @@ import pandas
 
 from sts.data.load import shared_questions
 from sts.engine.evaluate import evaluate
-from sts.engine.finetune import FineTuning, fine_tune, load_tuned
-from sts.engine.generation import generate_and_score, open_engine, open_vllm
-from sts.engine.models import resolve_model
+from sts.engine.finetune import FineTuning, fine_tune, load_tuned, to_train
+from sts.engine.generation import generate_and_score, open_engine
 from sts.errors import StsError
 from sts.measure.items import above_chance, item_measures, item_shifts
 from sts.run.stage import stage, steps
 
 
 @stage("folder", version=2, parallel=True)
-def sft(fresh_lm, train, held_out, sft_epochs, sft_lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank,
-        lora_alpha, seed, report, work, scratch):
+def sft(fresh_lm, train, held_out, fine_tuning, report, work, scratch):
     """Fine-tune on the training domain's worked solutions: adapter, loss curve, held-out loss before and after."""
-    # All weights in bf16 would round most updates away; adapters are float32 in any case.
-    log = fine_tune(fresh_lm() if lora_rank else fresh_lm(dtype="float32"), train, held_out,
-                    FineTuning(sft_epochs, sft_lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank, lora_alpha,
-                               seed), scratch, report=report, work=work)
+    log = fine_tune(to_train(fresh_lm, fine_tuning), train, held_out, fine_tuning, scratch, report=report, work=work)
     if log:  # the main process alone has one
         (scratch / "training.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
         for what, said in (("left_out", "left out: no solution, or no room for it"), ("cut", "cut at sft_max_length")):
@@ -47,9 +42,8 @@ def sft_trials(fresh_lm, trial, sft_lr_tried, sft_epochs, sft_batch, sft_micro_b
     (train, held_out, seed), rows = trial, []
     for lr, told in steps(sft_lr_tried, report):
         # A finished rate's checkpoints stay, so that a killed stage does not train it again.
-        log = fine_tune(fresh_lm() if lora_rank else fresh_lm(dtype="float32"), train, held_out,
-                        FineTuning(sft_epochs, lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank, lora_alpha,
-                                   seed), scratch / f"{lr:g}", report=told, work=work)
+        own = FineTuning(sft_epochs, lr, sft_batch, sft_micro_batch, sft_max_length, lora_rank, lora_alpha, seed)
+        log = fine_tune(to_train(fresh_lm, own), train, held_out, own, scratch / f"{lr:g}", report=told, work=work)
         rows.append({"lr": lr} | {name: log[name] for name in (
             "train", "held_out", "steps", "held_out_before", "held_out_after")})
     return rows
@@ -94,31 +88,26 @@ def domain_shift(evaluation_before, evaluation_after, bootstrap, seed):
     return item_shifts(before, after, resamples=bootstrap, seed=seed)
 
 
-@stage("parquet", version=3)
-def generation_after(fresh_lm, sft, benchmarks, demonstrations, eval_max_tokens, eval_backend, eval_batch, model,
-                     model_revision, dtype, eval_tensor_parallel, lora_rank, seed, scratch):
-    """Generated answers to `eval_generate`, scored, by the tuned model."""
+def _generated(lm, benchmarks, shots, tokens, batch):
     if not benchmarks:
         raise StsError("eval_generate is empty: name what is to be answered in words, such as [gsm8k] or "
                        "[sft_held_out].")
-    if eval_backend == "vllm":
-        engine = open_vllm(resolve_model(model, model_revision, scratch)[0], revision=model_revision, dtype=dtype,
-                           tensor_parallel=eval_tensor_parallel, adapter=sft and sft / "adapter", lora_rank=lora_rank,
-                           seed=seed)
-    else:
-        engine = open_engine(load_tuned(fresh_lm(), sft) if sft else fresh_lm(), batch=eval_batch)
+    engine = open_engine(lm(), batch=batch)
     return pandas.concat([
-        generate_and_score(engine, benchmark, questions, worked, shots=demonstrations, max_tokens=eval_max_tokens
-                           ).assign(benchmark=name)
+        generate_and_score(engine, benchmark, questions, worked, shots=shots, max_tokens=tokens).assign(benchmark=name)
         for name, (benchmark, questions, worked) in benchmarks.items()], ignore_index=True)
 
 
 @stage("parquet", version=3)
-def generation_before(fresh_lm, benchmarks, demonstrations, eval_max_tokens, eval_backend, eval_batch, model,
-                      model_revision, dtype, eval_tensor_parallel, seed, scratch):
-    """The same by the untuned model."""
-    return generation_after(fresh_lm, None, benchmarks, demonstrations, eval_max_tokens, eval_backend, eval_batch,
-                            model, model_revision, dtype, eval_tensor_parallel, 0, seed, scratch)
+def generation_before(fresh_lm, benchmarks, demonstrations, eval_max_tokens, eval_batch):
+    """Generated answers to `eval_generate`, scored, by the untuned model."""
+    return _generated(fresh_lm, benchmarks, demonstrations, eval_max_tokens, eval_batch)
+
+
+@stage("parquet", version=3)
+def generation_after(fresh_lm, sft, benchmarks, demonstrations, eval_max_tokens, eval_batch):
+    """The same by the tuned model."""
+    return _generated(lambda: load_tuned(fresh_lm(), sft), benchmarks, demonstrations, eval_max_tokens, eval_batch)
 
 
 @stage("parquet", version=3)

@@ -106,8 +106,8 @@ def test_a_page_lies_where_it_is_said_to_below_the_repository_too(book):
 
 def test_a_failing_chapter_is_one_error_and_keeps_finished_stages(book):
     finished = set((results_folder() / "stages").iterdir())
-    with pytest.raises(StsError, match="(?s)cell .*'off_by' is how far.*stay stored"):
-        run_chapter("what_a_forecast_costs", "smoke", {"off_by": 0.5})
+    with pytest.raises(StsError, match="(?s)cell .*'question_tokens' must be a number.*stay stored"):
+        run_chapter("what_a_forecast_costs", "smoke", {"question_tokens": 0})
     assert finished <= set((results_folder() / "stages").iterdir())
 
 

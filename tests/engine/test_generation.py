@@ -1,11 +1,8 @@
 """Generated answers: prompts, answers read from text, and scores."""
 
-import ast
 import hashlib
 import json
-from pathlib import Path
 
-import lm_eval
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -14,13 +11,11 @@ from sts.data.check import LETTERS
 from sts.data.load import load_examples
 from sts.data.prompts import make_prompt
 from sts.data.sources import Example
-from sts.engine import generation
 from sts.engine.generation import (
     extract_letter,
     generate_and_score,
     is_same_answer,
     open_engine,
-    open_vllm,
     own_answers,
     prompt_text,
 )
@@ -211,40 +206,3 @@ def test_a_letter_of_a_question_without_options_cannot_be_asked(lm_of):
 def test_a_prompt_that_leaves_no_room_is_named(lm_of):
     with pytest.raises(StsError, match="item open-0 has .* tokens, and the model's context leaves 12 beside"):
         generate_and_score(open_engine(lm_of("llama"), batch=2), "gsm8k", OPEN, max_tokens=8180)
-
-
-def test_vllm_is_asked_for_by_its_install_command(monkeypatch):
-    monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(StsError, match=r"vLLM is not installed.*pip install 'lm-eval\[vllm\]'"):
-        open_vllm("some/model")
-
-
-def test_vllm_gets_what_the_run_says(monkeypatch, tmp_path):
-    """The harness's vLLM class takes these options; vLLM itself needs a GPU."""
-    from lm_eval.api import registry
-
-    calls = []
-    source = ast.parse((Path(lm_eval.__file__).parent / "models" / "vllm_causallms.py").read_text(encoding="utf-8"))
-
-    class Recorder:
-        @classmethod
-        def create_from_arg_obj(cls, options):
-            calls.append(options)
-
-    monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(registry, "get_model", lambda name: {"vllm": Recorder}[name])
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
-    open_vllm("org/model", revision="abc", dtype="bfloat16", tensor_parallel=2, adapter=tmp_path / "lora", lora_rank=32)
-    open_vllm("org/model", revision="abc", adapter=tmp_path)
-    first, second = calls
-    assert first == {"pretrained": "org/model", "revision": "abc", "tokenizer_revision": "abc", "dtype": "bfloat16",
-                     "tensor_parallel_size": 2, "lora_local_path": str(tmp_path / "lora"),
-                     "max_lora_rank": 32, "batch_size": "auto", "seed": 0, "enable_prefix_caching": True}
-    assert (second["pretrained"], second["tokenizer"], second["tokenizer_revision"]) == (
-        str(tmp_path), "org/model", "abc")
-    assert "revision" not in second
-    vllm, = (node for node in source.body if isinstance(node, ast.ClassDef) and node.name == "VLLM")
-    init, = (node for node in vllm.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
-    # What is no parameter of the harness' class goes on to vLLM's own.
-    assert set(first) - {argument.arg for argument in init.args.args} == {"enable_prefix_caching"}

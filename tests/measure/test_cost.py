@@ -55,31 +55,9 @@ def test_an_impossible_assumption_is_refused(name, value):
         cost.Assumptions(**{name: value})
 
 
-@pytest.mark.parametrize("factor", [0, -2.0, 0.5, 1e4, math.nan, math.inf])
-def test_a_factor_that_is_none_is_refused(factor):
-    with pytest.raises(StsError, match="'off_by' is how far .* from 1 .*; got"):
-        cost.sensitivity(SMALL, ASSUMED, factor=factor)
-
-
 def test_the_largest_values_that_are_accepted_give_finite_numbers():
     largest = cost.Assumptions(*[cost.LARGEST] * 6)
-    varied = cost.sensitivity(cost.Settings(), largest, factor=cost.LARGEST_FACTOR)
-    assert varied[["ratio", "low", "high"]].map(math.isfinite).all(axis=None)
-    assert (varied["low"] <= varied["ratio"]).all() and (varied["ratio"] <= varied["high"]).all()
-
-
-def test_sensitivity_holds_the_plan_and_all_at_once_is_widest(monkeypatch):
-    monkeypatch.setattr(cost, "ARCHITECTURES", {"toy": TOY})
-    varied = cost.sensitivity(SMALL, ASSUMED)
-    assert set(varied["ratio"]) == {cost.ratio(TOY, SMALL, ASSUMED)}
-    assert (varied["low"] <= varied["ratio"]).all() and (varied["ratio"] <= varied["high"]).all()
-    by_name = varied.set_index("assumption")
-    ends = {cost.ratio(TOY, SMALL, replace(ASSUMED, generated_tokens=tokens)) for tokens in (2, 5, 10)}
-    assert (by_name.loc["generated_tokens", "low"], by_name.loc["generated_tokens", "high"]) == (min(ends), max(ends))
-    others = by_name.drop("all")
-    assert by_name.loc["all", "low"] <= others["low"].min() and by_name.loc["all", "high"] >= others["high"].max()
-    same = cost.sensitivity(SMALL, ASSUMED, factor=1.0).set_index("assumption")
-    assert same.loc["sft_solution_tokens", "low"] == same.loc["sft_solution_tokens", "high"]
+    assert all(math.isfinite(cost.ratio(one, cost.Settings(), largest)) for one in cost.ARCHITECTURES.values())
 
 
 def test_prompts_are_counted_whole():

@@ -16,8 +16,7 @@ from sts.stages import training
 
 DOMAINS = {name: own[:4] for name, own in by_domain(load_examples("mmlu_exemplars")).items() if name in ("law", "math")}
 HELD_OUT = load_examples("gsm_symbolic", limit=2)
-HOW = {"demonstrations": 1, "eval_max_tokens": 6, "eval_backend": "hf", "eval_batch": 2, "model": "",
-       "model_revision": "", "dtype": "float32", "eval_tensor_parallel": 1, "seed": 0, "scratch": None}
+HOW = {"demonstrations": 1, "eval_max_tokens": 6, "eval_batch": 2}
 
 
 def test_questions_stand_behind_others_of_their_domain_or_behind_those_set_aside():
@@ -36,7 +35,7 @@ def test_both_models_answer_the_same_questions(tiny_models, tmp_path):
     asked = benchmark_questions(["mmlu_pro", "sft_held_out"], HELD_OUT, DOMAINS, {}, 1, 1, 0)
     fine_tune(load(), HELD_OUT, HELD_OUT, FineTuning(2, 0.05, 2, 2, 256, 4, 8, 0), tmp_path)
     before = training.generation_before(load, asked, **HOW)
-    after = training.generation_after(load, tmp_path, asked, **HOW, lora_rank=4)
+    after = training.generation_after(load, tmp_path, asked, **HOW)
     assert before["benchmark"].tolist() == ["mmlu_pro"] * 2 + ["sft_held_out"] * 2
     assert before["example_id"].tolist() == after["example_id"].tolist() == [
         one.example_id for _, questions, _ in asked.values() for one in questions]

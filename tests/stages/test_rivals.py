@@ -1,6 +1,7 @@
 """Stages of the chapter on rivals, on the smoke run, each recomputed by other means."""
 
 from dataclasses import replace
+from itertools import permutations
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,14 +13,18 @@ from scipy.stats import pearsonr
 
 import sts
 from sts.data.prompts import make_prompt, question_text, solution_prompt
+from sts.engine.evaluate import evaluate
+from sts.engine.finetune import fine_tune, load_tuned
 from sts.engine.generation import greedy_answer
+from sts.engine.rivals import first_weights, gradient
+from sts.engine.work import Work
 from sts.measure import rivals
 from sts.measure.baselines import split_domains
 from sts.measure.items import item_measures
 from sts.run import resources
 from sts.run.others import seeds_of
 from sts.run.recorded import record
-from sts.stages.rivals import rival_tests
+from sts.stages.rivals import example_effects, rival_tests
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +227,73 @@ def test_records_hold_no_answers_and_only_means_of_states(run, tmp_path):
     states = load_file(tmp_path / f"training_answer_states-{run.key('training_answer_states')}.safetensors")
     assert len(states["training_raw_ED"]) == 1
     torch.testing.assert_close(states["own_sae_EL"][0], run.get("training_answer_states")["own_sae_EL"].mean(0))
+
+
+# --- single examples ----------------------------------------------------------------------------------------------
+
+def test_problems_are_ranked_by_what_each_alone_should_do(run):
+    ranked, own = run.get("example_forecasts"), run.settings
+    scores = run.get("scores").query("variant == 'paper'").set_index("domain")["sts_act"].drop("math")
+    assert ranked["domain"].unique().tolist() == [scores.idxmax()] == [ranked["domain"][0]]
+    states, domains = run.get("training_answer_states"), split_domains(run.get("domain_answer_states"))
+    name, train = scores.idxmax(), resources.train(run)
+    middle = torch.stack([one["raw_ED"].mean(0) for one in domains.values()]).mean(0)
+    toward = domains[name]["raw_ED"].mean(0) - middle
+    active = {*domains[name]["sae_L"].argsort(descending=True, stable=True)[:own.top_n].tolist()}
+    lm = resources.fresh_lm(run)()
+    weights = first_weights(lm, own.lora_rank, own.lora_alpha, own.seed)
+
+    def slope(examples):
+        prompts = [solution_prompt(lm.tokenizer, replace(one, options=(), answer_index=-1)) for one in examples]
+        return gradient(lm, weights, prompts, micro_batch=8, work=Work())
+
+    goal = slope(resources.questions(run)[name][:own.rival_questions])
+    for at, row in enumerate(ranked.itertuples()):
+        assert row.place == states["place_E"][at]
+        moved = states["training_raw_ED"][at] - states["own_raw_ED"][at]
+        assert row.projection == pytest.approx((moved @ toward / toward.norm()).item(), rel=1e-3, abs=1e-5)
+        latents = states["training_sae_EL"][at].argsort(descending=True, stable=True)[:own.top_n].tolist()
+        assert row.overlap == len(active & {*latents}) / own.top_n
+        assert row.influence == pytest.approx((slope([train[row.place]]) @ goal).item(), rel=1e-3, abs=1e-6)
+
+
+def test_a_training_leaves_out_the_fifth_that_its_name_says(run, tmp_path):
+    ranked, found, name = run.get("example_forecasts"), run.get("example_retraining"), "influence"
+    assert len(found.groupby(["ranking", "left_out"])) == 4 + 3 * 2
+    fifth, train = len(ranked) // 5, resources.train(run)
+    for end, gone in (("top", ranked[name].idxmax()), ("bottom", ranked[name].idxmin())):
+        assert fifth == 1
+        kept = [train[place] for place in ranked["place"].drop(gone)]
+        fine_tune(resources.fresh_lm(run)(), kept, [], resources.fine_tuning(run), tmp_path / end)
+        tuned = load_tuned(resources.fresh_lm(run)(), tmp_path / end)
+        asked = resources.questions(run)[ranked["domain"][0]][:run.settings.eval_limit]
+        again = item_measures(evaluate(tuned, asked, kinds=run.settings.eval_kinds, shots=resources.shots(run),
+                                       batch=8))
+        rows = found[(found["ranking"] == name) & (found["left_out"] == end)].set_index("example_id")
+        assert rows.loc[again.index, "bits"].to_dict() == pytest.approx(again["bits"].to_dict(), rel=1e-4)
+
+
+def test_a_lead_is_judged_among_those_of_random_fifths():
+    def retrained(seed, top, bottom, drawn):
+        rows = [("projection", "top", top), ("projection", "bottom", bottom), ("overlap", "top", 1),
+                ("overlap", "bottom", 1), ("influence", "top", bottom), ("influence", "bottom", top),
+                *(("random", str(n), one) for n, one in enumerate(drawn))]
+        frame = pandas.DataFrame([{"domain": "law", "example_id": f"q{item}", "ranking": ranking, "left_out": end,
+                                   "bits": bits + 0.01 * item} for ranking, end, bits in rows for item in range(9)])
+        return SimpleNamespace(settings=SimpleNamespace(seed=seed, example_domains=1), get=lambda stage: frame)
+
+    # Fewer bits are likelier answers: without the top fifth they cost 3 and 2 bits, without the bottom 1 each.
+    found = example_effects([retrained(0, 3, 1, [0, 0, 0, 4]), retrained(1, 2, 1, [0, 1, 2, 3])], 500, 0)
+    rows = {row["ranking"]: row for row in found}
+    assert {one["measure"] for one in found} == {"bits"}
+    assert [rows[name]["mean"] for name in ("projection", "overlap", "influence")] == pytest.approx([1.5, 0, -1.5])
+    null = [(one + first - second) / 2 for one in [4] * 3 + [0] * 6 + [-4] * 3
+            for first, second in permutations(range(4), 2)]
+    assert rows["projection"]["p"] == pytest.approx(np.mean([lead >= 1.5 for lead in null]))
+    assert [one["mean"] for one in rows["projection"]["each"]] == pytest.approx([2, 1])
+
+
+def test_without_domains_to_rank_for_there_is_nothing_to_train(run):
+    none = run.variant(example_domains=0)
+    assert none.get("example_effects") == []
+    assert none.get("example_retraining").empty

@@ -6,7 +6,6 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from safetensors.torch import load_file
 from scipy.stats import pearsonr
 from statsmodels.stats.multitest import multipletests
 
@@ -141,7 +140,7 @@ def test_a_runs_values_are_sorted_around_its_own(run):
 
 def test_the_runs_own_value_has_the_scores_of_the_run(run):
     frame = pandas.concat([run.get(name) for name in ("sweep_latents", "sweep_saes", "sweep_settings")])
-    own = frame[frame["own"] & ~frame["axis"].isin(("width", "width_share", "layer", "k", "norms"))]
+    own = frame[frame["own"] & ~frame["axis"].isin(("width", "width_share", "layer", "k"))]
     assert own["axis"].nunique() == 6
     for _, group in own.groupby("axis"):
         assert_same_scores(group.set_index("domain"), paper_scores(run))
@@ -179,11 +178,11 @@ def question_states(lm, prompts, layer):
     return torch.cat([state[slice(*prompt.question)] for state, prompt in zip(found, prompts, strict=True)])
 
 
-def scored_by_hand(run, sae, layer, domain, norms):
-    """Scores with the latents divided by `norms`, from whole passes and every latent of every token."""
+def scored_by_hand(run, sae, layer, domain):
+    """Scores from whole passes and every latent of every token."""
     def latents(prompts):
         with torch.no_grad():
-            return sae.encode(question_states(resources.lm(run), prompts, layer)).double() / norms
+            return sae.encode(question_states(resources.lm(run), prompts, layer)).double()
 
     def change(group):
         return (latents(group.icl) - latents(group.base)).square().mean(0)
@@ -195,14 +194,12 @@ def scored_by_hand(run, sae, layer, domain, norms):
 
 @pytest.mark.parametrize(("axis", "value", "spec"), [
     ("layer", "1", sweeps.SaeSpec(1, 128, 8)), ("width", "64", sweeps.SaeSpec(0, 64, 8)),
-    ("k", "4", sweeps.SaeSpec(0, 128, 4)), ("norms", "as trained", sweeps.SaeSpec(0, 128, 8)),
-    ("norms", "folded", sweeps.SaeSpec(0, 128, 8))])
+    ("k", "4", sweeps.SaeSpec(0, 128, 4))])
 def test_scores_with_another_sae_are_those_of_its_latents(run, axis, value, spec):
     folder = run.get("sweep_sae_training") / spec.name
-    norms = load_file(folder / "decoder_norms.safetensors")["norms_L"].double() if value == "as trained" else 1
     found = scores_of(run.get("sweep_saes"), axis, value).loc["law"]
     sae = load_sae(str(folder))
-    wanted = scored_by_hand(run, sae, spec.layer, "law", norms)
+    wanted = scored_by_hand(run, sae, spec.layer, "law")
     # The engine runs demonstrations once; a latent at the edge of the k largest may change sides by rounding.
     assert (found["sts_act"], found["sts_icl"]) == pytest.approx(wanted, rel=2e-2)
     assert (found["layer"], found["latents"], found["k"]) == (spec.layer, spec.latents, spec.k)
@@ -221,13 +218,6 @@ def test_saes_are_judged_on_text_that_they_are_not_trained_on(run):
         run.settings.sweep_text_tokens, seed=sweeps.SAE_SEED))
     for path in run.get("sweep_sae_training").glob("*/quality.json"):
         assert 0.8 * held_out < json.loads(path.read_text())["tokens"] <= held_out < train / 3
-
-
-def test_norms_before_folding_differ(run):
-    folder = run.get("sweep_sae_training") / "layer0-latents128-k8"
-    assert load_file(folder / "decoder_norms.safetensors")["norms_L"].std() > 0
-    torch.testing.assert_close(load_sae(str(folder), fold_norms=False).W_dec.norm(dim=-1), torch.ones(128), rtol=1e-2,
-                               atol=1e-2)
 
 
 def test_all_seeds_share_the_saes_and_no_activations_are_kept(run):
