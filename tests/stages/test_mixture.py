@@ -14,6 +14,7 @@ import sts
 from sts.book import claims, evidence
 from sts.book.claims import HELD, IN_PART, NOT_DONE, NOT_HELD
 from sts.data.prompts import make_prompt, question_text, solution_prompt
+from sts.engine import finetune
 from sts.engine.evaluate import evaluate
 from sts.errors import StsError
 from sts.measure.items import item_measures
@@ -119,7 +120,7 @@ def test_answers_are_what_the_untuned_model_says_to_the_prompt_that_is_trained_o
 
 def trained_on(run, monkeypatch, results):
     """What `fine_tune` is given by stage `mixture`, and the adapters that it makes: one a mixture."""
-    given, adapters, fine_tune = [], [], stages.fine_tune
+    given, adapters, fine_tune = [], [], finetune.fine_tune
 
     def watched(lm, train, held_out, settings, folder, **more):
         given.append(train)
@@ -127,7 +128,7 @@ def trained_on(run, monkeypatch, results):
         adapters.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
         return log
 
-    monkeypatch.setattr(stages, "fine_tune", watched)
+    monkeypatch.setattr(finetune, "fine_tune", watched)
     return given, adapters, results()
 
 
