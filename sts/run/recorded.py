@@ -56,19 +56,18 @@ def _sums(sums: Mapping) -> dict:
 
 
 def _means(states: Mapping) -> dict:
-    """Of states by example their means, as one example."""
-    return {name: own.mean(0, keepdim=True) if name[-3:] in ("_ED", "_EL") else own for name, own in states.items()}
+    """Of states by example their means, as one example; of domains the residual stream's alone."""
+    return {name: own.mean(0, keepdim=True) if name[-3:] in ("_ED", "_EL") else own for name, own in states.items()
+            if not name.endswith("/sae_L")}
 
 
 #: Stage -> what is recorded of its result instead of all: a function of it, or None for nothing.
 CHANGED: dict[str, Callable[[Any], Any] | None] = {
     "latent_examples": _without_tokens, "ablated_answers": _without_answers, "shifted_examples": _without_tokens,
-    "steered_answers": _without_answers, "judge_labels": _without_prompts, "pool_activations": None,
-    "pool_activity": None,
-    "domain_stats": _sums, "domain_rows": None,
-    "text_activations": None, "latent_strengths": None, "domain_raw_stats": None, "domain_model_change": None,
-    "random_latent_scores": None, "rollouts": None, "mixture_answers": None,
-    "greedy_answers": None, "training_answer_states": _means, "domain_answer_states": _means}
+    "steered_answers": _without_answers, "judge_labels": _without_prompts, "domain_stats": _sums,
+    "training_answer_states": _means, "domain_answer_states": _means, **dict.fromkeys((
+        "pool_activations", "pool_activity", "domain_rows", "text_activations", "latent_strengths", "domain_raw_stats",
+        "domain_model_change", "random_latent_scores", "rollouts", "mixture_answers", "greedy_answers"))}
 
 
 def as_recorded(name: str, kind: str, value: Any, scratch: Path) -> Any:

@@ -71,13 +71,13 @@ def tokenizer(run):
     return described(run)[0]
 
 
-def _after(stage: str, run):
+def _after(stage: str, run):  # the model after a training, a copy of its own
     from sts.engine.finetune import load_tuned
     return load_tuned(fresh_lm(run)(), run.get(stage))
 
 
-for _name, _stage in (("tuned", "sft"), ("reinforced", "rl")):  # the model after either training, a copy of its own
-    resource((*_MODEL, "dtype"), ("model",), (_stage,), _name)(partial(_after, _stage))
+tuned, reinforced = (resource((*_MODEL, "dtype"), ("model",), (stage,), name)(partial(_after, stage))
+                     for name, stage in (("tuned", "sft"), ("reinforced", "rl")))
 
 
 @resource(("fold_norms", "sae_dtype"), ("sae",))

@@ -227,6 +227,8 @@ def test_records_hold_no_answers_and_only_means_of_states(run, tmp_path):
     states = load_file(tmp_path / f"training_answer_states-{run.key('training_answer_states')}.safetensors")
     assert len(states["training_raw_ED"]) == 1
     torch.testing.assert_close(states["own_sae_EL"][0], run.get("training_answer_states")["own_sae_EL"].mean(0))
+    states = load_file(tmp_path / f"domain_answer_states-{run.key('domain_answer_states')}.safetensors")
+    assert {name.rpartition("/")[2] for name in states} == {"raw_ED", "last_D"}
 
 
 # --- single examples ----------------------------------------------------------------------------------------------
