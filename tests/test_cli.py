@@ -136,7 +136,7 @@ def test_what_cannot_be_verified_is_one_message(sts, echo, options):
 
 
 @pytest.mark.parametrize(("name", "value", "message"), [
-    ("question_tokens", ".nan", "'question_tokens' must be a number from 1 to 1,000,000,000; got nan"),
+    ("question_tokens", ".nan", "'question_tokens' must be of type int; got nan"),
     ("demonstration_sets", "-1", "'demonstration_sets' must be a number from 1 to 1,000,000,000; got -1")])
 def test_the_cost_chapters_own_parameters_stop_it_before_anything_is_computed(sts, tmp_path, monkeypatch, name, value,
                                                                               message):
@@ -150,7 +150,7 @@ def test_a_plan_says_what_stages_take(sts, tmp_path, monkeypatch):
     monkeypatch.setenv("STS_RESULTS", str(tmp_path))
     code, output, _ = sts("plan", "scores", "--run", "smoke")
     assert code == 0 and re.search(r"\ndomain_stats +1 +0 .*\n(?:.*\n)*left to run +6 +0 ", output)
-    assert "Memory: about" in output and "a token in gsm_symbolic" in output
+    assert "Memory: about" in output
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

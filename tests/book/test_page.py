@@ -163,7 +163,7 @@ def counts_and_rows(board, part):
     return counts, {cells[0]: cells for cells in (texts(row.select("td")) for row in table.select("tbody tr"))}
 
 
-def rival_results(less=0.2, lead=0.1, held=0.9):
+def rival_results(less=0.2, lead=0.1, held=0.9, helped=0.2):
     """Stored results of the chapter on rivals, of which the forecast named best leads one sign for all."""
     rivals = [{"measure": "bits", "kind": "rival", "predictor": name, "n": 14, "pearson": 0.4,
                "less": {"sts_act": {"mean": own, "interval": {"low": own - 0.1, "high": own + 0.1}}}}
@@ -174,12 +174,14 @@ def rival_results(less=0.2, lead=0.1, held=0.9):
     coverage = [{"measure": "bits", "score": "sts_act", "part": part, "n": 14, "share": held,
                  "narrower": 0.3} for part in ("own", "others")]
     matrix = pandas.DataFrame({"training_set": ["a", "b"], "loss_fall": [0.5, 0.5]})
+    examples = [{"measure": "bits", "ranking": name, "mean": own, "low": own - 0.1, "high": own + 0.1, "p": 0.02}
+                for name, own in (("overlap", 0.3), ("projection", helped), ("influence", 0.2))]
     return {"rival_correlations": rivals, "rival_tests": {"signs": signs, "coverage": coverage},
-            "training_matrix": matrix, "change_quality": []}
+            "training_matrix": matrix, "change_quality": [], "example_effects": examples}
 
 
 def test_what_goes_beyond_the_paper_has_cards_and_a_part_of_the_scorecard_of_its_own(tmp_path):
-    ids = ("beats-rivals", "sign-beyond-one", "intervals-hold")
+    ids = ("beats-rivals", "sign-beyond-one", "intervals-hold", "examples-move")
 
     def shown(**changed):
         page = Page("rivals", Run(tmp_path, **rival_results(**changed)))
@@ -187,17 +189,20 @@ def test_what_goes_beyond_the_paper_has_cards_and_a_part_of_the_scorecard_of_its
         return words, *counts_and_rows(page.scorecard(), 1)
 
     words, counts, rows = shown()
-    assert words == ["held"] * 3 and counts["held"] == 3 == sum(counts.values())
-    assert [*rows] == ["Rivals", "The sign", "Intervals"] and {cells[3] for cells in rows.values()} == {""}
+    assert words == ["held"] * 4 and counts["held"] == 4 == sum(counts.values())
+    assert [*rows] == ["Rivals", "The sign", "Intervals", "Single examples"]
+    assert {cells[3] for cells in rows.values()} == {""}
     assert "0.20 (0.10 to 0.30)" in rows["Rivals"][4] and "10% (2% to 20%)" in rows["The sign"][4]
     words, counts, rows = shown(less=0.05)
-    assert words[0] == "not held" == rows["Rivals"][1] and (counts["held"], counts["not held"]) == (2, 1)
+    assert words[0] == "not held" == rows["Rivals"][1] and (counts["held"], counts["not held"]) == (3, 1)
     words, counts, rows = shown(lead=-0.05)
     assert words[1] == "not held" == rows["The sign"][1] and counts["not held"] == 1
     words, counts, rows = shown(held=0.7)
     assert words[2] == "not held" == rows["Intervals"][1] and "70%" in rows["Intervals"][4]
+    words, counts, rows = shown(helped=0.05)
+    assert words[3] == "not held" == rows["Single examples"][1] and counts["not held"] == 1
     page = Page("scorecard", Run(tmp_path))
-    assert counts_and_rows(page.scorecard(), 1)[0]["not done yet"] == 3
+    assert counts_and_rows(page.scorecard(), 1)[0]["not done yet"] == 4
     assert sum(counts_and_rows(page.scorecard(), 0)[0].values()) == 17
 
 
