@@ -6,6 +6,7 @@ import errno
 import os
 import shlex
 import sys
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ import typer
 import yaml
 
 import sts
-from sts.errors import ROOT, StsError
+from sts.errors import ROOT, StsError, one_of
 from sts.run.log import PACKAGES
 from sts.run.settings import GROUPS, Run, available_runs, load_run, profile_file, read_yaml
 
@@ -25,14 +26,17 @@ ParameterOption = Annotated[list[str] | None, typer.Option("-p", "--parameter", 
                                                            help="a setting to change; may be repeated")]
 
 
-def _values(parameters: list[str] | None) -> dict[str, Any]:
+def _values(parameters: list[str] | None, known: Collection[str] = Run.model_fields) -> dict[str, Any]:
     """NAME=VALUE pairs; a value is read as YAML, so 50 is a number and {a.txt: 100} a mapping."""
     try:
         found = {name: read_yaml(value) for name, _, value in (pair.partition("=") for pair in parameters or [])}
     except yaml.YAMLError as error:
         raise StsError(f"A value after -p could not be read: {' '.join(str(error).split())}") from error
-    for name in (name for name, value in found.items() if value is None):
-        raise StsError(f"-p {name} has no value. Write for example: -p {name} 1")
+    for name, value in found.items():
+        if known and name not in known:
+            raise one_of("Setting", name, known)
+        if value is None:
+            raise StsError(f"-p {name} has no value. Write for example: -p {name} 1")
     return found
 
 
@@ -49,7 +53,7 @@ def run_one(chapter: str, run: RunOption = "laptop", parameter: ParameterOption 
     """Execute one CHAPTER, with other parameters if you like; only what depends on them is computed again."""
     from sts.book.chapters import quick_page, run_chapter
 
-    target = run_chapter(chapter, run, _values(parameter))
+    target = run_chapter(chapter, run, _values(parameter, ()))  # chapters have parameters of their own
     print(f"\nExecuted notebook: {target}\nTo look at it, open with a browser:\n  {quick_page(target).as_uri()}")
 
 
@@ -88,8 +92,10 @@ def forecast(model: Annotated[str, typer.Option()], sae: Annotated[str, typer.Op
              layer: Annotated[int | None, typer.Option(help="by default the one that the SAE names")] = None,
              out: Annotated[Path, typer.Option(metavar="DIR")] = Path("forecast"), parameter: ParameterOption = None):
     """Forecast which of your own domains move in training on your own problems, and write a report."""
-    found = sts.forecast(train, domains, **dict(model=model, sae=sae, layer=layer, out=out) | _values(parameter))
-    print(f"{found.scores.to_string(index=False)}\n\nOpen it with a browser:\n  {found.path.as_uri()}")
+    values = _values(parameter, (*Run.model_fields, "run"))
+    found = sts.forecast(train, domains, **dict(model=model, sae=sae, layer=layer, out=out) | values)
+    shown = found.scores[["domain", "score", "mean", "low", "high", "n"]].to_string(index=False, float_format="%.4g")
+    print(f"{shown}\n\nOpen it with a browser:\n  {found.path.as_uri()}")
 
 
 @app.command()

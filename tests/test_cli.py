@@ -361,6 +361,15 @@ def test_an_empty_value_is_refused(pair, monkeypatch, capsys):
     assert "top_n has no value" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("pair", ["results=3", "run=smoke", "store=x"])
+def test_what_python_takes_beside_settings_is_no_setting(pair, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sts", "stage", "scores", "--run", "smoke", "-p", pair])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert f"Setting '{pair.partition('=')[0]}' is not known" in capsys.readouterr().err
+
+
 def test_settings_are_listed_with_value_and_meaning(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sts", "settings", "--run", "smoke"])
     with pytest.raises(SystemExit) as stopped:

@@ -17,8 +17,6 @@ HELD, IN_PART, NOT_HELD, NOT_TESTABLE, NOT_DONE = WORDS = (
     "held", "in part", "not held", "not testable here", "not done yet")
 #: What the p of a test, or the share of random sets, may be.
 ALPHA = 0.05
-#: Costs within this factor of each other are alike: a time varies by that much from run to run.
-MARGIN = 1.25
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def at_least(found: Evidence, bound: float) -> str:
 
 def apart(found: Evidence) -> str:
     """Held if the 95% interval lies above all that it is compared with, in part if above the first alone; otherwise not
-    held. Codes are compared as they are: where activity is concentrated, a change tends to be."""
+    held."""
     low = -math.inf if found.low is None else found.low
     first, *others = (low > (one.high or one.value or 0) for one in found.against.values())
     return NOT_HELD if not first else HELD if all(others) else IN_PART
@@ -83,8 +81,7 @@ def rarer_than(found: Evidence) -> str:
 
 
 def no_more_than_chance(found: Evidence) -> str:
-    """Held if more than 5% of shuffled targets reach each number; otherwise not held. Few domains cannot tell a small
-    correlation from none, so that held is weak evidence."""
+    """Held if more than 5% of shuffled targets reach each number; otherwise not held. Few domains say little here."""
     return HELD if all(one.p is not None and one.p > ALPHA for one in (found, *found.against.values())) else NOT_HELD
 
 
@@ -104,15 +101,8 @@ def own_list(found: Evidence) -> str:
     return HELD if all((one.value or 0) > 0 and one.p is not None and one.p < ALPHA for one in leads) else NOT_HELD
 
 
-def cheaper(found: Evidence) -> str:
-    """Held if finding out costs more than 1.25 times as much as the forecast, in seconds and in passes; in part if in
-    one of the two; otherwise not held. Training the SAE is not counted."""
-    above = [(one.value or 0) > MARGIN for one in (found, *found.against.values())]
-    return HELD if all(above) else IN_PART if any(above) else NOT_HELD
-
-
 RULES: dict[str, Callable[..., str]] = {rule.__name__: rule for rule in (
-    positive, difference, at_least, apart, all_above, rarer_than, no_more_than_chance, specific, own_list, cheaper)}
+    positive, difference, at_least, apart, all_above, rarer_than, no_more_than_chance, specific, own_list)}
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ import torch
 from sts.book.claims import NOT_DONE, Claim, Evidence
 from sts.book.figures import rows_of, value_of
 from sts.book.trainings import gain_kept, kept_up, read_outs  # noqa: F401  (named by records)
-from sts.errors import StsError
+from sts.errors import NotRecorded, StsError
 from sts.measure import cost, paper
 from sts.measure.items import crossed_mean_interval, paired_mean_interval
+from sts.measure.rivals import LABELS
 from sts.measure.score import concentration, concentrations, overlap_rows, same_fraction, shares_named
 from sts.measure.training_sets import list_lead
 
@@ -32,12 +33,12 @@ SMALLEST_FALL = 0.1
 MATCH, SHARED = 0.1, 0.5
 #: With less than this share of the changes' variance beyond noise (`items.change_quality`) no forecast is judged.
 RELIABLE = 0.5
-#: Why a claim cannot be tested.
 UNLEARNED = "training taught the model too little: the loss on held-out problems fell by less than a tenth"
 CHANCE = "before training the model is right no more often than by chance"
 UNRELIABLE = "the change is mostly noise"
 UNMATCHED = "no random sets match it"
 UNREWARDED = "the reward did not rise"
+UNFORECAST = "no value of this setting forecasts to begin with"
 CODES = {"sae": "SAE latents", "raw": "raw dimensions", "random": "random sparse code"}
 
 
@@ -47,7 +48,7 @@ def weigh(run: OpenRun, claim: Claim) -> tuple[Evidence | None, str, str]:
         found: Evidence = globals()[claim.evidence](run, **claim.arguments)
         unable = found.unable or UNLEARNED * (not _learned(run, claim))
     except StsError as error:
-        return None, NOT_DONE, str(error)
+        return None, NOT_DONE, str(error) if not isinstance(error, NotRecorded) else "Not in the records of this run."
     return found, claim.judge(found, unable), unable
 
 
@@ -80,13 +81,13 @@ def _unreliable(run: OpenRun, measure: str | None) -> bool:
 
 
 def row(run: OpenRun, stage: str, where: Mapping[str, Any] = {}, *, under: str = "", n: str = "n", of: str = "domains",
-        against: Mapping[str, Mapping[str, Any]] = {}, each: str = "", **fields: Any) -> Evidence:
+        against: Mapping[str, Mapping[str, Any]] = {}, each: str = "", among: str = "", **fields: Any) -> Evidence:
     """A number with its interval from the row of a stage (of its part `under`) that has the fields `where`.
 
     Args:
-        fields: see `_estimate`.
         against: name -> what differs in the row that the number is held against.
         each: how to call each row, if several are picked: the smallest number is judged, the others stand beside it.
+        among: a part of the stage; untestable unless one of its rows `where` has an r above zero.
     """
     found = paper.recomputed_correlations() if stage == "paper" else run.get(stage)
     rows = rows_of(found[under] if under else found)
@@ -99,7 +100,8 @@ def row(run: OpenRun, stage: str, where: Mapping[str, Any] = {}, *, under: str =
 
     own = picked(where)
     first, number = min(own, key=lambda pair: pair[1].value or 0.0) if each else own[0]
-    more = {each.format(**one): other for one, other in own if each and one is not first}
+    more = {each.format(**{**one, "predictor": LABELS.get(one.get("predictor", ""))}): other
+            for one, other in own if each and one is not first}
     for name, changed in against.items():
         more[name] = picked(**{**changed, "where": {**where, **changed.get("where", {})}})[0][1]
     answered = where.get("measure") in ("accuracy", "p_right")
@@ -107,6 +109,8 @@ def row(run: OpenRun, stage: str, where: Mapping[str, Any] = {}, *, under: str =
               or UNRELIABLE * ((first["reliability"] is not None and first["reliability"] < RELIABLE)
                                if "reliability" in first else
                                "measure" in where and stage != "paper" and _unreliable(run, where["measure"]))
+              or UNFORECAST * (bool(among) and not any(
+                  _estimate(one).above for one in found[among] if where.items() <= one.items()))
               or UNMATCHED * (not all(one.fair for one in more.values())))
     count = value_of(first, n) or (run.get("domain_shift")["domain"].nunique() if of == "domains" else None)
     return replace(number, n=count, of=of, against=more, unable=unable)
@@ -149,15 +153,14 @@ def after_rl(run: OpenRun, **arguments: Any) -> Evidence:
 
 
 def cost_ratio(run: OpenRun) -> Evidence:
-    """Fine-tuning and evaluation divided by the forecast, in seconds and in token-forward-passes, as measured."""
+    """Fine-tuning and evaluation divided by the forecast, in token-forward-passes, as counted."""
     sums = []
     for stages in (("shift", "domain_stats"), ("sft", "evaluation_before", "evaluation_after")):
         records = [run.provenance(stage) for stage in stages]
         if not all(records):
             raise StsError("Not all stages that are compared are there.")
-        sums.append([sum(record["seconds"] for record in records), sum(record["work"]["passes"] for record in records)])
-    seconds, passes = np.divide(*sums[::-1]).tolist()
-    return Evidence(seconds, n=1, of="measurement", against={"token-forward-passes": Evidence(passes)})
+        sums.append(sum(record["work"]["passes"] for record in records))
+    return Evidence(sums[1] / sums[0], n=1, of="run")
 
 
 def planned_cost(run: OpenRun) -> Evidence:
@@ -224,7 +227,7 @@ def foreseen(run: OpenRun) -> Evidence:
     own_R = _named(run, stats["sae/squared_difference_RL"])
     lists = {"by firing rate": stats["sae/base_fired_L"][None], "by energy": stats["sae/base_square_sum_L"][None],
              "demonstrations of other domains": run.get("shift_by_other_domain")["sae/squared_difference_RL"]}
-    return Evidence(found["share"], p=found["active_p"], n=len(own_R), of="sets of demonstrations", against={
+    return Evidence(own_R.mean().item(), p=found["active_p"], n=len(own_R), of="sets of demonstrations", against={
         f"more than {name}": _lead(run, own_R - _named(run, values_RL)) for name, values_RL in lists.items()})
 
 

@@ -15,6 +15,7 @@ from sts.measure.items import MeanInterval, crossed_mean_interval, paired_mean_i
 if TYPE_CHECKING:
     from sts.run.run import OpenRun
 
+UNHARMED = "training without the examples does not harm both domains"
 #: Sets of latents whose read-outs are trained beside the estimated ones.
 OTHERS = {"random": "random latents", "like_rate": "others that fire as often", "most_active": "the most active"}
 
@@ -66,7 +67,8 @@ def kept_up(run: OpenRun, than: str = "none") -> Evidence:
     domains, bits = _mixed(run, than)
     first, second = (_of("questions", paired_mean_interval(
         (bits["other"] - bits["own"]).loc[domain], resamples=run.settings.bootstrap)) for domain in domains)
-    return replace(first, against={f"in {domains[1]}": second})
+    harmed = than != "none" or all((bits["none"] - bits["untuned"]).loc[domain].mean() > 0 for domain in domains)
+    return replace(first, against={f"in {domains[1]}": second}, unable=UNHARMED * (not harmed))
 
 
 def gain_kept(run: OpenRun) -> Evidence:

@@ -43,8 +43,8 @@ def demonstration_draws(examples: list[Example], count: int, draws: int, *, seed
         pairs.append(([shuffled[index] for index in chosen], [shuffled[index] for index in others]))
     most = len(examples) - (draws if apart else not set_aside)
     if len(examples) < count or not (set_aside or all(others for _, others in pairs)):
-        raise StsError(f"{what} has {len(examples)} examples, too few for a question behind each of {draws} draws of "
-                       f"{count} demonstrations. Use {f'at most {most} demonstrations, ' * (most > 0)}fewer "
+        raise StsError(f"{what} has {len(examples)} different questions, too few for one behind each of {draws} draws "
+                       f"of {count} demonstrations. Use {f'at most {most} demonstrations, ' * (most > 0)}fewer "
                        "demonstration_draws, or more examples.")
     return pairs
 

@@ -56,6 +56,8 @@ def own_examples(path: Path) -> list[Example]:
     first. `StsError` for a wrong row, an empty file, or none."""
     examples: dict[tuple, Example] = {}
     files = [path] if os.path.isfile(path) else sorted(path.glob("[!.]*.jsonl"))
+    if odd := [one for one in (path, *files) if not str(one).isprintable()]:
+        raise StsError(f"File name {ascii(str(odd[0]))} is no text in UTF-8. Rename it.")
     for file, example in ((one, own_row(row, one.stem)) for one in files for row in json_lines(one)):
         examples.setdefault((file, " ".join(example.question.split()), example.options), example)
     if empty := {*(files or [path])} - {file for file, *_ in examples}:
@@ -145,7 +147,8 @@ def training_split(names: str, train: int, held_out: int, *, seed: int = 0) -> t
     """Examples of `load_mixture` to train on, and others held out; of too few, smaller parts in proportion, with a
     warning; `StsError` where that leaves nothing for one of them."""
     examples = load_mixture(names, train + held_out, seed=seed)
-    few = f"Data set {names!r} has {len(examples)} examples of {train + held_out} asked for ({train} to train on)"
+    few = (f"Data set {names!r} has {len(examples)} different questions of {train + held_out} asked for "
+           f"({train} to train on)")
     kept = train
     if len(examples) < train + held_out:
         kept = round(len(examples) * train / (train + held_out))

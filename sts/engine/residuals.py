@@ -173,7 +173,7 @@ class Extractor:
         causal. `StsError` for NaN or infinite values, or what fits neither context nor memory."""
         if (longest := len(ids := max((ids for ids, _ in sides), key=len))) > self.lm.context_length:
             raise StsError(f"A prompt of {longest} tokens does not fit the model's context of "
-                           f"{self.lm.context_length}. Use fewer demonstrations, or shorten the text in its middle: "
+                           f"{self.lm.context_length}. Shorten this text in its middle, or use fewer demonstrations: "
                            f"{self.lm.tokenizer.decode(list(ids[longest // 2:][:20]))!r}.")
 
         def size(rows: list[Side]) -> float:

@@ -50,7 +50,7 @@ class Known:
 
 
 class Predictor(NamedTuple):
-    """Its label and group in tables, and its values by domain (none: see stage `probe_predictions`)."""
+    """Its label and group in tables, and its values by domain (none: see sts/stages/comparison.py)."""
 
     label: str
     group: str
@@ -131,6 +131,7 @@ PREDICTORS = {
     "tfidf": Predictor("TF-IDF similarity of questions", _TRAINING, lambda run: run.texts["tfidf"]),
     "base_bits": Predictor("bits per character before", _DOMAIN, lambda run: run.before),
     "question_tokens": Predictor("length of the questions", _DOMAIN, lambda run: run.texts["question_tokens"]),
+    "answer_shortness": Predictor("shortness of the right answers", _DOMAIN),
     "probe_raw": Predictor("probe on raw activations", _PROBE),
     "probe_sae": Predictor("probe on SAE activations", _PROBE),
     "actual_act": Predictor("STS_act, latents training moved", AFTER, lambda run: run.scored("moved", "sts_act")),

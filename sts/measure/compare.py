@@ -148,10 +148,10 @@ def best_of(scores_KSN: np.ndarray, change_SN: np.ndarray, *, orders: int = 10_0
 
 
 #: Every setting that is varied, in the order of the page.
-AXES = ("bands", "top_n", "variant", "width", "width_share", "layer", "k", "demonstrations",
-        "shift_demonstrations", "score_tokens", "shift_tokens", "masks")
-#: Those whose values are SAEs of the sweep, and those of which the paper says that the last value predicts worst.
-SAE_AXES, ENDS = ("width", "width_share", "layer", "k"), ("bands", "width", "k")
+AXES = ("bands", "top_n", "variant", "width", "layer", "k", "demonstrations", "shift_demonstrations", "score_tokens",
+        "shift_tokens", "masks")
+#: Those of which the paper says that the last value predicts worst.
+ENDS = ("bands", "width", "k")
 
 
 def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], differences: Mapping[str, np.ndarray],
@@ -164,7 +164,7 @@ def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], difference
         (score, *place): np.stack([table.loc[place].loc[sorted(differences), score].to_numpy(float)
                                    for table in tables]) for score in SCORES for place in owns}, **numbers)
     rows: Any = compared.rows()
-    found: dict[str, list[Any]] = {"values": [], "claims": [], "best": [], "saes": []}
+    found: dict[str, list[Any]] = {"values": [], "claims": [], "best": []}
     for score in SCORES:
         keys, about = [(score, *place) for place in owns], {"measure": measure, "score": score}
         known = [key for key in keys if key in compared.r]
@@ -174,27 +174,18 @@ def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], difference
         pairs = {key: own_of[key[1]] for key in known if not owns[key[1:]] and key[1] in own_of}
         ends = {axis: (of[-1], of[0]) for axis in ENDS
                 if len(of := [key for key in keys if key[1] == axis]) > 1 and {of[0], of[-1]} <= compared.r.keys()}
-        own, middle = (next((key for axis, key in own_of.items() if (axis in SAE_AXES) == sae), None)
-                       for sae in (False, True))
         values_KSN = np.stack([compared.values[key] for key in known])
         # The run's own value stands in several sweeps, and is one try.
         tried = np.sort(np.unique(values_KSN, axis=0, return_index=True)[1])
         best = best_of(values_KSN[tried], compared.change_SN, seed=compared.seed,
                        orders=min(compared.permutations, 20_000))
         top = known[tried[best["index"]]]
-        # A score that is the run's own under another name is not compared with itself.
-        picked = bool(own) and not np.array_equal(compared.values[top], compared.values[own])
-        less: Any = compared.swapped(list(dict.fromkeys([
-            *pairs.items(), *ends.values(), *[(top, own)] * picked, *[(middle, own)] * bool(own and middle)])))
+        less: Any = compared.swapped(list(dict.fromkeys([*pairs.items(), *ends.values()])))
         for pair in pairs.items():
             rows[pair[0]]["less"] = less[pair].copy()
         found["claims"] += [about | {"axis": axis, "first": pair[1][2], "last": pair[0][2], **less[pair]}
                             for axis, pair in ends.items()]
-        found["best"].append(about | {"axis": top[1], "value": top[2], **best,
-                                      "less_own": less[top, own] if picked else None})
-        if own and middle:
-            found["saes"].append(about | {"own": rows[own]["pearson"], "middle": rows[middle]["pearson"],
-                                          **less[middle, own]})
+        found["best"].append(about | {"axis": top[1], "value": top[2], **best})
     if tested := [row["less"] for row in rows.values() if "less" in row]:
         adjusted = np.asarray(multipletests([less["p"] for less in tested], method="holm")[1])
         for less, p in zip(tested, adjusted, strict=True):

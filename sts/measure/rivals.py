@@ -21,6 +21,9 @@ from sts.measure.score import shifted_dimensions
 #: last two are the score's own latents with a direction. Fixed before any result was seen.
 RIVALS = {"pd_raw": 1, "pd_sae": 1, "pd_chosen": 1, "injection_bits": -1, "injection_p_right": 1, "influence": -1,
           "closeness": 0, "logme": 0, "sts_split": 1, "icl_dot": 1}
+LABELS = {"pd_raw": "projection, residual", "pd_sae": "projection, latents", "pd_chosen": "projection, D_N",
+          "injection_bits": "injected, bits", "injection_p_right": "injected, p(right)", "influence": "gradients",
+          "closeness": "closeness", "logme": "LogME", "sts_split": "risen less fallen", "icl_dot": "dot product"}
 #: Which way each measure goes as right answers become likelier.
 UP = {"accuracy": 1, "p_right": 1, "bits": -1, "accuracy_generated": 1}
 

@@ -21,7 +21,7 @@ from sts.measure.score import REVISION, VARIANTS, same_fraction
 from sts.run.stage import stage
 
 #: What the score is corrected for: how hard a domain is, and how long its questions are; beside them the category of a
-#: subject and, where it is known, p(right) before training.
+#: subject and, where they are known, p(right) before training and how short right answers are.
 CONTROLS = ("base_bits", "question_tokens")
 #: Below this reliability a correlation corrected for noise would be a guess.
 SMALLEST_SHARE = 0.1
@@ -145,7 +145,9 @@ def _differences(each_seed):
 
 def _measured(each_seed, names):
     """The same and, seeds x domains, the values of predictors (NaN of one that is newer than the stored values)."""
-    tables = [own.get("baseline_values").set_index("domain").reindex(columns=list(names)) for own in each_seed]
+    short = _before(each_seed)["answer_shortness"]
+    tables = [own.get("baseline_values").set_index("domain").assign(answer_shortness=short).reindex(
+        columns=list(names)) for own in each_seed]
     for measure, differences in _differences(each_seed):
         frames = [table.reindex(sorted(differences)) for table in tables]
         yield measure, differences, {name: np.stack([frame[name].to_numpy(float) for frame in frames])
@@ -158,7 +160,7 @@ def _probes(each_seed, measure: str, probe: str) -> list[dict]:
             if (row["measure"], row["features"]) == (measure, PROBES[probe])]
 
 
-@stage("json", version=2, also=(*EVERY_SEED, "probe_predictions"))
+@stage("json", version=3, also=(*EVERY_SEED, "probe_predictions"))
 def baseline_correlations(each_seed, bootstrap, permutations, seed):
     """Correlation of every predictor with the absolute change, mean over seeds; and how far the score exceeds it: rows
     of `compare.Comparison`. Leaving a domain out pulls r of probes down, so that only `baseline_nulls` judges it."""
@@ -208,8 +210,11 @@ def baseline_nulls(baseline_correlations, each_seed):
 
 
 def _before(each_seed) -> Any:
-    """Mean of each domain's questions before training, a column a measure."""
-    return item_measures(each_seed[0].get("evaluation_before")).groupby("domain")[list(MEASURES)].mean()
+    """Means over each domain's questions before training, and of one over the characters that bits are divided by."""
+    rows = each_seed[0].get("evaluation_before")
+    divided = rows[(rows["kind"] == "solution") | (rows["kind"] == "text") & rows["is_right"]]
+    short = (1 / divided["characters"]).groupby(divided["domain"]).mean()
+    return item_measures(rows).groupby("domain")[list(MEASURES)].mean().assign(answer_shortness=short)
 
 
 def _categories(domains) -> list[str]:
@@ -218,15 +223,16 @@ def _categories(domains) -> list[str]:
     return own if 1 < len(set(own)) < len(own) else []
 
 
-@stage("json", version=4, also=EVERY_SEED)
+@stage("json", version=5, also=EVERY_SEED)
 def baseline_confounds(each_seed, bootstrap, permutations, seed):
     """The score's partial correlation with the absolute change given each control, and all of them (`all`)."""
-    rows, before = [], _before(each_seed)["p_right"]
+    rows, before = [], _before(each_seed)
     for measure, differences, values in _measured(each_seed, (*SCORES, *CONTROLS)):
         domains, seeds = sorted(differences), len(each_seed)
         controls, categories = {name: [name] for name in CONTROLS}, np.array(_categories(domains))
-        if before[domains].notna().all():
-            controls["base_p_right"], values["base_p_right"] = ["base_p_right"], np.tile(before[domains], (seeds, 1))
+        for name in ("p_right", "answer_shortness"):
+            if before.loc[domains, name].notna().all():
+                controls[name], values[name] = [name], np.tile(before.loc[domains, name], (seeds, 1))
         members = {f"category {name}": np.tile(categories == name, (seeds, 1)).astype(float)
                    for name in sorted(set(categories))[1:]}
         values |= members
@@ -254,11 +260,10 @@ def change_quality(each_seed, seed):
     return plain(rows)
 
 
-@stage("json", version=2, also=("scores", *EVALUATED))
+@stage("json", version=3, also=("scores", *EVALUATED))
 def score_checks(change_quality, each_seed, bootstrap, permutations, seed):
-    """r of each score as in `baseline_correlations`, and the same with whole categories of subjects drawn
-    (`category_interval`, None where there are none), and divided by the root of the change's reliability, which noise
-    of the questions lowers it by (`corrected`; None where the change has hardly any)."""
+    """r of each score as in `baseline_correlations`; category_interval: with whole categories of subjects drawn, if there
+    are any; corrected: divided by the root of the change's reliability, which noise lowers it by, if it has some."""
     rows: list[dict] = []
     known = {row["measure"]: row.get("reliability") for row in change_quality}
     tables = [own.get("scores").query("variant == 'paper'").set_index("domain") for own in each_seed]
@@ -269,7 +274,7 @@ def score_checks(change_quality, each_seed, bootstrap, permutations, seed):
                                             for score in SCORES}, bootstrap=bootstrap, permutations=permutations,
                               seed=seed)
         found: dict[str, Any] = compared.rows()
-        rows += [{"measure": measure, "score": score, "pearson": row["pearson"],
+        rows += [{"measure": measure, "score": score, "pearson": row["pearson"], "p": row["p"],
                   "pearson_interval": row["pearson_interval"], "category_interval": cluster_interval(
                       compared.values[score], compared.change_SN, categories, bootstrap, seed) if categories else None,
                   "corrected": row["pearson"] / share**0.5 if share > SMALLEST_SHARE else None}

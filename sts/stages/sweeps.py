@@ -17,7 +17,7 @@ from sts.engine.saes import SaeSpec, SideBySide, load_sae
 from sts.measure.baselines import chosen_by, split_domains
 from sts.measure.compare import AXES, SCORES, sweeps_compared
 from sts.measure.items import item_differences
-from sts.measure.score import REVISION, Stats, check_top_n, same_fraction, score_domain, sums_of
+from sts.measure.score import REVISION, Stats, check_top_n, score_domain, sums_of
 from sts.run.stage import stage, steps
 
 #: Seed of the sweep's text and SAEs, the same in every seed of a run; files in the folder of each of these SAEs.
@@ -75,8 +75,7 @@ def sweep_settings(variant, top_n, demonstrations, shift_demonstrations, score_t
 
 
 def sae_values(own: SaeSpec, widths: list[int], layers: list[int], ks: list[int]) -> dict[str, list[SaeSpec]]:
-    """axis -> SAEs of the sweep, with `own` in the middle of each: trained as the others are, for the run's own SAE may
-    have seen more text."""
+    """axis -> SAEs of the sweep, with `own` trained anew in each, for the run's own SAE may have seen more text."""
     axes = {"width": [own._replace(latents=width) for width in sorted({own.latents, *widths})],
             "layer": [own._replace(layer=layer) for layer in sorted({own.layer, *layers})],
             "k": [own._replace(k=k) for k in sorted({own.k, *ks})]}
@@ -116,7 +115,7 @@ def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_te
     return scratch
 
 
-@stage("parquet", version=1 + REVISION, also=("fold_norms",))
+@stage("parquet", version=2 + REVISION, also=("fold_norms",))
 def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_groups, masks, top_n, sae_latents, sae_k,
                sweep_widths, sweep_layers, sweep_k, report, passes, device):
     """Scores with each SAE of the sweep; also layer, latents, k, l0, explained and silent (shares, held-out text)."""
@@ -133,33 +132,31 @@ def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_gr
             by_sae = split_domains(codes.split({field: stats[field] for field in ("tokens", *sums_of("paper"))}))
             for spec in specs:
                 sums[spec][name] = by_sae[spec.name]
-    values = [(axis, f"{getattr(spec, 'latents' if axis == 'width' else axis):,}", spec, top_n)
+    values = [(axis, f"{getattr(spec, 'latents' if axis == 'width' else axis):,}", spec)
               for axis, specs in axes.items() for spec in specs]
-    values += [("width_share", f"{spec.latents:,}", spec, same_fraction(top_n, sae_latents, spec.latents))
-               for spec in axes.get("width", ())]
     rows = []
-    for axis, value, spec, count in values:
+    for axis, value, spec in values:
         folder, domains = sweep_sae_training / spec.name, sums[spec]
         quality = json.loads((folder / QUALITY).read_text(encoding="utf-8"))
-        rows += _scores(chosen_by(domains[""], count), {name: stats for name, stats in domains.items() if name},
+        rows += _scores(chosen_by(domains[""], top_n), {name: stats for name, stats in domains.items() if name},
                         axis=axis, value=value, own=spec == own, **spec._asdict(), l0=quality["l0"],
                         explained=quality["fraction_of_variance_explained"], silent=quality["dead"] / spec.latents)
     return pandas.DataFrame(rows, columns=[*COLUMNS, "layer", "latents", "k", "l0", "explained", "silent"])
 
 
-@stage("json", version=2, also=("sweep_latents", "sweep_settings", "sweep_saes", "evaluation_before",
+@stage("json", version=3, also=("sweep_latents", "sweep_settings", "sweep_saes", "evaluation_before",
                                 "evaluation_after"))
 def sweep_correlations(each_seed, sweep_seeds, seed, bootstrap, permutations):
     """Correlation of each value's scores with the absolute change, mean over seeds; `values`: `compare.Correlated`,
     `less` being r less that of the run's own; `claims`: last less first value of axes whose ends the paper compares;
-    `best`: `compare.best_of`, and r less the own one; `saes`: r with the run's SAE and the sweep's middle one."""
+    `best`: `compare.best_of`."""
     runs = [own for own in each_seed if sweep_seeds is None or own.settings.seed in (seed, *sweep_seeds)]
     frames = [pandas.concat([part for name in ("sweep_latents", "sweep_saes", "sweep_settings")
                              if len(part := own.get(name)[COLUMNS])]).sort_values(
         "axis", key=lambda axis: axis.map(AXES.index), kind="stable", ignore_index=True) for own in runs]
     changes = item_differences({own.settings.seed: (own.get("evaluation_before"), own.get("evaluation_after"))
                                 for own in runs})
-    found: dict[str, list[dict]] = {"values": [], "claims": [], "best": [], "saes": []}
+    found: dict[str, list[dict]] = {"values": [], "claims": [], "best": []}
     for measure, differences in changes.items():
         for name, rows in sweeps_compared(measure, frames, differences, bootstrap=bootstrap,
                                           permutations=permutations, seed=seed).items():

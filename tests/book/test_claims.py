@@ -153,14 +153,6 @@ def test_a_list_is_the_training_sets_own_only_with_a_lead_beyond_that_by_firing_
     assert claims.own_list(found(lead[0], p=lead[1], against=[Evidence(beyond[0], p=beyond[1])])) == verdict
 
 
-@pytest.mark.parametrize(
-    ("seconds", "passes", "verdict"),
-    [(1.3, 1.3, HELD), (1.25, 1.3, IN_PART), (9.0, 0.5, IN_PART), (1.2, 0.7, NOT_HELD), (0.5, None, NOT_HELD)],
-)
-def test_a_forecast_is_cheaper_beyond_the_margin_in_both_units(seconds, passes, verdict):
-    assert claims.cheaper(found(seconds, against=[Evidence(passes)])) == verdict
-
-
 def test_what_cannot_be_tested_is_never_held():
     claim = Claim("x", "chapter", "says", "row", "positive")
     good = found(0.5, 0.1, 0.9, 0.01)
@@ -341,6 +333,15 @@ def test_differences_can_be_turned_round_and_rivals_stand_beside(tmp_path):
         against={"text": {"where": {"predictor": "text"}}},
     )
     assert (got.value, got.against["text"].value, got.against["text"].low) == (0.5, 0.3, pytest.approx(0.2))
+
+
+@pytest.mark.parametrize(("low", "unable"), [(0.1, ""), (-0.1, evidence.UNFORECAST)])
+def test_a_fall_is_untestable_where_nothing_forecasts_to_begin_with(tmp_path, low, unable):
+    ends = {"values": [{"axis": "k", "pearson": 0.4, "pearson_interval": {"low": low, "high": 0.6}, "p": 0.01}],
+            "claims": [{"axis": "k", "mean": 0.2, "interval": {"low": 0.1, "high": 0.3}, "n": 14}]}
+    got = evidence.row(Run(tmp_path, sweep=ends), "sweep", {"axis": "k"}, under="claims", value="mean",
+                       interval="interval", among="values")
+    assert got.unable == unable
 
 
 def test_the_weakest_of_several_rows_is_judged(tmp_path):

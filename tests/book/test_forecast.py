@@ -207,9 +207,10 @@ GOOD = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(6
     (None, {"b": []}, r"b\.jsonl holds no problems"),
     (None, {"b": None}, r"domains has one domain\. Name"),
     (None, {"a": None, "b": None}, r"domains is not there\. Name"),
-    (None, {"b": GOOD[:2]}, r"Domain 'b' has 2 examples, too few.*Use at most 1 demonstrations"),
+    (None, {"b": GOOD[:2]}, r"Domain 'b' has 2 different questions, too few.*Use at most 1 demonstrations"),
     (None, {"b": [{"question": "a", "options": "no list", "answer": "A"}]}, r"b\.jsonl, row 1, column 'options'"),
     (None, {"b": [{"question": "a", "options": ["a", "b"], "answer": "C"}]}, r"b\.jsonl, row 1.*value 'C'.*: A, B"),
+    (None, {"b\udce9": GOOD}, r"File name .*b\\udce9\.jsonl' is no text in UTF-8"),
     (None, {"b": None, "b.jsonl/c": GOOD}, r"domains/b\.jsonl cannot be read: Is a directory"),
     (None, {"b": [*GOOD, {"question": "end", "answer": "so " * 9000}]}, r"not fit the model's context.*'.*so so so")])
 def test_wrong_data_is_one_line_and_no_report(tmp_path, monkeypatch, capsys, train, domains, message):

@@ -393,7 +393,7 @@ def test_a_set_that_is_too_small_is_divided_in_proportion_with_a_warning(local, 
     local("gsm8k", "train", *arithmetic(30))
     train, held_out = training_split("gsm8k", 120, 40, seed=1)
     assert (len(train), len(held_out)) == (22, 8)
-    assert "has 30 examples of 160 asked for (120 to train on): only 22 are trained on and 8 held out" in caplog.text
+    assert "of 160 asked for (120 to train on): only 22 are trained on and 8 held out" in caplog.text
     assert len({example.question for example in train + held_out}) == 30
     caplog.clear()
     whole = training_split("gsm8k", 20, 10, seed=1)
@@ -403,7 +403,7 @@ def test_a_set_that_is_too_small_is_divided_in_proportion_with_a_warning(local, 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_set_that_leaves_nothing_for_a_part_is_refused(local, count):
     local("gsm8k", "train", *arithmetic(count))
-    with pytest.raises(StsError, match=f"has {count} examples of 160 asked for .* too few"):
+    with pytest.raises(StsError, match=f"has {count} different questions of 160 asked for .* too few"):
         training_split("gsm8k", 140, 20)
 
 

@@ -298,7 +298,7 @@ def test_draws_are_fixed_by_the_seed():
 def test_too_few_examples_are_an_error_that_names_the_domain_and_what_would_work(available):
     with pytest.raises(StsError) as error:
         demonstration_draws(items(available), 4, 2, seed=0, what="Domain 'law'")
-    assert f"Domain 'law' has {available} examples" in str(error.value)
+    assert f"Domain 'law' has {available} different questions" in str(error.value)
     assert f"at most {available - 1} demonstrations" in str(error.value)
     with pytest.raises(StsError, match="Use at most 3 demonstrations"):
         demonstration_draws(items(3), 4, 1, seed=0, what="Domain 'law'", set_aside=True)

@@ -183,12 +183,14 @@ def test_random_sets_are_correlated_like_the_score(run):
     assert null["p"] == pytest.approx((1 + (means >= observed).sum()) / (1 + len(means)), abs=0.01)
 
 
-@pytest.mark.parametrize("controls", [["base_bits"], ["question_tokens"]])
+@pytest.mark.parametrize("controls", [["base_bits"], ["question_tokens"], ["answer_shortness"]])
 def test_confounds_are_partial_correlations_of_the_seeds(run, controls):
     row = row_of(run.get("baseline_confounds"), measure="bits", score="sts_icl", controls=controls)
     expected = []
     for own in seeds_of(run):
-        values = own.get("baseline_values").set_index("domain")
+        answered = own.get("evaluation_before").query("kind == 'solution'")
+        values = own.get("baseline_values").set_index("domain").assign(
+            answer_shortness=(1 / answered["characters"]).groupby(answered["domain"]).mean())
         shift = own.get("domain_shift").query("measure == 'bits'").set_index("domain")["shift"].abs()[values.index]
         expected.append(correlation_rows(values["sts_icl"], shift, values[controls].to_numpy()))
     assert row["by_seed"] == pytest.approx(expected) and 0 < row["p"] <= 1

@@ -86,7 +86,7 @@ def test_every_draw_of_demonstrations_has_questions_of_its_own(run, draws, demon
 
 def test_too_few_examples_for_the_draws_are_said(run):
     few = sts.open_run("smoke", results=run.results, demonstration_draws=4, shift_demonstrations=3, sft_examples=4)
-    with pytest.raises(StsError, match="'gsm_symbolic' has 4 examples, too few.*Use fewer demonstration_draws"):
+    with pytest.raises(StsError, match="has 4 different questions, too few.*Use fewer demonstration_draws"):
         resources.shift_groups(few)
 
 
@@ -217,7 +217,7 @@ def test_unknown_domain_lists_the_valid_ones(tmp_path):
 
 
 def test_too_few_examples_name_the_domain(tmp_path):
-    with pytest.raises(sts.StsError, match="Domain 'engineering' has 5 examples, too few"):
+    with pytest.raises(sts.StsError, match="Domain 'engineering' has 5 different questions, too few"):
         sts.open_run("smoke", results=tmp_path, domains=["engineering"], demonstrations=5).get("domain_stats")
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import sts
 from sts.book import claims, evidence
-from sts.book.claims import HELD, IN_PART, NOT_DONE, NOT_HELD
+from sts.book.claims import HELD, IN_PART, NOT_DONE, NOT_HELD, NOT_TESTABLE
 from sts.data.prompts import make_prompt, question_text, solution_prompt
 from sts.engine import finetune
 from sts.engine.evaluate import evaluate
@@ -221,6 +221,14 @@ def test_both_domains_must_be_kept_up(law, art, verdict):
     assert [*found.against] == ["in art"] and found.against["in art"].value == pytest.approx(
         1.2 - art + 0.5 * NOISE.mean())
     assert claims.read_claims()[1]["mixture-keeps"].judge(found) == verdict
+
+
+def test_what_training_does_not_harm_cannot_be_kept_up():
+    bits = BITS | {"untuned": questions_of(1 + NOISE, 1.3 + NOISE, 2 + NOISE),
+                   "sts 1": questions_of(1.1 + NOISE, 1.1 + NOISE, 1.5 + NOISE)}
+    found = evidence.kept_up(Stub(bits))
+    assert "does not harm both" in found.unable
+    assert claims.read_claims()[1]["mixture-keeps"].judge(found) == NOT_TESTABLE
 
 
 def test_the_division_is_compared_with_an_even_one_of_the_same_step():

@@ -140,7 +140,7 @@ def test_a_runs_values_are_sorted_around_its_own(run):
 
 def test_the_runs_own_value_has_the_scores_of_the_run(run):
     frame = pandas.concat([run.get(name) for name in ("sweep_latents", "sweep_saes", "sweep_settings")])
-    own = frame[frame["own"] & ~frame["axis"].isin(("width", "width_share", "layer", "k"))]
+    own = frame[frame["own"] & ~frame["axis"].isin(("width", "layer", "k"))]
     assert own["axis"].nunique() == 6
     for _, group in own.groupby("axis"):
         assert_same_scores(group.set_index("domain"), paper_scores(run))
@@ -204,13 +204,6 @@ def test_scores_with_another_sae_are_those_of_its_latents(run, axis, value, spec
     assert (found["sts_act"], found["sts_icl"]) == pytest.approx(wanted, rel=2e-2)
     assert (found["layer"], found["latents"], found["k"]) == (spec.layer, spec.latents, spec.k)
     assert found["l0"] == pytest.approx(spec.k, rel=0.05)
-
-
-def test_in_proportion_a_narrow_sae_has_fewer_latents(run):
-    frame = run.get("sweep_saes")
-    fixed, share = (scores_of(frame, axis, "64")["sts_act"] for axis in ("width", "width_share"))
-    assert (share < fixed).all()  # 8 of the same 16 latents, none of them negative
-    assert_same_scores(scores_of(frame, "width", "128"), scores_of(frame, "width_share", "128"))
 
 
 def test_saes_are_judged_on_text_that_they_are_not_trained_on(run):
@@ -290,27 +283,16 @@ def test_a_value_is_compared_with_the_own_one_of_its_sweep(run):
 def test_holm_corrects_for_all_differences_of_a_measure(run):
     less = [row["less"] for row in run.get("sweep_correlations")["values"] if row["measure"] == "bits"
             and "less" in row]
-    assert len(less) == 24
+    assert len(less) == 22
     assert [one["p_holm"] for one in less] == pytest.approx(
         multipletests([one["p"] for one in less], method="holm")[1])
-
-
-def test_the_runs_own_sae_and_the_middle_one_of_the_sweep_are_compared(run):
-    found = run.get("sweep_correlations")
-    assert {(row["measure"], row["score"]) for row in found["saes"]} == {
-        (measure, score) for measure in ("bits", "p_right") for score in SCORES}
-    for row in found["saes"]:
-        same = {name: row[name] for name in ("measure", "score")}
-        both = {axis: row_of(found["values"], **same, axis=axis, own=True)["pearson"] for axis in ("top_n", "k")}
-        assert (row["own"], row["middle"]) == pytest.approx((both["top_n"], both["k"]))
-        assert row["mean"] == pytest.approx(both["k"] - both["top_n"]) and 0 < row["p"] <= 1
 
 
 def test_a_change_that_is_the_same_everywhere_is_undefined_everywhere(run):
     found = run.get("sweep_correlations")
     rows = [row for row in found["values"] if row["measure"] == "accuracy"]
     assert rows and all("constant" in row["undefined"] for row in rows)
-    assert not [row for name in ("claims", "best", "saes") for row in found[name] if row["measure"] == "accuracy"]
+    assert not [row for name in ("claims", "best") for row in found[name] if row["measure"] == "accuracy"]
 
 
 def test_two_domains_are_too_few(run):
