@@ -262,8 +262,8 @@ def change_quality(each_seed, seed):
 
 @stage("json", version=3, also=("scores", *EVALUATED))
 def score_checks(change_quality, each_seed, bootstrap, permutations, seed):
-    """r of each score as in `baseline_correlations`; category_interval: with whole categories of subjects drawn, if there
-    are any; corrected: divided by the root of the change's reliability, which noise lowers it by, if it has some."""
+    """r of each score as in `baseline_correlations`; category_interval: with whole categories of subjects drawn, if any
+    are there; corrected: divided by the root of the change's reliability, which noise lowers it by, if it has some."""
     rows: list[dict] = []
     known = {row["measure"]: row.get("reliability") for row in change_quality}
     tables = [own.get("scores").query("variant == 'paper'").set_index("domain") for own in each_seed]

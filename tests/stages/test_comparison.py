@@ -68,7 +68,8 @@ def test_the_models_change_is_measured_between_untuned_and_tuned(run):
 # --- one value a domain -------------------------------------------------------------------------------------------
 
 def test_every_baseline_has_a_value_in_every_domain(run):
-    values, names = run.get("baseline_values"), set(baselines.PREDICTORS) - {"probe_raw", "probe_sae"}
+    values, names = run.get("baseline_values"), set(baselines.PREDICTORS) - {
+        "probe_raw", "probe_sae", "answer_shortness"}
     assert set(values.columns) == names | {"domain"} and len(values) == 14
     assert np.isfinite(values[list(names)].to_numpy()).all()
     own, scores = values.set_index("domain"), run.get("scores").query("variant == 'paper'").set_index("domain")
