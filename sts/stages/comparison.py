@@ -214,7 +214,7 @@ def _before(each_seed) -> Any:
     rows = each_seed[0].get("evaluation_before")
     divided = rows[(rows["kind"] == "solution") | (rows["kind"] == "text") & rows["is_right"]]
     short = (1 / divided["characters"]).groupby(divided["domain"]).mean()
-    return item_measures(rows).groupby("domain")[list(MEASURES)].mean().assign(answer_shortness=short)
+    return item_measures(rows).groupby("domain")[list(MEASURES)].agg("mean").assign(answer_shortness=short)
 
 
 def _categories(domains) -> list[str]:
