@@ -80,7 +80,7 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
                        "stay stored. Smaller tokens_per_batch, eval_batch or sft_batch need less.") from error
     except papermill.PapermillExecutionError as error:
         if error.ename == "NotRecorded":  # what else the book tells of this run is there
-            return _without_results(target, error.cell_index, error.evalue)
+            return _without_results(target, error.cell_index)
         raise StsError(f"Chapter {source.stem!r} stopped in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
                        f"Finished stages stay stored; the notebook so far: {target}") from error
     if given or not settings.published:  # cells of that tag discuss the published run
@@ -90,13 +90,13 @@ def run_chapter(chapter: str, run: str = "laptop", parameters: Mapping[str, Any]
     return target
 
 
-def _without_results(target: Path, stopped: int, why: str) -> Path:
+def _without_results(target: Path, stopped: int) -> Path:
     """A chapter up to the cell that asked for a result which is not recorded, and its prose from the takeaways on."""
     content = nbformat.read(target, as_version=4)
     cells = [cell for cell in content.cells if ERROR_MARKER_TAG not in cell.metadata.get("tags", [])]
     end = [cell.source.partition("\n")[0] for cell in cells].index("## Takeaways")
-    content.cells = [*cells[:stopped], nbformat.v4.new_markdown_cell(f"**Not recorded.** {why}"),
-                     *(cell for cell in cells[end:-2] if cell.cell_type == "markdown")]
+    nothing = nbformat.v4.new_markdown_cell("**Not recorded.** The run `laptop` shows the rest of this chapter.")
+    content.cells = [*cells[:stopped], nothing, *(cell for cell in cells[end:-2] if cell.cell_type == "markdown")]
     nbformat.write(content, target)
     return target
 
