@@ -38,7 +38,7 @@ CHANCE = "before training the model is right no more often than by chance"
 UNRELIABLE = "the change is mostly noise"
 UNMATCHED = "no random sets match it"
 UNREWARDED = "the reward did not rise"
-UNFORECAST = "no value of this setting forecasts to begin with"
+UNFORECAST = "no value of it forecasts"
 CODES = {"sae": "SAE latents", "raw": "raw dimensions", "random": "random sparse code"}
 
 
@@ -48,7 +48,7 @@ def weigh(run: OpenRun, claim: Claim) -> tuple[Evidence | None, str, str]:
         found: Evidence = globals()[claim.evidence](run, **claim.arguments)
         unable = found.unable or UNLEARNED * (not _learned(run, claim))
     except StsError as error:
-        return None, NOT_DONE, str(error) if not isinstance(error, NotRecorded) else "Not in the records of this run."
+        return None, NOT_DONE, str(error) if not isinstance(error, NotRecorded) else "Not in this run's records."
     return found, claim.judge(found, unable), unable
 
 

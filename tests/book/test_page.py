@@ -147,7 +147,7 @@ def correlations(r=0.6):
 
 
 def test_a_card_says_claim_numbers_verdict_and_folds_the_rule(tmp_path):
-    page = Page("transferability_score", Run(tmp_path, correlations=correlations()))
+    page = Page("transferability_score", Run(tmp_path, score_checks=correlations()))
     card = soup(page.claims("score-icl")).select_one(".sts-card")
     claim = claims.read_claims()[1]["score-icl"]
     assert texts(card.select(".sts-verdict")) == ["held"] and texts(card.select(".sts-says")) == [claim.says]
@@ -213,13 +213,13 @@ def test_a_changed_result_changes_card_row_and_count(tmp_path):
         counts, rows = counts_and_rows(page.scorecard(), 0)
         return card, counts, rows
 
-    card, counts, rows = shown(correlations=correlations())
+    card, counts, rows = shown(score_checks=correlations())
     assert len(rows) == 17 and sum(counts.values()) == 17
     row = rows["Figure 3, Tables 6 and 9"]
     # The claims in accuracy are missing, and what is missing never counts as held.
     assert (card, counts["held"], counts["in part"], row[1]) == ("held", 0, 1, "in part")
     assert "0.60 (0.30 to 0.80)" in row[4]
-    other, changed, moved = shown(correlations=correlations(0.2))
+    other, changed, moved = shown(score_checks=correlations(0.2))
     assert (other, changed["in part"], changed["not held"]) == ("not held", 0, counts["not held"] + 1)
     assert (
         moved["Figure 3, Tables 6 and 9"][1] == "not held"

@@ -106,10 +106,11 @@ def known(**changes):
                                    pandas.Series({"law": 1.5, "math": 2.5}), 6, 2), **changes)
 
 
-def test_every_predictor_but_the_probes_has_a_value_in_every_domain():
+def test_every_predictor_that_needs_no_answers_has_a_value_in_every_domain():
     run = known()
     found = baselines.values_of(run)
-    assert set(found) == set(baselines.PREDICTORS) - {"probe_raw", "probe_sae"} and found.index.name == "domain"
+    assert set(found) == set(baselines.PREDICTORS) - {"probe_raw", "probe_sae", "answer_shortness"}
+    assert found.index.name == "domain"
     assert np.isfinite(found.drop(columns="base_bits").to_numpy()).all()
     assert found["base_bits"].tolist()[1:] == [1.5, 2.5] and np.isnan(found["base_bits"].iloc[0])  # not evaluated
     assert found["sts_icl"].tolist() == [4, 5, 6] and found["question_tokens"].tolist() == [7, 8, 9]
