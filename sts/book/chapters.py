@@ -95,7 +95,7 @@ def _without_results(target: Path, stopped: int) -> Path:
     content = nbformat.read(target, as_version=4)
     cells = [cell for cell in content.cells if ERROR_MARKER_TAG not in cell.metadata.get("tags", [])]
     end = [cell.source.partition("\n")[0] for cell in cells].index("## Takeaways")
-    nothing = nbformat.v4.new_markdown_cell("**Not recorded.** See the run `laptop`.")
+    nothing = nbformat.v4.new_markdown_cell("**Not recorded**: see run `laptop`.")
     content.cells = [*cells[:stopped], nothing, *(cell for cell in cells[end:-2] if cell.cell_type == "markdown")]
     nbformat.write(content, target)
     return target

@@ -41,7 +41,7 @@ def test_its_page_ends_with_where_to_look_and_what_needs_no_results(tmp_path, mo
     cells = nbformat.read(run_chapter("what_the_shifted_latents_mean", "smoke"), 4).cells
     sources = [cell.source for cell in cells]
     assert sources[0].startswith("# What the shifted latents mean")
-    assert [source for source in sources if source.startswith("**Not recorded.** See the run `laptop`")]
+    assert [source for source in sources if source.startswith("**Not recorded**: see run")]
     assert [cell for cell in cells if cell.get("outputs")] == [] and "An exception" not in sources
     assert sum(cell.cell_type == "code" for cell in cells) == 3
     assert any(":label: ex-mean-3" in source for source in sources) and "## Provenance" not in sources
