@@ -15,7 +15,7 @@ from sts.measure.items import MeanInterval, crossed_mean_interval, paired_mean_i
 if TYPE_CHECKING:
     from sts.run.run import OpenRun
 
-UNHARMED = "training does not harm both"
+UNHARMED = "not both domains were harmed"
 #: Sets of latents whose read-outs are trained beside the estimated ones.
 OTHERS = {"random": "random latents", "like_rate": "others that fire as often", "most_active": "the most active"}
 
