@@ -8,7 +8,7 @@ Shape suffixes: N domains, I items, S seeds, K controls or scores, R random draw
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import pandas
@@ -19,31 +19,6 @@ from sts.measure import correlation
 from sts.measure.correlation import correlation_rows, p_value, pearson, percentile_interval, spearman
 
 SCORES = ("sts_act", "sts_icl")
-
-
-class Difference(TypedDict, total=False):
-    """Of two correlations, from the same resamples; p if they were swapped, p_holm if corrected for many."""
-
-    mean: float
-    interval: dict[str, float] | None
-    p: float
-    p_holm: float
-
-
-class Correlated(TypedDict, total=False):
-    """A predictor beside the change, mean over seeds, or why there is no correlation."""
-
-    n: int
-    seeds: int
-    undefined: str
-    by_seed: list[float]
-    pearson: float
-    pearson_interval: dict[str, float]
-    p: float
-    exact: bool
-    permutations: int
-    spearman: float
-    less: dict[str, Difference] | Difference
 
 
 class Comparison:
@@ -72,11 +47,13 @@ class Comparison:
         return correlation.permutation_tests(np.stack([self.values[name] for name in names]), self.change_SN,
                                              controls_SNK, resamples=self.permutations, seed=self.seed)
 
-    def rows(self, against: Sequence[Any] = (), untested: Sequence[Any] = ()) -> dict[Any, Correlated]:
-        """Every predictor's row; beside others to set it `against` also spearman, exact, permutations and less, the
-        differences of r of each other predictor and this one's. Those `untested` have no p and what rests on it."""
-        rows: Any = {name: self._about | ({} if name in self.r else {"undefined": self.undefined[name]})
-                for name in self.values}
+    def rows(self, against: Sequence[Any] = (), untested: Sequence[Any] = ()) -> dict[Any, dict[str, Any]]:
+        """Every predictor's row: n, seeds, by_seed, pearson (their mean), pearson_interval, p; or why it is undefined.
+
+        Beside others to set it `against` also spearman, exact, permutations and less, the differences of r of each
+        other predictor and this one's. Those `untested` have no p and what rests on it."""
+        rows: dict[Any, dict[str, Any]] = {
+            name: self._about | ({} if name in self.r else {"undefined": self.undefined[name]}) for name in self.values}
         for (name, by_seed), test in zip(self.r.items(), self._tests(list(self.r)) if self.r else [], strict=True):
             row = rows[name]
             row |= {"by_seed": by_seed, "pearson": float(np.mean(by_seed)),
@@ -91,12 +68,12 @@ class Comparison:
                     other: self.difference(other, name) for other in against if other in self.r and other != name}}
         return rows
 
-    def difference(self, one: Any, other: Any) -> Difference:
-        """r of one less r of the other."""
+    def difference(self, one: Any, other: Any) -> dict[str, Any]:
+        """r of one less r of the other (mean), with its interval from the same resamples."""
         return {"mean": float(np.mean(self.r[one]) - np.mean(self.r[other])),
                 "interval": percentile_interval(self._drawn[one] - self._drawn[other])}
 
-    def swapped(self, pairs: Sequence[tuple[Any, Any]]) -> dict[tuple[Any, Any], Difference]:
+    def swapped(self, pairs: Sequence[tuple[Any, Any]]) -> dict[tuple[Any, Any], dict[str, Any]]:
         """The differences of pairs, with p by swapping them within domains."""
         if not pairs:
             return {}
@@ -104,12 +81,12 @@ class Comparison:
         tests = correlation.swap_tests(first, second, self.change_SN, seed=self.seed)
         return {pair: self.difference(*pair) | {"p": test.p} for pair, test in zip(pairs, tests, strict=True)}
 
-    def partial(self, names: Sequence[str], controls: Sequence[str]) -> list[Correlated]:
+    def partial(self, names: Sequence[str], controls: Sequence[str]) -> list[dict[str, Any]]:
         """Rows of partial r given controls, which keep their measured values in resamples; p by Freedman and Lane."""
         controls_SNK = np.stack([self.values[name] for name in controls], axis=-1)
         if self._about["n"] < len(controls) + 3 or not np.isfinite(controls_SNK).all():
-            return [Correlated(**self._about, undefined="too few domains, or a control without values")] * len(names)
-        rows: Any = []
+            return [self._about | {"undefined": "too few domains, or a control without values"}] * len(names)
+        rows: list[dict[str, Any]] = []
         for name, test in zip(names, self._tests(names, controls_SNK), strict=True):
             r_S = correlation_rows(self.values[name], self.change_SN, controls_SNK)
             interval = percentile_interval(self._resamples.correlations(self.values[name], controls_SNK))
@@ -156,14 +133,15 @@ ENDS = ("bands", "width", "k")
 
 def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], differences: Mapping[str, np.ndarray],
                     **numbers: Any) -> dict[str, list[dict]]:
-    """The rows of stage `sweep_correlations` for one measure, from each seed's scores by axis, value and domain."""
+    """The rows of stage `sweep_correlations` for one measure, from each seed's scores by axis, value and domain; `less`
+    has p by swapping and, corrected for all of them, p_holm."""
     places = frames[0][["axis", "value", "own"]].drop_duplicates()
     owns = {(axis, value): bool(own) for axis, value, own in places.itertuples(index=False)}
     tables = [frame.set_index(["axis", "value", "domain"]).sort_index() for frame in frames]
     compared = Comparison(differences, {
         (score, *place): np.stack([table.loc[place].loc[sorted(differences), score].to_numpy(float)
                                    for table in tables]) for score in SCORES for place in owns}, **numbers)
-    rows: Any = compared.rows()
+    rows = compared.rows()
     found: dict[str, list[Any]] = {"values": [], "claims": [], "best": []}
     for score in SCORES:
         keys, about = [(score, *place) for place in owns], {"measure": measure, "score": score}
@@ -180,7 +158,7 @@ def sweeps_compared(measure: str, frames: Sequence[pandas.DataFrame], difference
         best = best_of(values_KSN[tried], compared.change_SN, seed=compared.seed,
                        orders=min(compared.permutations, 20_000))
         top = known[tried[best["index"]]]
-        less: Any = compared.swapped(list(dict.fromkeys([*pairs.items(), *ends.values()])))
+        less = compared.swapped(list(dict.fromkeys([*pairs.items(), *ends.values()])))
         for pair in pairs.items():
             rows[pair[0]]["less"] = less[pair].copy()
         found["claims"] += [about | {"axis": axis, "first": pair[1][2], "last": pair[0][2], **less[pair]}

@@ -147,7 +147,7 @@ def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_gr
 @stage("json", version=3, also=("sweep_latents", "sweep_settings", "sweep_saes", "evaluation_before",
                                 "evaluation_after"))
 def sweep_correlations(each_seed, sweep_seeds, seed, bootstrap, permutations):
-    """Correlation of each value's scores with the absolute change, mean over seeds; `values`: `compare.Correlated`,
+    """Correlation of each value's scores with the absolute change, mean over seeds; `values`: `Comparison.rows`,
     `less` being r less that of the run's own; `claims`: last less first value of axes whose ends the paper compares;
     `best`: `compare.best_of`."""
     runs = [own for own in each_seed if sweep_seeds is None or own.settings.seed in (seed, *sweep_seeds)]
