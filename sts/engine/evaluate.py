@@ -40,16 +40,7 @@ from sts.data.prompts import (
 )
 from sts.data.sources import Example
 from sts.engine.models import LanguageModel, decoder_layers, logits_at
-from sts.engine.residuals import (
-    NO_PREFIX,
-    PADDING,
-    Budget,
-    Extractor,
-    Prefix,
-    batches,
-    common_prefix,
-    why_not_reusable,
-)
+from sts.engine.residuals import PADDING, Budget, Extractor, Prefix, batches, common_prefix, why_not_reusable
 from sts.engine.work import Work
 from sts.errors import StsError
 
@@ -186,7 +177,7 @@ def loglikelihoods(lm: LanguageModel, requests: Sequence[tuple[Sequence[int], Se
     request that memory has no room for."""
     work = Work() if work is None else work
     work.of_layers = layers = len(decoder_layers(lm.model))
-    prefix = Extractor(lm, layers - 1, sys.maxsize, work).share(requests[0][0][:shared]) if shared else NO_PREFIX
+    prefix = Extractor(lm, layers - 1, sys.maxsize, work).share(requests[0][0][:shared])
     kept: dict[Ids, list[tuple[int, int, Ids]]] = {}  # the last target token is predicted, not read
     for index, (context, target) in enumerate(requests):
         own = tuple(context[prefix.cached:])
