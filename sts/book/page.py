@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import json
 import logging
 import math
@@ -13,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from IPython.core.pylabtools import print_figure
 from IPython.display import HTML
 from matplotlib.figure import Figure
 
@@ -67,9 +66,7 @@ class Page:
         self._tabs += 1
         group, parts = f"{self.chapter}-tabs-{self._tabs}", []
         for place, (label, figure) in enumerate(drawn.items()):
-            image = io.BytesIO()
-            figure.savefig(image, format="png", dpi=110, bbox_inches="tight")
-            data, told = base64.b64encode(image.getvalue()).decode(), escape(f"{alt}: {label}")
+            data, told = print_figure(figure, base64=True, dpi=110), escape(f"{alt}: {label}")
             parts.append(f'<input type="radio" name="{group}" id="{group}-{place}"{" checked" * (place == 0)}>'
                          f'<label for="{group}-{place}">{escape(label)}</label>'
                          f'<figure><img alt="{told}" src="data:image/png;base64,{data}"></figure>')
