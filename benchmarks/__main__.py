@@ -16,7 +16,7 @@ from benchmarks.options import options_workload
 from benchmarks.routes import Setup
 from benchmarks.shapes import SHAPES, compile_layers, shape_workload
 from benchmarks.workloads import demonstrations_workload, memory_workload, precision_workload, text_workload
-from sts.engine.models import DTYPES, resolve_model
+from sts.engine.models import resolve_model
 from sts.errors import StsError
 from sts.run import resources
 from sts.run.log import environment
@@ -132,7 +132,7 @@ def _proxies(run: OpenRun) -> dict[str, object]:
     from sae_lens.load_model import load_model
 
     location, _ = resolve_model(run.settings.model, run.settings.model_revision, run.results / "models")
-    same = {"dtype": DTYPES[run.settings.dtype]}
+    same = {"dtype": run.settings.dtype}
     return {"same": load_model("AutoModelForCausalLM", location, device=run.device, model_from_pretrained_kwargs=same),
             "default": load_model("AutoModelForCausalLM", location, device=run.device)}
 

@@ -62,7 +62,7 @@ def random_model(shape: Shape, device: str, dtype: torch.dtype) -> LanguageModel
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default)
-    return LanguageModel("random", model.eval().requires_grad_(False), None, "random")
+    return LanguageModel("random", model.eval().requires_grad_(False), None)
 
 
 def random_sae(shape: Shape, device: str, dtype: str):

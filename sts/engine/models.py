@@ -21,9 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sts.errors import StsError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 _SLIDING = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32,
             "layer_types": ["sliding_attention", "full_attention"]}
 #: Families known to work, and what a tiny random model of each, `random-<family>`, is like. A new family is one row.
@@ -40,12 +37,11 @@ RANDOM = {f"random-{family}": family for family in FAMILIES}
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A loaded causal language model with its tokenizer; `identity` is a digest of its weights (or hub revision)."""
+    """A loaded causal language model with its tokenizer."""
 
     name: str
     model: Any  # a PreTrainedModel, of which a type checker knows too little
     tokenizer: PreTrainedTokenizerBase
-    identity: str
 
     @property
     def device(self) -> torch.device:
@@ -61,8 +57,7 @@ def sha256_of_file(*paths: Path) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)  # adds to it
     return digest.hexdigest()
 
 
@@ -101,8 +96,8 @@ def load_model(name: str, *, revision: str = "", dtype: str = "float32", device:
     unknown, damaged or out of reach, or its tokenizer has no offsets."""
     location, identity = resolve_model(name, revision, cache)
     tokenizer, model = _read(name, location, identity, revision,
-                             partial(AutoModelForCausalLM.from_pretrained, dtype=DTYPES[dtype]))
-    return LanguageModel(name, model.eval().requires_grad_(False).to(device), tokenizer, identity)
+                             partial(AutoModelForCausalLM.from_pretrained, dtype=dtype))
+    return LanguageModel(name, model.eval().requires_grad_(False).to(device), tokenizer)
 
 
 def without_weights(name: str, *, revision: str = "", cache: Path = Path("results/models")) -> tuple[Any, Any]:

@@ -111,7 +111,7 @@ def test_what_follows_the_span_is_not_run(lm_of):
 # --- caches that cannot be reused ---------------------------------------------------------------------------------
 
 def wrapped(model, name):
-    return LanguageModel(name=name, model=model.eval().requires_grad_(False), tokenizer=None, identity="test")
+    return LanguageModel(name=name, model=model.eval().requires_grad_(False), tokenizer=None)
 
 
 def dynamic_rope():
