@@ -14,7 +14,7 @@ from sts.errors import StsError
 from sts.measure import baselines, items
 from sts.measure.baselines import split_domains
 from sts.measure.compare import SCORES, Comparison, null
-from sts.measure.correlation import cluster_interval, correlate, correlation_rows, plain, power_of_design
+from sts.measure.correlation import cluster_interval, correlate, correlation_rows, plain, power_of_design, random_orders
 from sts.measure.items import MEASURES, item_differences, item_measures
 from sts.measure.paper import extremes, spread_ratio, with_selection
 from sts.measure.score import REVISION, VARIANTS, same_fraction
@@ -121,8 +121,7 @@ def probe_predictions(domain_stats, domain_raw_stats, domain_shift, baseline_dra
     for measure, own in _changes(domain_shift):
         actual = own["abs_shift_pct"].sort_index()
         # Orders are the same for every seed of a run, so that seeds can be averaged order by order.
-        orders_BN = np.random.default_rng(0).permuted(np.tile(np.arange(len(actual)), (baseline_draws, 1)), axis=1)
-        targets_DP = np.column_stack([actual, actual.to_numpy()[orders_BN].T])
+        targets_DP = np.column_stack([actual, actual.to_numpy()[random_orders(len(actual), baseline_draws, 0)].T])
         for kind, stats in features.items():
             row = {"measure": measure, "features": kind, "domains": list(actual.index), "actual": actual.tolist()}
             means_DF = baselines.mean_vectors({domain: stats[domain] for domain in actual.index}).numpy()
