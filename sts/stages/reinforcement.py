@@ -82,6 +82,11 @@ def _log(own, name="rl") -> dict:
     return json.loads((own.get(name) / "training.json").read_text(encoding="utf-8"))
 
 
+def _lowest_first(rows) -> list[dict]:
+    """By where their intervals begin, those without one at the head."""
+    return sorted(plain(rows), key=lambda row: -math.inf if row.get("low") is None else row["low"])
+
+
 def _rises(runs, bootstrap) -> list[dict]:
     """Of each part of the reward, its means over the first and the last fifth of the steps and the rise, with an
     interval over the n steps of a fifth; the one whose interval begins lowest first."""
@@ -93,7 +98,7 @@ def _rises(runs, bootstrap) -> list[dict]:
         rows.append({"data": own.settings.sft_data, "seed": own.settings.seed, "part": part, "steps": len(curve),
                      "n": fifth, "first": first.mean(), "last": last.mean(), "rise": rise.mean, "low": rise.low,
                      "high": rise.high})
-    return sorted(plain(rows), key=lambda row: -math.inf if row["low"] is None else row["low"])
+    return _lowest_first(rows)
 
 
 @stage("json")
@@ -113,27 +118,31 @@ def rl_trials(each_tried, bootstrap):
     return _rises(each_tried, bootstrap)
 
 
-@stage("json")
-def rl_overlap(each_rl, top_n, bootstrap, seed):
+@stage("json", version=2)
+def rl_overlap(each_rl, top_n, bootstrap):
     """lists: `overlap_rows` at N of the estimated list and the actual one after each training, by seed; sets: share of
     the actual list that sets of demonstrations name, by training and whose answers they have (data, and where right
-    ones suffice, given and own), with an interval over sets; leads: sft_less_rl and own_less_given, set by set."""
-    lists, shares, numbers = [], {}, {"resamples": bootstrap, "seed": seed}
+    ones suffice, given and own), with an interval over sets; leads: sft_less_rl, half_sft_less_rl and
+    own_less_given, set by set. All are of one seed each; the lead whose interval begins lowest comes first."""
+    lists, sets, leads = [], [], []
     for own in each_rl:
         answers, told = own.get("rollout_shift"), {"data": own.get("shift_by_draw")["sae/squared_difference_RL"]}
         told |= {kind: answers[f"{kind}/sae/squared_difference_RL"] for kind in ("own", "given") if len(answers) > 2}
+        seed, shares, numbers = own.settings.seed, {}, {"resamples": bootstrap, "seed": own.settings.seed}
         for training, (actual, _) in TRAININGS.items():
             moved_L = own.get(actual)["sae/squared_difference_L"]
             shared, = overlap_rows(own.get("shift")["squared_difference_L"], moved_L, [top_n])
-            lists.append({"seed": own.settings.seed, "training": training, **shared})
+            lists.append({"seed": seed, "training": training, **shared})
             for kind, values_RL in told.items():
-                shares.setdefault((training, kind), []).extend(shares_named(values_RL, moved_L, top_n))
-    sets = [{"training": training, "answers": kind, **paired_mean_interval(values, **numbers)._asdict()}
-            for (training, kind), values in shares.items()]
-    leads = [{"lead": name, **paired_mean_interval(np.subtract(shares[one], shares[other]), **numbers)._asdict()}
-             if one in shares else {"lead": name, "undefined": "too few right answers"} for name, one, other in (
-        ("sft_less_rl", ("sft", "data"), ("rl", "data")), ("own_less_given", ("rl", "own"), ("rl", "given")))]
-    return plain({"lists": lists, "sets": sets, "leads": leads})
+                shares[training, kind] = shares_named(values_RL, moved_L, top_n)
+        sets += [{"seed": seed, "training": training, "answers": kind,
+                  **paired_mean_interval(values, **numbers)._asdict()} for (training, kind), values in shares.items()]
+        for name, part, one, other in (("sft_less_rl", 1.0, ("sft", "data"), ("rl", "data")),
+                                       ("half_sft_less_rl", 0.5, ("sft", "data"), ("rl", "data")),
+                                       ("own_less_given", 1.0, ("rl", "own"), ("rl", "given"))):
+            leads.append({"seed": seed, "lead": name, **({"undefined": "too few right answers"} if one not in shares
+                          else paired_mean_interval(np.multiply(part, shares[one]) - shares[other], **numbers)._asdict())})
+    return plain({"lists": lists, "sets": sets, "leads": _lowest_first(leads)})
 
 
 @stage("json")
