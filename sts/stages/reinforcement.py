@@ -140,8 +140,9 @@ def rl_overlap(each_rl, top_n, bootstrap):
         for name, part, one, other in (("sft_less_rl", 1.0, ("sft", "data"), ("rl", "data")),
                                        ("half_sft_less_rl", 0.5, ("sft", "data"), ("rl", "data")),
                                        ("own_less_given", 1.0, ("rl", "own"), ("rl", "given"))):
-            leads.append({"seed": seed, "lead": name, **({"undefined": "too few right answers"} if one not in shares
-                          else paired_mean_interval(np.multiply(part, shares[one]) - shares[other], **numbers)._asdict())})
+            lead = {"undefined": "too few right answers"} if one not in shares else paired_mean_interval(
+                np.multiply(part, shares[one]) - shares[other], **numbers)._asdict()
+            leads.append({"seed": seed, "lead": name, **lead})
     return plain({"lists": lists, "sets": sets, "leads": _lowest_first(leads)})
 
 
