@@ -122,16 +122,18 @@ def rl_trials(each_tried, bootstrap):
 def rl_overlap(each_rl, top_n, bootstrap):
     """lists: `overlap_rows` at N of the estimated list and the actual one after each training, by seed; sets: share of
     the actual list that sets of demonstrations name, by training and whose answers they have (data, and where right
-    ones suffice, given and own), with an interval over sets; leads: sft_less_rl, half_sft_less_rl and
-    own_less_given, set by set. All are of one seed each; the lead whose interval begins lowest comes first."""
+    ones suffice, given and own; none: the latents that fire most), with an interval over sets; leads: sft_less_rl,
+    half_sft_less_rl and own_less_given, set by set. All are of one seed each; the lead that begins lowest comes first.
+    """
     lists, sets, leads = [], [], []
     for own in each_rl:
-        answers, told = own.get("rollout_shift"), {"data": own.get("shift_by_draw")["sae/squared_difference_RL"]}
+        answers, shift = own.get("rollout_shift"), own.get("shift")
+        told = {"data": own.get("shift_by_draw")["sae/squared_difference_RL"], "none": shift["base_fired_L"][None]}
         told |= {kind: answers[f"{kind}/sae/squared_difference_RL"] for kind in ("own", "given") if len(answers) > 2}
         seed, shares, numbers = own.settings.seed, {}, {"resamples": bootstrap, "seed": own.settings.seed}
         for training, (actual, _) in TRAININGS.items():
             moved_L = own.get(actual)["sae/squared_difference_L"]
-            shared, = overlap_rows(own.get("shift")["squared_difference_L"], moved_L, [top_n])
+            shared, = overlap_rows(shift["squared_difference_L"], moved_L, [top_n])
             lists.append({"seed": seed, "training": training, **shared})
             for kind, values_RL in told.items():
                 shares[training, kind] = shares_named(values_RL, moved_L, top_n)

@@ -106,6 +106,8 @@ def test_overlaps_are_shares_of_the_actual_list(run, both):
             assert row["chance"] == 16 / 128
             assert sets[seed, training, "data"]["mean"] == pytest.approx(np.mean(shares[training]))
             assert sets[seed, training, "data"]["n"] == 2
+            fires = top(own.get("shift")["base_fired_L"].double())
+            assert sets[seed, training, "none"]["mean"] == len(fires & actual) / 16
         differences = np.subtract(shares["sft"], shares["rl"])
         low, high = scipy_stats.t.interval(0.95, 1, np.mean(differences), scipy_stats.sem(differences))
         assert [leads[seed][end] for end in ("mean", "low", "high")] == pytest.approx(
@@ -184,7 +186,7 @@ def test_own_answers_are_compared_set_by_set(run, both, monkeypatch):
         lead, = (row for row in found["leads"] if (row["seed"], row["lead"]) == (one.settings.seed, "own_less_given"))
         assert (lead["mean"], lead["n"]) == (pytest.approx(np.mean(differences)), 2)
     assert {(row["training"], row["answers"]) for row in found["sets"]} == {
-        (training, kind) for training in ("sft", "rl") for kind in ("data", "own", "given")}
+        (training, kind) for training in ("sft", "rl") for kind in ("data", "none", "own", "given")}
 
 
 def test_no_right_answer_leaves_no_demonstration(run, both):
