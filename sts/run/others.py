@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: What is asked of every training set, before its key is part of another, and of every reinforcement learning.
 EVERY_SET = ("scores", "shift", "sft", "sft_shift", "domain_shift", "correlations", "text_baselines")
 EVERY_RL = ("rl", "rl_shift", "rl_evaluation", "rollout_shift", "sft", "sft_shift", "shift", "shift_by_draw",
-            "domain_stats", "evaluation_before", "evaluation_after")
+            "domain_stats", "evaluation_before")
 
 
 @resource(("seeds", "seed"), ("seeds",), name="each_seed")

@@ -23,8 +23,8 @@ from sts.measure.items import change_quality, item_differences, paired_mean_inte
 from sts.measure.score import overlap_rows, score_domains, shares_named
 from sts.run.stage import stage
 
-#: Training -> the stages of its actual shift and of its evaluation.
-TRAININGS = {"sft": ("sft_shift", "evaluation_after"), "rl": ("rl_shift", "rl_evaluation")}
+#: Training -> the stage of its actual shift.
+TRAININGS = {"sft": "sft_shift", "rl": "rl_shift"}
 #: What a reward consists of.
 PARTS = ("reward", "correct", "ended")
 
@@ -131,7 +131,7 @@ def rl_overlap(each_rl, top_n, bootstrap):
         told = {"data": own.get("shift_by_draw")["sae/squared_difference_RL"], "none": shift["base_fired_L"][None]}
         told |= {kind: answers[f"{kind}/sae/squared_difference_RL"] for kind in ("own", "given") if len(answers) > 2}
         seed, shares, numbers = own.settings.seed, {}, {"resamples": bootstrap, "seed": own.settings.seed}
-        for training, (actual, _) in TRAININGS.items():
+        for training, actual in TRAININGS.items():
             moved_L = own.get(actual)["sae/squared_difference_L"]
             shared, = overlap_rows(shift["squared_difference_L"], moved_L, [top_n])
             lists.append({"seed": seed, "training": training, **shared})
@@ -148,31 +148,28 @@ def rl_overlap(each_rl, top_n, bootstrap):
     return plain({"lists": lists, "sets": sets, "leads": _lowest_first(leads)})
 
 
-@stage("json")
+@stage("json", version=2)
 def rl_correlations(each_rl, top_n, bootstrap, permutations, seed):
-    """`compare.Comparison` of each training, measure, list of latents (estimated, actual) and score with the absolute
-    change, mean over seeds; `less`: other "list/score"; also `reliability` of the change, where it can be had."""
-    rows = []
-    for training, (actual, after) in TRAININGS.items():
-        changes = item_differences({own.settings.seed: (own.get("evaluation_before"), own.get(after))
-                                    for own in each_rl})
-        values = {f"{kind}/{score}": [] for kind in ("estimated", "actual") for score in SCORES}
-        for own in each_rl:
-            domains = split_domains(own.get("domain_stats"))
-            for kind, shift in ("estimated", own.get("shift")), ("actual", split_domains(own.get(actual))["sae"]):
-                found = score_domains("paper", shift, domains, top_n)
-                for score in SCORES:
-                    values[f"{kind}/{score}"].append({row["domain"]: row[score] for row in found})
-        for measure, differences in changes.items():
-            compared = Comparison(differences, {name: np.array([[own[domain] for domain in sorted(differences)]
-                                                                for own in seeds]) for name, seeds in values.items()},
-                                  bootstrap=bootstrap, permutations=permutations, seed=seed)
-            try:
-                reliability = change_quality(differences, seed=seed)["reliability"]
-            except StsError:  # a domain with a single question
-                reliability = None
-            for name, row in compared.rows(against=[*values]).items():
-                kind, _, score = name.partition("/")
-                rows.append({"training": training, "measure": measure, "list": kind, "score": score,
-                             "reliability": reliability, **row})
+    """`compare.Comparison` of each measure, list of latents (estimated, actual) and score with the absolute change by
+    reinforcement learning, mean over seeds; `less`: other "list/score"; also `reliability` of the change, if known."""
+    rows, values = [], {f"{kind}/{score}": [] for kind in ("estimated", "actual") for score in SCORES}
+    changes = item_differences({own.settings.seed: (own.get("evaluation_before"), own.get("rl_evaluation"))
+                                for own in each_rl})
+    for own in each_rl:
+        domains = split_domains(own.get("domain_stats"))
+        for kind, shift in ("estimated", own.get("shift")), ("actual", split_domains(own.get("rl_shift"))["sae"]):
+            found = score_domains("paper", shift, domains, top_n)
+            for score in SCORES:
+                values[f"{kind}/{score}"].append({row["domain"]: row[score] for row in found})
+    for measure, differences in changes.items():
+        compared = Comparison(differences, {name: np.array([[own[domain] for domain in sorted(differences)]
+                                                            for own in seeds]) for name, seeds in values.items()},
+                              bootstrap=bootstrap, permutations=permutations, seed=seed)
+        try:
+            reliability = change_quality(differences, seed=seed)["reliability"]
+        except StsError:  # a domain with a single question
+            reliability = None
+        for name, row in compared.rows(against=[*values]).items():
+            kind, _, score = name.partition("/")
+            rows.append({"measure": measure, "list": kind, "score": score, "reliability": reliability, **row})
     return plain(rows)
