@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import sts
 from sts.errors import ROOT, MissingData, StsError
-from sts.run.others import seeds_of, trainings_of
+from sts.run.others import rl_runs_of, seeds_of, trainings_of
 from sts.run.recorded import BLANK, CHANGED, NO_TEXT, record, recorded_key, texts_withheld
 from sts.run.resources import identity, lm
 from sts.run.stage import STAGES, Stage
@@ -247,7 +247,7 @@ def test_every_result_in_the_repository_is_one_that_its_run_asks_for(folder):
     """A raised version, or a changed profile, leaves results behind that no page would find."""
     run = sts.open_run(folder.name).only_stored(reading=False)
     asked = set()
-    for one in (*seeds_of(run), *trainings_of(run)):
+    for one in (*seeds_of(run), *trainings_of(run), *rl_runs_of(run)):
         for stage in STAGES:
             with contextlib.suppress(StsError):  # not recorded
                 asked.add(f"{stage}-{one.key(stage)}")
