@@ -121,6 +121,7 @@ class Claim:
     form: str = ".2f"
     bound: float | None = None
     learned: str = "own"
+    run: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def judge(self, found: Evidence, unable: str = "") -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,7 @@ from sts.measure.items import crossed_mean_interval, paired_mean_interval
 from sts.measure.rivals import LABELS
 from sts.measure.score import concentration, concentrations, overlap_rows, same_fraction, shares_named
 from sts.measure.training_sets import list_lead
-
-if TYPE_CHECKING:
-    from sts.run.run import OpenRun
+from sts.run.run import OpenRun, open_run
 
 #: The paper's N = 100 of the 28,672 latents of its Qwen SAE.
 PAPER_FRACTION = 100, 28_672
@@ -45,6 +43,7 @@ CODES = {"sae": "SAE latents", "raw": "raw dimensions", "random": "random sparse
 def weigh(run: OpenRun, claim: Claim) -> tuple[Evidence | None, str, str]:
     """The evidence on a claim, the verdict, and why there is none."""
     try:
+        run = open_run(claim.run).only_stored(reading=False) if claim.run else run
         found: Evidence = globals()[claim.evidence](run, **claim.arguments)
         unable = found.unable or UNLEARNED * (not _learned(run, claim))
     except StsError as error:
