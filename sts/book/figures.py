@@ -23,8 +23,6 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sts.data.sources import DOMAINS, MMLU_PRO_CATEGORY
-
 #: Okabe and Ito, without its yellow, which is too pale for points on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS, LINES, HATCHES = ("o", "s", "^", "D", "v", "P", "X", "*"), ("-", "--", "-.", ":"), ("", "///", "...", "xx")
@@ -32,7 +30,7 @@ GREY = "#666666"
 THEME = {"figure.dpi": 110, "savefig.bbox": "tight"} | dict.fromkeys(
     ("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 10)
 #: With more domains lines lie closer, and a scatter names those at its rim alone.
-MANY, NAMED = 20, 12
+MANY, NAMED = 20, 8
 Column = str | Callable[[dict], Any]
 
 
@@ -49,13 +47,6 @@ def value_of(row: Any, path: str | None) -> Any:
     for part in [path] if not path or path in row else path.split("."):
         row = row.get(part) if isinstance(row, Mapping) else None
     return row if row == row else None  # NaN
-
-
-def domain_style(domain: str) -> tuple[str, str]:
-    """Colour and marker of a domain, of a subject those of its category; the same in every figure."""
-    domain = MMLU_PRO_CATEGORY.get(domain, domain)
-    place = DOMAINS.index(domain) if domain in DOMAINS else len(DOMAINS) + sum(domain.encode())
-    return COLOURS[place % len(COLOURS)], MARKERS[place // len(COLOURS) % len(MARKERS)]
 
 
 def _axes(panels: Sequence, height: float, names: Mapping = {}, **labels: str) -> tuple[Figure, dict[Any, Axes]]:
@@ -140,9 +131,8 @@ def scatter(rows: Any, x: str = "score", y: str = "change", *, panel: str | None
     figure, axes = _axes(_kinds(rows, panel), 3.6, names, xlabel=xlabel, ylabel=ylabel)
     texts, halo = {axis: [] for axis in axes.values()}, [patheffects.withStroke(linewidth=2, foreground="white")]
     for row in rows:
-        axis, (colour, marker) = axes[value_of(row, panel)], domain_style(row["domain"])
-        face = colour if filled is None or row[filled] else "white"
-        axis.plot(row[x], row[y], marker, color=colour, markerfacecolor=face)
+        axis, face = axes[value_of(row, panel)], COLOURS[0] if filled is None or row[filled] else "white"
+        axis.plot(row[x], row[y], MARKERS[0], color=COLOURS[0], markerfacecolor=face)
         texts[axis].append(axis.text(row[x], row[y], row["domain"].replace("_", " "), path_effects=halo))
     for axis, own in texts.items():
         right, up = numpy.array([text.get_position() for text in own], dtype=float).reshape(-1, 2).T

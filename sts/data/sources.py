@@ -175,5 +175,3 @@ CORPORA = ("web", "books", "textbook")
 _SUBJECTS = yaml.safe_load((ROOT / "data" / "mmlu_subjects.yaml").read_text(encoding="utf-8"))
 #: MMLU's 57 subjects -> MMLU-Pro's 14 categories.
 MMLU_PRO_CATEGORY = {subject: domain for domain, names in _SUBJECTS.items() for subject in names}
-#: MMLU-Pro's 14 categories, in alphabetical order.
-DOMAINS = tuple(sorted(_SUBJECTS))

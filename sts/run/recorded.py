@@ -64,7 +64,7 @@ def _means(states: Mapping) -> dict:
 #: Stage -> what is recorded of its result instead of all: a function of it, or None for nothing.
 CHANGED: dict[str, Callable[[Any], Any] | None] = {
     "latent_examples": _without_tokens, "ablated_answers": _without_answers, "shifted_examples": _without_tokens,
-    "steered_answers": _without_answers, "judge_labels": _without_prompts, "domain_stats": _sums,
+    "judge_labels": _without_prompts, "domain_stats": _sums,
     "training_answer_states": _means, "domain_answer_states": _means, **dict.fromkeys((
         "pool_activations", "pool_activity", "domain_rows", "text_activations", "latent_strengths", "domain_raw_stats",
         "domain_model_change", "random_latent_scores", "rollouts", "mixture_answers", "greedy_answers"))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sts.data.prompts import make_prompt, question_text
+from sts.data.prompts import make_prompt
 from sts.engine import generation
 from sts.engine import sae_quality as quality
 from sts.engine.residuals import Extractor
@@ -19,6 +19,8 @@ from sts.run.stage import stage
 
 #: Sets of latents that fire as often; how far down a list a kind's latents are looked for, in N; tokens of an answer.
 SETS, REACH, ANSWER_TOKENS = 20, 5, 48
+#: What is answered while a latent is turned up: of no data set, so that records hold the answers.
+PROBLEM = "Maria bakes 5 trays of 12 rolls and sells 37 of them. How many rolls are left?"
 
 
 @stage("folder")
@@ -98,18 +100,17 @@ def judge_labels(shifted_examples, latent_labels, pool, judge_url, judge_model, 
                                               resamples=bootstrap, seed=seed)}
 
 
-@stage("json")
-def steered_answers(lm, reader, layer, held_out, masks, shift, latent_labels, pool, top_n, steer_factors, passes):
-    """A held-out problem answered (greedily) by the model as it is (factor None), and with the first shifted latent of
+@stage("json", version=2)
+def steered_answers(lm, reader, layer, masks, shift, latent_labels, pool, top_n, steer_factors, passes):
+    """`PROBLEM` answered (greedily) by the model as it is (factor None), and with the first shifted latent of
     the first kind (of any, where there is none) multiplied by each factor; `same`: as by the model as it is."""
     shifted, label_L = shifted_dimensions(shift["squared_difference_L"], top_n).tolist(), latent_labels["label"]
     latent = next((one for one in shifted if label_L[one] == [*pool][0]), shifted[0])
-    prompt, answers = make_prompt(lm.tokenizer, question_text(held_out[0])), []
+    prompt, answers = make_prompt(lm.tokenizer, PROBLEM), []
     limit, = Extractor(lm, layer, **passes).sink_norms([prompt], masks.outlier_norm)
     for factor in (None, *steer_factors):
         with zeroed(lm, reader, layer, [] if factor is None else [latent], factor=factor or 0.0, norm_limit=limit,
                     drop_first_positions=masks.drop_first_positions):
             text = generation.greedy_answer(lm, prompt.ids, ANSWER_TOKENS)
         answers.append({"factor": factor, "answer": text, "same": not answers or text == answers[0]["answer"]})
-    return {"latent": latent, "question": held_out[0].question, "answer": held_out[0].answer, "answers": answers,
-            "tokens": ANSWER_TOKENS}
+    return {"latent": latent, "question": PROBLEM, "answers": answers, "tokens": ANSWER_TOKENS}
