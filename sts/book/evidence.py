@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,8 +16,8 @@ from sts.book.figures import rows_of, value_of
 from sts.book.trainings import gain_kept, kept_up, read_outs  # noqa: F401  (named by records)
 from sts.errors import NotRecorded, StsError
 from sts.measure import cost, paper
-from sts.measure.items import crossed_mean_interval, paired_mean_interval
-from sts.measure.rivals import LABELS
+from sts.measure.items import above_chance, crossed_mean_interval, paired_mean_interval
+from sts.measure.rivals import LABELS, exact_share
 from sts.measure.score import concentration, concentrations, overlap_rows, same_fraction, shares_named
 from sts.measure.training_sets import list_lead
 from sts.run.run import OpenRun, open_run
@@ -64,11 +63,9 @@ def _learned(run: OpenRun, claim: Claim) -> bool:
 
 def _at_chance(run: OpenRun) -> bool:
     """Whether accuracy before training is within 1.96 standard errors of guessing, or below."""
-    rows = run.get("evaluation_before")
-    items = rows[rows["option"] >= 0].groupby("example_id")
-    right_N = rows.loc[items["loglikelihood"].idxmax(), "is_right"].to_numpy(float)
-    guess_N = 1 / items.size().to_numpy(float)
-    return bool(right_N.mean() <= guess_N.mean() + 1.96 * math.sqrt((guess_N * (1 - guess_N)).sum()) / len(guess_N))
+    rows = run.get("evaluation_before").query("option >= 0")
+    letters = rows[rows["kind"] == "letter"]
+    return above_chance(rows if letters.empty else letters)["z"] <= 1.96
 
 
 def _unreliable(run: OpenRun, measure: str | None) -> bool:
@@ -125,14 +122,14 @@ def _estimate(one: Mapping[str, Any], value: str = "pearson", interval: str = "p
     return Evidence(number, low, high, value_of(one, p), fair=fair)
 
 
-def losses(run: OpenRun, published: bool = False) -> Evidence:
-    """Share of domains that lost accuracy (Tables 2 to 4), of the run or of the paper's three models."""
-    changes = (paper.accuracy_shifts()["shift_pct"] if published else
-               run.get("domain_shift").query("measure == 'accuracy'")["shift"])
+def losses(run: OpenRun) -> Evidence:
+    """Share of domains that lost accuracy (Tables 2 to 4)."""
+    changes = run.get("domain_shift").query("measure == 'accuracy'")["shift"]
     if changes.empty:
         raise StsError("Accuracy was not evaluated in this run.")
-    unable = "" if published else CHANCE * _at_chance(run) or UNRELIABLE * _unreliable(run, "accuracy")
-    return Evidence((changes < 0).to_numpy().mean().item(), n=len(changes), unable=unable)
+    found = exact_share(changes.to_numpy() < 0)
+    return Evidence(found["share"], found["low"], found["high"], n=len(changes),
+                    unable=CHANCE * _at_chance(run) or UNRELIABLE * _unreliable(run, "accuracy"))
 
 
 def own_lists(run: OpenRun) -> Evidence:
@@ -167,13 +164,6 @@ def planned_cost(run: OpenRun) -> Evidence:
     (value, _), *more = sorted((cost.ratio(one, cost.Settings(), cost.Assumptions()), one.name)
                                for one in cost.ARCHITECTURES.values())
     return Evidence(value, n=1 + len(more), of="models", against={name: Evidence(ratio) for ratio, name in more})
-
-
-def sae(run: OpenRun, field: str) -> Evidence:
-    """Share of latents "inactive" on a token; or what the SAE explains of the variance "more" than the small."""
-    own, name = run.get("sae_quality"), "fraction_of_variance_explained"
-    value = 1 - own["l0"] / own["latents"] if field == "inactive" else own[name] - run.get("small_sae_quality")[name]
-    return Evidence(value, n=own["tokens"], of="tokens")
 
 
 def shares(run: OpenRun, against: Sequence[str] = (), paper_fraction: bool = False) -> Evidence:

@@ -106,7 +106,7 @@ class Page:
             rows, words = [], []
             for name, result in ((name, one) for name, one in results.items() if one.get("beyond", False) == beyond):
                 own = [(claim, *evidence.weigh(self.run, claim)[:2]) for claim in known.values()
-                       if claim.result == name]
+                       if claim.result == name and (self.settings.published or not claim.run)]
                 words.append(claims.together([word for *_, word in own]))
                 ours = "".join(f"<div>{escape(claim.label)}: {self._number(claim, found)} {_pill(word, 'sts-small')}"
                                "</div>" for claim, found, word in own if found)

@@ -26,6 +26,12 @@ def trained_domains(examples: Iterable[Example]) -> set[str]:
     return {DOMAIN_OF.get(example.domain, example.domain) for example in examples}
 
 
+def untrained(domains: Iterable[str], train: Iterable[Example]) -> list[str]:
+    """The domains that are none of the training set's own, nor subjects of one."""
+    own = trained_domains(train)
+    return [domain for domain in domains if MMLU_PRO_CATEGORY.get(domain, domain) not in own]
+
+
 def demonstration_draws(examples: list[Example], count: int, draws: int, *, seed: int, what: str,
                         set_aside: bool = False, apart: bool = False) -> list[tuple[list[Example], list[Example]]]:
     """`draws` pairs of `count` demonstrations and all other examples, by a moving window over a seeded shuffle.
@@ -75,8 +81,7 @@ def other_domain_sets(train: Sequence[Example], pool: Mapping[str, list[Example]
                       seed: int) -> list[list[Example]]:
     """Sets of demonstrations, each from one domain that is not the training set's own, put as its examples are."""
     own = trained_domains(train)
-    large = [domain for domain in sorted(pool) if len(pool[domain]) >= count
-             and MMLU_PRO_CATEGORY.get(domain, domain) not in own]
+    large = [domain for domain in untrained(sorted(pool), train) if len(pool[domain]) >= count]
     if not large:
         raise StsError(f"The control takes {count} demonstrations from a domain other than {', '.join(sorted(own))}; "
                        "no domain has so many. Use fewer shift_demonstrations, or more domains.")

@@ -61,7 +61,8 @@ def logme(features_NL: np.ndarray, labels_N: np.ndarray) -> float:
         features_NL, labels_N == label).scores_[-1] for label in np.unique(labels_N)]) / len(labels_N))
 
 
-def _share(right_N: np.ndarray) -> dict[str, Any]:
+def exact_share(right_N: np.ndarray) -> dict[str, Any]:
+    """n, share of truths, and its exact 95% interval of Clopper and Pearson."""
     ends = scipy_stats.binomtest(int(right_N.sum()), len(right_N)).proportion_ci(method="exact")
     return {"n": len(right_N), "share": float(right_N.mean()), "low": float(ends.low), "high": float(ends.high)}
 
@@ -76,7 +77,7 @@ def signs(forecast_N: np.ndarray, change_N: np.ndarray, blind: float = 1.0) -> d
     table = [[int((((said_N > 0) == up) & ((true_N > 0) == risen)).sum()) for risen in (True, False)]
              for up in (True, False)]
     lead = paired_mean_interval((said_N == true_N) - 1.0 * (true_N == np.sign(blind)))
-    return _share(said_N == true_N) | {"table": table, "lead": lead._asdict()}
+    return exact_share(said_N == true_N) | {"table": table, "lead": lead._asdict()}
 
 
 def jackknife_plus(x_N: np.ndarray, y_N: np.ndarray, x_M: np.ndarray, level: float, degree: int = 1) -> np.ndarray:
@@ -102,7 +103,7 @@ def coverage(cases: list[tuple[np.ndarray, ...]], level: float) -> dict[str, Any
     (low_M, high_M), blind = (np.concatenate([jackknife_plus(x_N, y_N, x_M, level, degree)
                                               for x_N, y_N, x_M, _ in cases], axis=1) for degree in (1, 0))
     y_M, width_M, blind_M = np.concatenate([case[3] for case in cases]), high_M - low_M, blind[1] - blind[0]
-    return _share((low_M <= y_M) & (y_M <= high_M)) | {
+    return exact_share((low_M <= y_M) & (y_M <= high_M)) | {
         "width": float(width_M.mean()), "blind": float(blind_M.mean()),
         "spread": float(np.ptp(np.quantile(y_M, [(1 - level) / 2, (1 + level) / 2]))),
         "narrower": float((1 - width_M / blind_M).mean())}

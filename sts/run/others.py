@@ -39,12 +39,6 @@ def rl_runs_of(run: OpenRun) -> list[OpenRun]:
             if own.rl_steps]
 
 
-def rl_trials_of(run: OpenRun) -> list[OpenRun]:
-    """The run with each set in `rl_tried` to train on for `rl_trial_steps`, at a seed of its own."""
-    own = run.settings
-    return [run.alone(sft_data=name, seed=own.seed + 1_000, rl_steps=own.rl_trial_steps) for name in own.rl_tried]
-
-
 @resource(("rl_data", "rl_seeds", "seed"), ("rl_runs",))
 def each_rl(run):
     if not (found := rl_runs_of(run)):
@@ -52,15 +46,7 @@ def each_rl(run):
     return found
 
 
-@resource(("rl_tried", "seed"), ("rl_tried",))
-def each_tried(run):
-    if not (found := rl_trials_of(run)):
-        raise StsError("rl_tried is empty: name the question sets to try, such as [chain_sum, gcd].")
-    return found
-
-
 RESOURCES["each_rival_set"] = replace(RESOURCES["each_training"], inputs=("rival_sets",))
 OTHERS |= {"rival_sets": (trainings_of, ("rival_values", "domain_shift")),
            "seeds": (lambda run: seeds_of(run)[1:], ("correlations", "extreme_correlations")),
-           "training_sets": (trainings_of, EVERY_SET), "rl_runs": (rl_runs_of, EVERY_RL),
-           "rl_tried": (rl_trials_of, ("rl",))}
+           "training_sets": (trainings_of, EVERY_SET), "rl_runs": (rl_runs_of, EVERY_RL)}

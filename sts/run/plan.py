@@ -28,7 +28,7 @@ WITH_MODEL, WITHOUT = {"gpu": 1, "mem_mb": 6_000, "runtime": 720}, {"mem_mb": 4_
 #: Stages that are asked for only where a setting is not empty; an SAE is trained where another stage needs it, and
 #: reinforcement learning is done on a training set of its own.
 WHERE = {"sft_trials": "sft_lr_tried", "generation_shift": "eval_generate", "answer_forms": "validation_limit",
-         "rl_trials": "rl_tried", **dict.fromkeys(("rl_rewards", "rl_overlap", "rl_correlations"), "rl_steps"),
+         **dict.fromkeys(("rl_rewards", "rl_overlap", "rl_correlations"), "rl_steps"),
          **dict.fromkeys(("sae", "rl_shift", "rl_evaluation", "rollout_shift")),
          **dict.fromkeys(("sae_quality", "small_sae_quality", "latent_strengths", "latent_logits"), "text_data")}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts.errors import StsError
-from sts.run.others import rl_runs_of, rl_trials_of, seeds_of, trainings_of
+from sts.run.others import rl_runs_of, seeds_of, trainings_of
 from sts.run.resources import DRAWN, INPUTS
 from sts.run.settings import Run
 from sts.run.stage import STAGES, Stage
@@ -91,7 +91,7 @@ def record(run: OpenRun, target: Path) -> list[str]:
     asks for is removed from `target`. `StsError` where nothing is stored, or a key is not known.
     """
     own, copy = Store(run.store.folder), Store(target)
-    others = [one for runs_of in (seeds_of, trainings_of, rl_runs_of, rl_trials_of) for one in runs_of(run)]
+    others = [one for runs_of in (seeds_of, trainings_of, rl_runs_of) for one in runs_of(run)]
     asked = {f"{name}-{one.key(name)}": ((name, one.key(name), spec.kind), one)
              for one in reversed(others) for name, spec in STAGES.items()}
     found = {label: each for label, each in asked.items() if own.find(*each[0])}
@@ -124,6 +124,8 @@ def recorded_key(folders: Sequence[Path], settings: Run, spec: Stage, needs: Map
     """
     for path in (path for folder in folders for path in sorted(folder.glob(f"{spec.name}-*{PROVENANCE}"))):
         found = json.loads(path.read_text(encoding="utf-8"))
+        if "drawn" not in found:  # not recorded, but a result of another run
+            continue
         decided = found["settings"] | found["drawn"]
         if (found["version"], found["settings"].keys(), found["needs"], found["inputs"].keys()) == (
                 spec.version, {*spec.uses}, needs, known.keys()) and all(

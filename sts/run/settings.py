@@ -124,8 +124,6 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     lora_alpha: Count = _is("their scale", 64)
     rl_data: QuestionSet = _is("question set for it, and for the fine-tuning beside it; answers can be verified",
                                "chain_sum")
-    rl_tried: list[QuestionSet] = _is("sets on which stage rl_trials tries it, before a profile is fixed", [])
-    rl_trial_steps: Count = _is("steps of each of these trials", 30)
     rl_seeds: list[Index] = _is("further seeds at which it is done again", [])
     rl_steps: Index = _is("steps of GRPO; 0: no reinforcement learning in this run", 0)
     rl_lr: float = _is("learning rate of GRPO, constant", 3e-4, ge=0)

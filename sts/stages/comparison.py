@@ -103,7 +103,8 @@ def baseline_values(scores, shift, shift_controls, sft_shift, domain_stats, doma
         shift, raw_shift, split_domains(sft_shift)["sae"], split_domains(domain_stats),
         split_domains(domain_raw_stats), split_domains(domain_model_change),
         scores[scores["variant"] == "paper"].set_index("domain"), text_baselines.set_index("domain"),
-        dict(_changes(domain_shift))["bits"]["before"], top_n, same_fraction(top_n, *widths))).reset_index()
+        domain_shift[domain_shift["measure"] == "bits"].set_index("domain")["before"], top_n,
+        same_fraction(top_n, *widths))).reset_index()
 
 
 @stage("tensors", version=2 + REVISION)
@@ -228,7 +229,8 @@ def baseline_confounds(each_seed, bootstrap, permutations, seed):
     rows, before = [], _before(each_seed)
     for measure, differences, values in _measured(each_seed, (*SCORES, *CONTROLS)):
         domains, seeds = sorted(differences), len(each_seed)
-        controls, categories = {name: [name] for name in CONTROLS}, np.array(_categories(domains))
+        categories = np.array(_categories(domains))
+        controls = {name: [name] for name in CONTROLS if np.isfinite(values[name]).all()}
         for name in ("p_right", "answer_shortness"):
             if before.loc[domains, name].notna().all():
                 controls[name], values[name] = [name], np.tile(before.loc[domains, name], (seeds, 1))
@@ -259,23 +261,26 @@ def change_quality(each_seed, seed):
     return plain(rows)
 
 
-@stage("json", version=3, also=("scores", *EVALUATED))
+@stage("json", version=4, also=("scores", *EVALUATED))
 def score_checks(change_quality, each_seed, bootstrap, permutations, seed):
     """r of each score as in `baseline_correlations`; category_interval: with whole categories of subjects drawn, if any
-    are there; corrected: divided by the root of the change's reliability, which noise lowers it by, if it has some."""
-    rows: list[dict] = []
+    are there; given_before: partial r given the measure before training, as in `baseline_confounds`; corrected: divided
+    by the root of the change's reliability, which noise lowers it by, if it has some."""
+    rows, before = [], _before(each_seed)
     known = {row["measure"]: row.get("reliability") for row in change_quality}
     tables = [own.get("scores").query("variant == 'paper'").set_index("domain") for own in each_seed]
     for measure, differences in _differences(each_seed):
         domains, share = sorted(differences), known[measure] or 0.0
         categories = _categories(domains)
-        compared = Comparison(differences, {score: np.stack([own.loc[domains, score] for own in tables])
-                                            for score in SCORES}, bootstrap=bootstrap, permutations=permutations,
-                              seed=seed)
-        found: dict[str, Any] = compared.rows()
+        values = {score: np.stack([own.loc[domains, score] for own in tables]) for score in SCORES}
+        values["before"] = np.tile(before.loc[domains, measure], (len(tables), 1))
+        compared = Comparison(differences, values, bootstrap=bootstrap, permutations=permutations, seed=seed)
+        given = dict(zip(SCORES, compared.partial(SCORES, ["before"]), strict=True))
+        found: dict[str, Any] = compared.rows(untested=["before"])
         rows += [{"measure": measure, "score": score, "pearson": row["pearson"], "p": row["p"],
-                  "pearson_interval": row["pearson_interval"], "category_interval": cluster_interval(
-                      compared.values[score], compared.change_SN, categories, bootstrap, seed) if categories else None,
+                  "pearson_interval": row["pearson_interval"], "given_before": given[score],
+                  "category_interval": cluster_interval(compared.values[score], compared.change_SN, categories,
+                                                        bootstrap, seed) if categories else None,
                   "corrected": row["pearson"] / share**0.5 if share > SMALLEST_SHARE else None}
-                 for score, row in found.items() if "pearson" in row]
+                 for score, row in found.items() if score in SCORES and "pearson" in row]
     return rows

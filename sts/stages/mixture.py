@@ -10,7 +10,7 @@ from functools import partial
 
 import pandas
 
-from sts.data.groups import trained_domains
+from sts.data.groups import untrained
 from sts.data.prompts import question_text
 from sts.engine.evaluate import evaluate
 from sts.engine.finetune import retrained
@@ -38,8 +38,8 @@ def mixture_plan(scores, train, questions, mixture_steps, mixture_kinds, mixture
     and the ids of their halves, to train on and to test; mixtures: rows of `divided`."""
     if not mixture_steps:
         raise StsError("mixture_steps is empty: name the shares to add, such as [0.5, 1.0].")
-    own = scores[(scores["variant"] == "paper") & (scores["sts_icl"] > 0)].set_index("domain")["sts_icl"].drop(
-        [*trained_domains(train)], errors="ignore")
+    own = scores[(scores["variant"] == "paper") & (scores["sts_icl"] > 0)].set_index("domain")["sts_icl"]
+    own = own[untrained(own.index, train)]
     if len(own) < 2:
         raise StsError(f"A mixture needs two domains beside the trained, with scores above zero; here are {len(own)}.")
     domains = []

@@ -112,12 +112,6 @@ def rl_rewards(each_rl, bootstrap):
             "falls": [1 - log["held_out_after"] / log["held_out_before"] for log in losses]}
 
 
-@stage("json")
-def rl_trials(each_tried, bootstrap):
-    """`rises` of stage `rl_rewards` for each set in `rl_tried`, run by hand before a profile is fixed."""
-    return _rises(each_tried, bootstrap)
-
-
 @stage("json", version=2)
 def rl_overlap(each_rl, top_n, bootstrap):
     """lists: `overlap_rows` at N of the estimated list and the actual one after each training, by seed; sets: share of

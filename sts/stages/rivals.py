@@ -12,7 +12,7 @@ import numpy as np
 import pandas
 import torch
 
-from sts.data.groups import trained_domains
+from sts.data.groups import untrained
 from sts.data.prompts import Prompt, make_prompt, question_text, solution_prompt
 from sts.engine.evaluate import evaluate
 from sts.engine.finetune import retrained
@@ -24,7 +24,7 @@ from sts.errors import StsError
 from sts.measure import rivals
 from sts.measure.baselines import chosen_by, split_domains
 from sts.measure.compare import SCORES, Comparison
-from sts.measure.correlation import correlation_rows, plain
+from sts.measure.correlation import correlation_rows, p_value, plain
 from sts.measure.items import item_differences, item_measures, paired_mean_interval
 from sts.measure.score import shares_named
 from sts.run.stage import stage, steps
@@ -205,7 +205,7 @@ def example_forecasts(fresh_lm, train, questions, scores, training_answer_states
     problem), domain, projection (`rivals.projection_difference`), overlap (share of the domain's `top_n` most active
     latents that are the answer's too), influence (inner product of both losses' gradients)."""
     own, known = scores[scores["variant"] == "paper"].set_index("domain")["sts_act"], training_answer_states
-    chosen = own.drop([*trained_domains(train)], errors="ignore").nlargest(example_domains).index
+    chosen = own[untrained(own.index, train)].nlargest(example_domains).index
     lm, domains, rows = fresh_lm(), split_domains(domain_answer_states), []
     weights = first_weights(lm, lora_rank, lora_alpha, seed)
     projected_ED = rivals.projection_difference(known["training_raw_ED"], known["own_raw_ED"], torch.stack(
@@ -265,7 +265,7 @@ def example_effects(each_seed, bootstrap, seed):
             leads = {one: own[ranking, "bottom"] - own[ranking, "top"] for one, own in wide.items()}
             mean = paired_mean_interval(pandas.concat(leads), **numbers)
             rows.append({"measure": measure, "ranking": ranking, **mean._asdict(),
-                         "p": np.mean(np.array(null) >= mean.mean), "each": [
+                         "p": p_value(np.array(null), mean.mean), "each": [
                              {"seed": one, "domain": name, **paired_mean_interval(part, **numbers)._asdict()}
                              for one, lead in leads.items() for name, part in lead.groupby("domain")]})
     return plain(rows)

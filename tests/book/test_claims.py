@@ -125,8 +125,8 @@ def test_a_probe_is_judged_by_shuffled_targets():
     ("low", "high", "p", "sets", "verdict"),
     [
         (0.1, 0.8, 0.01, 0.04, HELD),
-        (0.1, 0.8, 0.01, 0.05, IN_PART),
-        (0.1, 0.8, 0.01, 0.4, IN_PART),
+        (0.1, 0.8, 0.01, 0.05, NOT_HELD),
+        (0.1, 0.8, 0.01, 0.4, NOT_HELD),
         (0.1, 0.8, 0.05, 0.04, NOT_HELD),
         (0.0, 0.8, 0.01, 0.04, NOT_HELD),
         (-0.2, 0.8, 0.01, 0.04, NOT_HELD),
@@ -484,8 +484,6 @@ def test_shares_and_lists_by_hand(tmp_path):
 
 def test_the_papers_own_numbers_are_judged_as_published(tmp_path):
     known = claims.read_claims()[1]
-    got, word, _ = evidence.weigh(Run(tmp_path), known["paper-losses"])
-    assert got.value == pytest.approx(38 / 42) and word == HELD
     got, word, _ = evidence.weigh(Run(tmp_path), known["paper-fig3"])
     assert got.value == pytest.approx(0.60, abs=0.005) and len(got.against) == 5 and word == NOT_HELD
 
@@ -493,6 +491,6 @@ def test_the_papers_own_numbers_are_judged_as_published(tmp_path):
 def test_nothing_is_computed_for_the_scorecard(tmp_path):
     run = sts.open_run("smoke", results=tmp_path).only_stored()
     for claim in claims.read_claims()[1].values():
-        if claim.chapter != "the_papers_numbers" and claim.id != "cheaper-on-paper":
+        if claim.chapter != "the_papers_numbers" and claim.id != "cheaper-on-paper" and not claim.run:
             assert evidence.weigh(run, claim)[1] == NOT_DONE
     assert not [*tmp_path.rglob("*.provenance.json")]

@@ -233,11 +233,12 @@ def subjects():
 class Seed:
     """What a stage over all seeds reads of one of them."""
 
-    def __init__(self, seed, names, score, change):
+    def __init__(self, seed, names, score, change, level=0.0):
         items = [f"{name}-{place}" for name in names for place in range(4)]
         before = pandas.DataFrame({"example_id": items, "domain": np.repeat(names, 4), "kind": "solution", "option": -1,
-                                   "loglikelihood": -np.log(2) * 20, "characters": 1, "is_right": True})
-        after = before.assign(loglikelihood=-np.log(2) * (20 + np.repeat(change, 4)))
+                                   "loglikelihood": -np.log(2) * np.repeat(20 + level, 4), "characters": 1,
+                                   "is_right": True})
+        after = before.assign(loglikelihood=before["loglikelihood"] - np.log(2) * np.repeat(change, 4))
         self.settings, self.tables = SimpleNamespace(seed=seed), {
             "evaluation_before": before, "evaluation_after": after, "baseline_values": pandas.DataFrame(
                 {"domain": names, "sts_act": score, "sts_icl": -score, "base_bits": np.arange(len(names)) % 5,
@@ -250,7 +251,7 @@ class Seed:
 
 def test_a_category_is_a_control_and_whole_categories_are_drawn():
     names, level, score, change = subjects()
-    seeds = [Seed(seed, names, score, own) for seed, own in enumerate(change)]
+    seeds = [Seed(seed, names, score, own, level) for seed, own in enumerate(change)]
     rows = baseline_confounds(seeds, 200, 500, 0)
     row = row_of(rows, score="sts_act", controls=["category"])
     dummies = pandas.get_dummies([MMLU_PRO_CATEGORY[name] for name in names], drop_first=True).to_numpy(float)
@@ -263,6 +264,7 @@ def test_a_category_is_a_control_and_whole_categories_are_drawn():
     assert act["pearson"] == pytest.approx(np.mean([np.corrcoef(score, np.abs(own))[0, 1] for own in change]))
     assert act["corrected"] == pytest.approx(act["pearson"] / 0.8)
     assert act["category_interval"]["high"] - act["category_interval"]["low"] > 0.1
+    assert act["given_before"]["by_seed"] == pytest.approx([naive_partial(score, np.abs(own), level) for own in change])
     assert icl["category_interval"]["low"] == pytest.approx(-act["category_interval"]["high"])
     assert score_checks([{"measure": "bits", "reliability": 0.05}], seeds, 200, 100, 0)[0]["corrected"] is None
 

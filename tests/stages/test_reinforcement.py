@@ -209,13 +209,6 @@ def test_nothing_is_judged_where_the_reward_did_not_rise(run, monkeypatch):
     assert evidence.weigh(run, read_claims()[1]["reward-rises"])[0].against.keys() == {"right answers alone"}
 
 
-def test_trials_are_runs_of_their_own(run):
-    rows = run.get("rl_trials")
-    assert {(row["data"], row["seed"], row["steps"]) for row in rows} == {("gcd", 1000, 5)} and len(rows) == 3
-    with pytest.raises(StsError, match="rl_tried is empty"):
-        sts.open_run("smoke", results=run.results, rl_tried=[]).get("rl_trials")
-
-
 def test_a_run_may_do_without(run):
     without = sts.open_run("smoke", results=run.results, rl_steps=0)
     with pytest.raises(StsError, match="rl_steps is 0"):
@@ -254,8 +247,6 @@ def test_settings_of_reinforcement_learning_are_in_its_keys_alone(run):
 
 
 def test_a_workflow_holds_both_trainings_of_every_seed(run):
-    found = jobs(run, ["rl_overlap", "rl_trials"])
+    found = jobs(run, ["rl_overlap"])
     for name in ("rl-sft_data_chain_sum", "rl-sft_data_chain_sum-seed_1", "sft_shift-sft_data_chain_sum-seed_1"):
         assert name in found and name in found["rl_overlap"].needs
-    trial = found["rl-sft_data_gcd-seed_1000-rl_steps_5"]
-    assert trial.changes.items() >= {"sft_data": "gcd", "seed": 1000, "rl_steps": 5}.items() and "lm" not in trial.takes
