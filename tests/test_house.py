@@ -23,7 +23,8 @@ WORDS = re.compile(r"\w+(?: [^\s]+){5,}")
 #: Texts of so many words in the code, which say what a page holds, or why there is no result.
 NOTICES = ("training taught the model too little", "before training the model is right no more", "too few domains",
            "one training set given", "left out: no solution", "<p><strong>The texts are not here.", "fires on",
-           "Where the numbers come from", "Tokens by strength", '<div class="sts-run">', "<input ", "1 - cosine,")
+           "Where the numbers come from", "Tokens by strength", '<div class="sts-run">', "<input ", "1 - cosine,",
+           "Maria bakes")
 #: A name that a function composing English would have.
 SAYS = re.compile(r"(?:^|_)(?:sentences?|prose|paragraphs?|in_words|spelled|discussion|said_of|conclusion)(?:_|$)")
 

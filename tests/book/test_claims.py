@@ -363,8 +363,10 @@ def test_accuracy_is_judged_only_above_chance(tmp_path, right, chance):
         [
             {
                 "example_id": str(item),
+                "domain": "law",
                 "kind": "letter",
                 "option": option,
+                "characters": 1,
                 "is_right": option == 0,
                 "loglikelihood": float(option == (0 if item < right else 1)),
             }

@@ -112,7 +112,7 @@ class Run:
         self.results = {"sft": folder} | results
         self.settings = SimpleNamespace(
             name="stub", seed=0, description="a <run>", model="tiny", layer=1, top_n=2, sae="train",
-            selective_latents=[2], mixture_steps=[1.0],
+            selective_latents=[2], mixture_steps=[1.0], published=False,
         )
         self.changed, self.other_seeds, self.used = {"top_n": 2}, (), ("sft",)
 

@@ -20,6 +20,7 @@ from sts.measure.sets import matched_latents
 from sts.run import resources
 from sts.run.recorded import NO_TEXT, record, texts_withheld
 from sts.run.store import Store
+from sts.stages.meaning import PROBLEM
 
 KINDS = ["mathematics", "code", "dialogue", "prose", "questions"]
 
@@ -195,7 +196,7 @@ def by_hand(run, latent, factor):
         added = (factor - 1) * sae.encode(output)[..., latent, None] * sae.W_dec[latent]
         return output + (inputs["position_ids"] >= 1)[..., None] * added
 
-    ids = torch.tensor([make_prompt(lm.tokenizer, question_text(resources.held_out(run)[0])).ids])
+    ids = torch.tensor([make_prompt(lm.tokenizer, PROBLEM).ids])
     handle, start = decoder_layers(lm.model)[0].register_forward_hook(hook, with_kwargs=True), ids.shape[1]
     with torch.no_grad():
         for _ in range(48):
