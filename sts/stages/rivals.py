@@ -265,7 +265,7 @@ def example_effects(each_seed, bootstrap, seed):
             leads = {one: own[ranking, "bottom"] - own[ranking, "top"] for one, own in wide.items()}
             mean = paired_mean_interval(pandas.concat(leads), **numbers)
             rows.append({"measure": measure, "ranking": ranking, **mean._asdict(),
-                         "p": p_value(np.array(null), mean.mean), "each": [
+                         "p": float(p_value(np.array(null), mean.mean)), "each": [
                              {"seed": one, "domain": name, **paired_mean_interval(part, **numbers)._asdict()}
                              for one, lead in leads.items() for name, part in lead.groupby("domain")]})
     return plain(rows)
