@@ -141,6 +141,8 @@ VERDICTS = {
     "score-act": HELD,
     "score-icl": NOT_HELD,
     "accuracy-act": NOT_TESTABLE,
+    "larger-act": NOT_HELD,
+    "larger-icl": NOT_HELD,
     "extremes": NOT_HELD,
     "tables-2-4": NOT_TESTABLE,
     "beats-raw": NOT_HELD,
