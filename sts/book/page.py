@@ -82,7 +82,8 @@ class Page:
         lines = f"<tr><th>the paper</th><td>{escape(claim.paper)}</td></tr>" if claim.paper else ""
         details = "".join(f"<p>{escape(text)}</p>" for text in (claim.rule_text, reason) if text)
         if found:
-            lines += f"<tr><th>this run</th><td>{escape(claim.label)}: {self._number(claim, found)}</td></tr>"
+            lines += (f"<tr><th>{escape(claim.run or 'this run')}</th><td>{escape(claim.label)}: "
+                      f"{self._number(claim, found)}</td></tr>")
             numbers = [{"": name, "with 95% interval": claim.number(one), "p": figures.shown("{p:.2g}", p=one.p)}
                        for name, one in {"judged": found, **found.against}.items()]
             details += str(figures.table(numbers).data)
