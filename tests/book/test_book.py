@@ -205,7 +205,7 @@ def test_page_works_offline_at_this_width(book, browser, page, width):
         assert images.count() >= (page != "notebooks/scorecard")
         assert all(images.nth(index).evaluate("image => image.naturalWidth > 100") for index in range(images.count()))
         assert "Run smoke" in body.replace("\n", " ") or page.endswith("the_papers_numbers")
-        assert tab.locator(".sts-verdict").count() >= 2
+        assert tab.locator(".sts-verdict").count() >= 1
     assert failed == []
     context.close()
 
