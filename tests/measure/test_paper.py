@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from sts.data.sources import DOMAINS
 from sts.errors import StsError
 from sts.measure import paper
 
