@@ -199,7 +199,13 @@ class OpenRun:
             if not again and (found := self.find(name)):
                 return found  # computed by another process while this one waited
             report = Reporter(name, shown=processes.is_main())
-            value = spec.compute(**values(self, spec, report))
+            try:
+                value = spec.compute(**values(self, spec, report))
+            except KeyError as error:
+                if not (parts := [need for need in self.needs(name) if self.provenance(need).get("withheld")]):
+                    raise
+                raise StsError(f"Stage {name!r} does not find {error} in what is recorded of {', '.join(parts)}; "
+                               "compute these first: sts stage NAME --again, with the same run.") from error
             seconds, (uses, needs) = report.done(), self._about(spec)
             if processes.is_main():
                 self.store.write(name, key, spec.kind, value, {
