@@ -13,7 +13,6 @@ import torch
 
 from sts.book.claims import NOT_DONE, Claim, Evidence
 from sts.book.figures import rows_of, value_of
-from sts.book.trainings import gain_kept, kept_up, read_outs  # noqa: F401  (named by records)
 from sts.errors import NotRecorded, StsError
 from sts.measure import cost, paper
 from sts.measure.items import above_chance, crossed_mean_interval, paired_mean_interval
@@ -235,3 +234,13 @@ def more_demonstrations(run: OpenRun) -> Evidence:
     stats = {int(name.partition("/")[2]): values_RL for name, values_RL in run.get("shift_by_demonstrations").items()
              if name.startswith("sae/")}
     return _lead(run, _named(run, stats[max(stats)]) - _named(run, stats[min(stats)]))
+
+
+def read_outs(run: OpenRun, than: str = "untrained") -> Evidence:
+    """What training read-outs of the estimated latents does more, at the largest number and the weakest seed: than
+    "untrained" ones, or than "others", the random ones first (Figure 7)."""
+    names = {"like_rate": "others that fire as often", "most_active": "the most active"}
+    found = {row["kind"]: replace(_estimate(row, "mean", "", ""), n=row["n"], of="problems")
+             for row in rows_of(run.get("read_out_leads")) if row["largest"] and row["weakest"]}
+    return found[than] if than in found else replace(found["random"], against={
+        f"more than {name}": found[kind] for kind, name in names.items() if kind in found})

@@ -15,7 +15,7 @@ from sts.errors import ROOT, MissingData, NotRecorded, StsError, one_of
 from sts.run import resources
 from sts.run.log import Reporter, environment
 from sts.run.recorded import recorded_key
-from sts.run.settings import Run, load_run
+from sts.run.settings import AMONG_SEEDS, Run, load_run
 from sts.run.stage import STAGES, Stage, values
 from sts.run.stage import key as key_of
 from sts.run.store import Store, read
@@ -83,7 +83,7 @@ class OpenRun:
     def alone(self, **changes: Any) -> OpenRun:
         """The run with another seed or training set, which has no others of its own."""
         other = self.variant(**changes)
-        return self if other is self else other.variant(seeds=[], sweep_seeds=None)
+        return self if other is self else other.variant(seeds=[], **dict.fromkeys(AMONG_SEEDS, []))
 
     def only_stored(self, *, reading: bool = True) -> OpenRun:
         """The same run, of which no stage is computed; nor is any model or data read unless `reading`."""

@@ -52,6 +52,8 @@ GROUPS = {"name": "the run", "model": "model", "sae": "SAE", "text_data": "texts
           "pool": "what latents mean", "sft_examples": "fine-tuning", "rl_data": "reinforcement learning",
           "eval_limit": "evaluation", "seeds": "further runs; resampling", "sweep_seeds": "ablations",
           "selective_latents": "read-outs of chosen latents; mixtures of training data", "rival_problems": "rivals"}
+#: Which of `seeds` a chapter is repeated at.
+AMONG_SEEDS = ("sweep_seeds", "selective_seeds", "mixture_seeds")
 
 
 class Run(BaseModel, extra="forbid", frozen=True, strict=True):
@@ -161,10 +163,12 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     sweep_sae_samples: Count = _is("training samples of each SAE of the sweep", 600_000)
     sweep_text_tokens: int = _is("tokens that they train on, sae_text's sources in proportion", 400_000, ge=1000)
     selective_latents: list[Count] = _is("numbers of latents a layer whose read-outs are trained; none: not done", [])
+    selective_seeds: list[Index] = _is("those of `seeds` at which this is done again", [])
     selective_draws: Count = _is("random sets of latents of each kind and number", 3)
     selective_examples: Index = _is("training examples at most; 0 for all", 0)
-    selective_lr: Rate = _is("peak learning rate of the read-outs", 1e-3)
+    selective_lr: list[Rate] = _is("peak learning rates of the read-outs; of several each set takes its best", [1e-3])
     mixture_steps: list[Share] = _is("shares of the most that can be added of two domains; none: not done", [])
+    mixture_seeds: list[Index] = _is("those of `seeds` at which this is done again", [])
     mixture_kinds: list[Literal["sts", "even"]] = _is(
         "how the two share it: in proportion to STS_ICL, or evenly", ["sts"], min_length=1)
     mixture_examples: Count = _is("examples to add, at most", 220)
@@ -186,8 +190,9 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
         for key, values in self:
             if isinstance(values, list) and len(set(values)) < len(values):
                 raise ValueError(f"{key}: {values} names a value twice")
-        if unknown := [seed for seed in self.sweep_seeds or [] if seed not in self.seeds]:
-            raise ValueError(f"sweep_seeds: {unknown} must be among the run's seeds, {self.seeds}")
+        for key in AMONG_SEEDS:
+            if unknown := [seed for seed in getattr(self, key) or [] if seed not in self.seeds]:
+                raise ValueError(f"{key}: {unknown} must be among the run's seeds, {self.seeds}")
         return self
 
 

@@ -16,8 +16,10 @@ from sts.engine.evaluate import evaluate
 from sts.engine.finetune import retrained
 from sts.engine.generation import open_engine, own_answers
 from sts.errors import StsError
-from sts.measure.items import item_measures
+from sts.measure.items import item_measures, paired_mean_interval
 from sts.run.stage import stage, steps
+
+UNHARMED = "plain training did not harm both domains at every seed"
 
 
 def divided(scores: dict[str, float], rooms: dict[str, int], kinds: list[str], shares: list[float], most: int) -> list:
@@ -93,3 +95,30 @@ def mixture(mixture_plan, mixture_answers, lm, fresh_lm, tuned, train, held_out,
 
     return pandas.concat([measured(lm, "untuned"), measured(tuned, "none"), *(
         trained(row, told) for row, told in steps(mixture_plan["mixtures"], report))], ignore_index=True)
+
+
+@stage("parquet", also=("mixture", "mixture_steps"))
+def mixture_effects(each_seed, mixture_seeds, bootstrap, seed):
+    """What the largest mixture by score does, a row a seed with mean and interval: bits per character that it takes off
+    test halves more than another training (than: "none", "even"; place: "most", "least"), and the share of plain
+    training's gain on held-out problems that it keeps (than "gain"; the interval is that of the ratio's linear part).
+    weakest: of the seed of the smallest mean; undefined: why it says nothing."""
+    rows, harmed = [], True
+    for own in (one for one in each_seed if one.settings.seed in (seed, *mixture_seeds)):
+        bits = own.get("mixture").pivot(index=["domain", "example_id"], columns="mixture", values="bits")
+        if bits.isna().to_numpy().any():
+            raise StsError("Mixtures are compared by bits; eval_kinds must hold text or solution.")
+        step = f" {max(own.settings.mixture_steps):g}"
+        mixed, domains = bits[f"sts{step}"], [row["domain"] for row in own.get("mixture_plan")["domains"]]
+        gain, kept = ((bits["untuned"] - after).loc["training set"] for after in (bits["none"], mixed))
+        share = kept.mean() / gain.mean()
+        parts = {("gain", "training set"): share + (kept - share * gain) / gain.mean()} | {
+            (other.removesuffix(step), place): (bits[other] - mixed).loc[name] for other in ("none", f"even{step}")
+            if other in bits for place, name in zip(("most", "least"), domains, strict=True)}
+        rows += [{"than": than, "place": place, "seed": own.settings.seed,
+                  **paired_mean_interval(values, resamples=bootstrap)._asdict()}
+                 for (than, place), values in parts.items()]
+        harmed &= all((bits["none"] - bits["untuned"]).loc[name].mean() > 0 for name in domains)
+    found = pandas.DataFrame(rows)
+    return found.assign(weakest=found["mean"] == found.groupby(["than", "place"])["mean"].transform("min"),
+                        undefined=[None if harmed or than != "none" else UNHARMED for than in found["than"]])

@@ -3,6 +3,8 @@ shift, and of others."""
 
 from __future__ import annotations
 
+import itertools
+
 import pandas
 import torch
 
@@ -14,7 +16,7 @@ from sts.engine.readouts import ReadOuts, attached
 from sts.engine.residuals import Extractor
 from sts.engine.zeroing import lower_layers_once
 from sts.errors import StsError
-from sts.measure.items import item_measures
+from sts.measure.items import crossed_mean_interval, item_measures
 from sts.measure.sets import latent_activity, sets_to_zero
 from sts.run.stage import stage, steps
 
@@ -22,7 +24,7 @@ from sts.run.stage import stage, steps
 KINDS = ("most_shifted", "most_active", "like_rate", "random")
 
 
-@stage("parquet")
+@stage("parquet", version=2)
 def selective(readers, fresh_lm, tuned, shift, shift_groups, train, held_out, masks, selective_latents, selective_draws,
               selective_examples, selective_lr, sft_epochs, sft_batch, sft_micro_batch, sft_max_length, eval_batch,
               seed, report, work, passes, scratch):
@@ -30,13 +32,21 @@ def selective(readers, fresh_lm, tuned, shift, shift_groups, train, held_out, ma
 
     One row a set and problem: kind (of `KINDS`; none: before training, untrained: read-outs as they begin, sft: by
     stage `sft`), latents (of each layer), draw, rate (mean firing rate on the solutions that are trained on) and energy
-    (sum, likewise), example_id, bits. A set that failed to match has one row, without the last two.
+    (sum, likewise), lr, on ("held out", or "validation": as many training problems that are not trained on),
+    example_id, bits. Of several learning rates a set is held to the best on validation. A set that failed to match has
+    one row.
     """
     half = min(sae.cfg.d_sae for sae in readers.values()) // 2
     if not selective_latents or max(selective_latents) > half:
         raise StsError(f"selective_latents is {selective_latents}: name numbers of latents to train read-outs of, of 1 "
                        f"to {half}, half of what an SAE has, so that there are as many others.")
     lm, used, rates, by_layer = fresh_lm(), train[:selective_examples or None], {}, {}
+    asked = {"held out": held_out}
+    if len(selective_lr) > 1:
+        asked["validation"] = train[len(used):][:len(held_out)]
+        if not asked["validation"]:
+            raise StsError("Of several selective_lr the best is chosen on training problems that selective_examples "
+                           f"leaves over; of {len(train)} none are left. Lower it, or name one rate.")
     prompts = tuple(solution_prompt(lm.tokenizer, example) for example in used)
     limits = dict(zip(readers, Extractor(lm, tuple(readers), **passes).sink_norms(prompts, masks.outlier_norm),
                       strict=True))
@@ -48,11 +58,10 @@ def selective(readers, fresh_lm, tuned, shift, shift_groups, train, held_out, ma
         by_layer[layer] = [one for one in sets_to_zero(moved["squared_difference_L"], energy_L, selective_latents,
                                                        selective_draws, seed, rates[layer]) if one.kind in KINDS]
     sets = [dict(zip(by_layer, own, strict=True)) for own in zip(*by_layer.values(), strict=True)]
-    settings = FineTuning(sft_epochs, selective_lr, sft_batch, sft_micro_batch, sft_max_length, 0, 1, seed)
 
-    def bits(model):
-        found = item_measures(evaluate(model, held_out, kinds=("solution",), batch=eval_batch, work=work))
-        return found.reset_index()[["example_id", "bits"]]
+    def bits(model, on="held out"):
+        found = item_measures(evaluate(model, asked[on], kinds=("solution",), batch=eval_batch, work=work))
+        return found.reset_index()[["example_id", "bits"]].assign(on=on)
 
     def added(own):
         read_outs = ReadOuts(readers, {layer: part.latents for layer, part in own.items()})
@@ -63,17 +72,48 @@ def selective(readers, fresh_lm, tuned, shift, shift_groups, train, held_out, ma
         frames.append(bits(lm).assign(kind="none"))
         with added(sets[0])[1]:
             frames.append(bits(lm).assign(kind="untrained"))
-        for own, told in steps(sets, report):
-            kind, count, draw = next((part.kind, part.count, part.draw) for part in own.values())
-            path = scratch / f"{kind}-{count}-{draw}.parquet"
+        for (own, lr), told in steps([*itertools.product(sets, selective_lr)], report):
+            path = _kept(scratch, own, lr)
             if not path.exists() and all(part.usable for part in own.values()):
                 read_outs, context = added(own)
                 with context:
-                    fine_tune(lm, used, [], settings, scratch, module=read_outs, report=told, work=work)
-                    bits(lm).to_parquet(path.with_suffix(".new"), index=False)
-                path.with_suffix(".new").replace(path)  # killed before this line, the set counts as not begun
-            found = pandas.read_parquet(path) if path.exists() else pandas.DataFrame(index=[0])
-            frames.append(found.assign(
-                kind=kind, latents=count, draw=draw, energy=sum(part.energy for part in own.values()),
-                rate=torch.cat([rates[layer][part.latents] for layer, part in own.items()]).mean().item()))
+                    fine_tune(lm, used, [], FineTuning(sft_epochs, lr, sft_batch, sft_micro_batch, sft_max_length, 0, 1,
+                                                       seed), scratch, module=read_outs, report=told, work=work)
+                    pandas.concat([bits(lm, on) for on in asked]).to_parquet(path.with_suffix(".new"), index=False)
+                path.with_suffix(".new").replace(path)  # killed before this line, the training counts as not begun
+    for own in sets:
+        tried = {lr: pandas.read_parquet(path) for lr in selective_lr if (path := _kept(scratch, own, lr)).exists()}
+        loss = {lr: found.loc[found["on"] == [*asked][-1], "bits"].mean() for lr, found in tried.items()}
+        best = min(loss, key=loss.__getitem__, default=None)
+        found = pandas.concat([found[(found["on"] == "validation") | (lr == best)].assign(lr=lr)
+                               for lr, found in tried.items()] or [pandas.DataFrame(index=[0])])
+        part, *_ = own.values()
+        frames.append(found.assign(
+            kind=part.kind, latents=part.count, draw=part.draw, energy=sum(part.energy for part in own.values()),
+            rate=torch.cat([rates[layer][part.latents] for layer, part in own.items()]).mean().item()))
     return pandas.concat(frames, ignore_index=True)
+
+
+def _kept(scratch, own, lr):
+    part, *_ = own.values()
+    return scratch / f"{part.kind}-{part.count}-{part.draw}-{lr:g}.parquet"
+
+
+@stage("parquet", also=("selective", "selective_latents"))
+def read_out_leads(each_seed, selective_seeds, seed):
+    """Bits per character of held-out problems that training read-outs of the estimated latents takes off more than
+    others do: a row a seed, kind ("untrained", and those of `KINDS` that were trained) and number of latents, with mean
+    and interval over problems and draws; largest: of the largest number, weakest: of the seed of the smallest mean."""
+    rows = []
+    for own in (one for one in each_seed if one.settings.seed in (seed, *selective_seeds)):
+        bits = own.get("selective").query("on == 'held out'").fillna({"latents": 0, "draw": 0}).pivot(
+            index=["kind", "latents", "draw"], columns="example_id", values="bits")
+        counts = sorted(own.settings.selective_latents)
+        for count, kind in itertools.product(counts, ("untrained", *KINDS[1:])):
+            if (place := (kind, 0 if kind == "untrained" else count)) in bits.index:
+                lead = crossed_mean_interval(bits.loc[place] - bits.loc["most_shifted", count].iloc[0],
+                                             against_one=True)
+                rows.append(lead._asdict() | {"kind": kind, "latents": count, "seed": own.settings.seed,
+                                              "largest": count == counts[-1]})
+    found = pandas.DataFrame(rows)
+    return found.assign(weakest=found["mean"] == found.groupby(["kind", "latents"])["mean"].transform("min"))

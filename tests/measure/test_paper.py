@@ -10,6 +10,10 @@ from scipy import stats as scipy_stats
 from sts.errors import StsError
 from sts.measure import paper
 
+# MMLU-Pro's own list of categories.
+DOMAINS = ("biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history",
+           "law", "math", "other", "philosophy", "physics", "psychology")
+
 
 @pytest.fixture(scope="module")
 def results():

@@ -14,7 +14,7 @@ from sts.errors import ROOT, MissingData, StsError
 from sts.run.others import rl_runs_of, seeds_of, trainings_of
 from sts.run.recorded import BLANK, CHANGED, NO_TEXT, record, recorded_key, texts_withheld
 from sts.run.resources import identity, lm
-from sts.run.stage import STAGES, Stage, stage
+from sts.run.stage import STAGES, Stage
 from sts.run.store import Store
 from sts.run.verify import verify
 
@@ -198,7 +198,7 @@ def test_a_stage_that_reads_what_is_not_recorded_names_the_stages_to_compute(run
 
     opened = sts.open_run("smoke", results=tmp_path, seeds=[])
     opened.store = Store(opened.store.folder, (folder,))
-    stage("json")(reads_rest)
+    sts.run.stage.stage("json")(reads_rest)
     with pytest.raises(StsError, match="'reads_rest' does not find 'math/rest' .* of domain_stats; .*--again"):
         opened.get("reads_rest")
 

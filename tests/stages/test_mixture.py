@@ -194,14 +194,22 @@ def test_keys_follow_the_plan_and_the_training(run):
 # --- what a page says -----------------------------------------------------------------------------------------------
 
 class Stub:
-    def __init__(self, bits, steps=(1.0,)):
+    def __init__(self, bits, steps=(1.0,), seed=0):
         self.rows = pandas.DataFrame([
             {"mixture": mixture, "domain": domain, "example_id": f"{domain} {place}", "bits": one}
             for mixture, own in bits.items() for domain, values in own.items() for place, one in enumerate(values)])
-        self.settings = type("Settings", (), {"mixture_steps": list(steps), "bootstrap": 2000, "seed": 0})
+        self.settings = type("Settings", (), {"mixture_steps": list(steps), "bootstrap": 2000, "seed": seed})
 
     def get(self, stage):
         return self.rows if stage == "mixture" else {"domains": [{"domain": "law"}, {"domain": "art"}]}
+
+
+def judged(name, *runs):
+    """Evidence and verdict on a claim from mixtures at several seeds."""
+    frame = stages.mixture_effects(runs, [own.settings.seed for own in runs], 2000, 0)
+    claim = claims.read_claims()[1][name]
+    found = evidence.row(type("Run", (), {"get": lambda self, stage: frame})(), **claim.arguments)
+    return found, claim.judge(found)
 
 
 def questions_of(law, art, held_out):
@@ -216,30 +224,40 @@ BITS = {"untuned": questions_of(1 + NOISE, 1 + NOISE, 2 + NOISE), "none": questi
 @pytest.mark.parametrize(("law", "art", "verdict"), [(1.1, 1.1, HELD), (1.1, 1.25, IN_PART), (1.4, 1.1, NOT_HELD)])
 def test_both_domains_must_be_kept_up(law, art, verdict):
     bits = BITS | {"sts 1": questions_of(law + 0.5 * NOISE, art + 0.5 * NOISE, 1.5 + NOISE)}
-    found = evidence.kept_up(Stub(bits))
+    found, word = judged("mixture-keeps", Stub(bits))
     assert found.value == pytest.approx(1.3 - law + 0.5 * NOISE.mean()) and found.n == 4
-    assert [*found.against] == ["in art"] and found.against["in art"].value == pytest.approx(
-        1.2 - art + 0.5 * NOISE.mean())
-    assert claims.read_claims()[1]["mixture-keeps"].judge(found) == verdict
+    other, = found.against.values()
+    assert other.value == pytest.approx(1.2 - art + 0.5 * NOISE.mean()) and word == verdict
+
+
+def test_every_seed_must_agree():
+    good, bad = (BITS | {"sts 1": questions_of(level + 0.5 * NOISE, level + 0.5 * NOISE, 1.5 + NOISE)}
+                 for level in (1.1, 1.4))
+    assert judged("mixture-keeps", Stub(good), Stub(good, seed=1))[1] == HELD
+    for first, second in ((good, bad), (bad, good)):
+        found, word = judged("mixture-keeps", Stub(first), Stub(second, seed=1))
+        assert word == NOT_HELD and found.value == pytest.approx(1.3 - 1.4 + 0.5 * NOISE.mean())
 
 
 def test_what_training_does_not_harm_cannot_be_kept_up():
-    bits = BITS | {"untuned": questions_of(1 + NOISE, 1.3 + NOISE, 2 + NOISE),
-                   "sts 1": questions_of(1.1 + NOISE, 1.1 + NOISE, 1.5 + NOISE)}
-    found = evidence.kept_up(Stub(bits))
-    assert "not both domains were harmed" in found.unable
-    assert claims.read_claims()[1]["mixture-keeps"].judge(found) == NOT_TESTABLE
+    harmless = BITS | {"untuned": questions_of(1 + NOISE, 1.3 + NOISE, 2 + NOISE),
+                       "sts 1": questions_of(1.1 + NOISE, 1.1 + NOISE, 1.5 + NOISE)}
+    harmful = harmless | {"untuned": BITS["untuned"]}
+    assert judged("mixture-keeps", Stub(harmful))[1] == HELD
+    for runs in ((Stub(harmless),), (Stub(harmful), Stub(harmless, seed=1))):
+        found, word = judged("mixture-keeps", *runs)
+        assert "did not harm both domains" in found.unable and word == NOT_TESTABLE
 
 
 def test_the_division_is_compared_with_an_even_one_of_the_same_step():
     bits = BITS | {f"{kind} {step}": questions_of(level + NOISE * 0.5, level + NOISE, 1.5 + NOISE)
                    for kind, step, level in (
                        ("sts", "1", 1.0), ("even", "1", 1.1), ("sts", "0.5", 3.0), ("even", "0.5", 0.0))}
-    found = evidence.kept_up(Stub(bits, (0.5, 1.0)), than="even")
-    assert found.value == pytest.approx(0.1) and claims.read_claims()[1]["mixture-proportion"].judge(found) == HELD
+    found, word = judged("mixture-proportion", Stub(bits, (0.5, 1.0)))
+    assert found.value == pytest.approx(0.1) and word == HELD
     del bits["even 1"]
-    with pytest.raises(StsError, match="Not among the mixtures of this run.*even 1"):
-        evidence.kept_up(Stub(bits, (0.5, 1.0)), than="even")
+    with pytest.raises(StsError, match="Not in stage mixture_effects of this run: even"):
+        judged("mixture-proportion", Stub(bits, (0.5, 1.0)))
 
 
 def test_the_share_of_the_gain_is_a_ratio_of_means_with_a_bootstraps_width():
@@ -247,21 +265,20 @@ def test_the_share_of_the_gain_is_a_ratio_of_means_with_a_bootstraps_width():
     plain, mixed = 0.5 + 0.1 * generator.standard_normal(200), 0.45 + 0.1 * generator.standard_normal(200)
     start = 2 + generator.standard_normal(200)
     one = np.zeros(1)
-    found = evidence.gain_kept(Stub({name: questions_of(one, one, start - less) for name, less in (
+    found, word = judged("mixture-gain", Stub({name: questions_of(one, one, start - less) for name, less in (
         ("untuned", 0), ("none", plain), ("sts 1", mixed))}))
     assert found.value == pytest.approx(mixed.mean() / plain.mean()) and found.n == 200
     picked = generator.integers(0, 200, (4000, 200))
     low, high = np.quantile(mixed[picked].mean(1) / plain[picked].mean(1), [0.025, 0.975])
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.01)
-    claim = claims.read_claims()[1]["mixture-gain"]
-    assert claim.judge(found) == (HELD if found.low >= 0.8 else NOT_HELD) == HELD
+    assert word == (HELD if found.low >= 0.8 else NOT_HELD) == HELD
 
 
 def test_a_run_without_mixtures_is_not_judged(tmp_path):
     other = sts.open_run("smoke", results=tmp_path, mixture_steps=[])
     for name in ("mixture-keeps", "mixture-gain", "mixture-proportion"):
         found, word, why = evidence.weigh(other, replace(claims.read_claims()[1][name], learned="no"))
-        assert found is None and word == NOT_DONE and "mixture_steps of this run is empty" in why
+        assert found is None and word == NOT_DONE and "mixture_steps is empty" in why
     assert not list(tmp_path.glob("smoke/stages/*"))
 
 

@@ -10,7 +10,7 @@ import torch
 from scipy import stats as scipy_stats
 
 import sts
-from sts.book import claims, evidence, trainings
+from sts.book import claims, evidence
 from sts.book.claims import HELD, IN_PART, NOT_DONE, NOT_HELD
 from sts.data.prompts import solution_prompt
 from sts.engine.evaluate import evaluate
@@ -38,7 +38,7 @@ def rows(run):
 
 
 def bits_of(rows, kind, count=None, draw=0):
-    own = rows[rows["kind"] == kind]
+    own = rows[(rows["kind"] == kind) & (rows["on"] == "held out")]
     own = own if count is None else own[(own["latents"] == count) & (own["draw"] == draw)]
     return own.set_index("example_id")["bits"]
 
@@ -62,7 +62,23 @@ def test_every_set_is_trained_for_every_number_and_draw(rows):
     found = rows.dropna(subset="latents").groupby(["kind", "latents", "draw"]).size()
     assert {kind: found[kind].groupby("draw").size().size for kind in KINDS} == KINDS
     assert all((found[kind].groupby("latents").size() == draws).all() for kind, draws in KINDS.items())
-    assert set(found[found > 1]) == {8}  # held-out problems
+    assert set(found[found > 1]) == {8 + 2 * 8}  # held-out problems, and others for each of two rates
+
+
+def test_a_set_is_held_to_the_rate_that_is_best_on_problems_neither_trained_on_nor_held_out(run, rows):
+    others = {example.example_id for example in resources.train(run)[run.settings.selective_examples:][:8]}
+    for _, own in rows.dropna(subset="bits").dropna(subset="latents").groupby(["kind", "latents", "draw"]):
+        tried, told = (own[own["on"] == on] for on in ("validation", "held out"))
+        assert set(tried["example_id"]) == others and len(told) == 8
+        assert told["lr"].unique().tolist() == [tried.groupby("lr")["bits"].mean().idxmin()]
+    alone = run.variant(selective_lr=[0.01], selective_latents=[2], selective_draws=1).get("selective")
+    assert set(alone["on"].dropna()) == {"held out"}  # nothing to choose
+
+
+def test_rates_without_problems_to_choose_on_are_refused_before_anything_is_trained(run, monkeypatch):
+    monkeypatch.setattr(stages, "fine_tune", None)
+    with pytest.raises(StsError, match="of 16 none are left. Lower it, or name one rate."):
+        run.variant(selective_examples=0).get("selective")
 
 
 # --- which latents ------------------------------------------------------------------------------------------------
@@ -168,11 +184,11 @@ def test_a_killed_training_of_sets_goes_on_with_the_next(run, rows, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         other.get("selective")
     found = other.get("selective").dropna(subset="latents")
-    trained = found.dropna(subset="bits").groupby(["kind", "draw"]).ngroups
+    trained = found.dropna(subset="bits").groupby(["kind", "draw", "lr"]).ngroups
     assert len(done) == trained + 1  # the third was begun twice
     same = rows[rows["latents"] == 4]
     for (kind, draw), own in found.dropna(subset="bits").groupby(["kind", "draw"]):
-        assert own.set_index("example_id")["bits"].equals(bits_of(same, kind, 4, draw))
+        assert bits_of(own, kind).equals(bits_of(same, kind, 4, draw))
 
 
 def test_keys_follow_what_the_training_rests_on(run):
@@ -180,23 +196,18 @@ def test_keys_follow_what_the_training_rests_on(run):
         return run.variant(**changes).key("selective")
 
     assert key(sft_lr=0.5) != run.key("selective")  # the adapters beside it
-    assert key(selective_lr=0.5) != run.key("selective") != key(sweep_layers=[1])
+    assert key(selective_lr=[0.5]) != run.key("selective") != key(sweep_layers=[1])
     assert key(top_n=4) == key(mixture_steps=[0.5]) == run.key("selective")
 
 
 # --- what a page says ---------------------------------------------------------------------------------------------
 
-class Stub:
-    def __init__(self, frame, counts):
-        self.frame, self.settings = frame, replace_settings(counts)
-
-    def get(self, stage):
-        assert stage == "selective"
-        return self.frame
-
-
-def replace_settings(counts):
-    return type("Settings", (), {"selective_latents": counts, "bootstrap": 200, "seed": 0})
+def leads_of(counts, *frames):
+    """A stand-in for a run with the leads of read-outs at several seeds."""
+    runs = [type("Run", (), {"get": lambda self, stage, own=own: own, "settings": type("Settings", (), {
+        "selective_latents": counts, "seed": seed})})() for seed, own in enumerate(frames)]
+    leads = stages.read_out_leads(runs, [*range(1, len(runs))], 0)
+    return type("Run", (), {"get": lambda self, stage: leads})()
 
 
 def frame_of(**bits):
@@ -205,7 +216,8 @@ def frame_of(**bits):
     for name, values in bits.items():
         kind, *numbers = name.rsplit("_", 2) if name[-1].isdigit() else (name,)
         about = dict(zip(("latents", "draw"), map(float, numbers), strict=False))
-        parts += [{"kind": kind, "example_id": place, "bits": one, **about} for place, one in enumerate(
+        about |= {"kind": kind, "on": None if values is None else "held out"}
+        parts += [{"example_id": place, "bits": one, **about} for place, one in enumerate(
             [math.nan] if values is None else values)]
     return pandas.DataFrame(parts)
 
@@ -218,19 +230,27 @@ def test_leads_are_over_problems_and_draws_by_students_t():
     draws = np.stack([BASE - [0.1, 0.11, 0.1, 0.09], BASE - [0.12, 0.1, 0.1, 0.1]])
     frame = frame_of(none=BASE, untrained=BASE, most_shifted_5_0=OWN, most_shifted_2_0=BASE, most_active_5_0=BASE,
                      like_rate_5_0=None, random_5_0=draws[0], random_5_1=draws[1])
-    found = evidence.read_outs(Stub(frame, [5, 2]))
+    found = evidence.read_outs(leads_of([5, 2], frame))
     lost = BASE - OWN
     reach = scipy_stats.t.ppf(0.975, 3) * lost.std(ddof=1) / 2
     assert (found.value, found.low, found.high) == pytest.approx((0.3, 0.3 - reach, 0.3 + reach)) and found.n == 4
-    others = evidence.read_outs(Stub(frame, [5, 2]), than="others")
+    others = evidence.read_outs(leads_of([5, 2], frame), than="others")
     assert others.value == pytest.approx((draws - OWN).mean()) and others.n == 4
     table = draws - OWN
     half = [scipy_stats.t.ppf(0.975, 3)**2 * table.mean(0).var(ddof=1) / 4,
             scipy_stats.t.ppf(0.975, 1)**2 * table.mean(1).var(ddof=1) * (1 / 2 + 1)]
     assert others.high - others.value == pytest.approx(math.sqrt(sum(half)))
     assert list(others.against) == ["more than the most active"]  # no set matched in rate
-    assert {(kind, count) for kind, count, _ in trainings.read_out_leads(Stub(frame, [5, 2]))} == {
+    leads = leads_of([5, 2], frame).get("read_out_leads")
+    assert {*zip(leads["kind"], leads["latents"], strict=True)} == {
         ("untrained", 2), ("untrained", 5), ("random", 5), ("most_active", 5)}
+
+
+def test_the_weakest_seed_is_judged():
+    frames = [frame_of(none=BASE, untrained=BASE, most_shifted_5_0=BASE - gain, most_active_5_0=BASE, random_5_0=BASE)
+              for gain in (np.array([0.3, 0.31, 0.29, 0.3]), np.array([0.1, 0.11, 0.09, 0.1]))]
+    for order in (frames, frames[::-1]):
+        assert evidence.read_outs(leads_of([5], *order)).value == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(("like_rate", "random", "words"), [
@@ -239,7 +259,7 @@ def test_the_cards_compare_with_each_kind_of_set(like_rate, random, words):
     frame = frame_of(none=BASE, untrained=BASE, most_shifted_5_0=OWN, most_active_5_0=BASE, like_rate_5_0=like_rate,
                      random_5_0=random)
     known = claims.read_claims()[1]
-    found = [known[name].judge(evidence.read_outs(Stub(frame, [5]), **known[name].arguments))
+    found = [known[name].judge(evidence.read_outs(leads_of([5], frame), **known[name].arguments))
              for name in ("read-outs-learn", "read-outs-specific")]
     assert tuple(found) == words
 
@@ -248,5 +268,5 @@ def test_a_run_that_trains_none_is_not_judged(tmp_path):
     other = sts.open_run("smoke", results=tmp_path, selective_latents=[])
     claim = claims.read_claims()[1]["read-outs-learn"]
     found, word, why = evidence.weigh(other, replace(claim, learned="no"))
-    assert found is None and word == NOT_DONE and "selective_latents of this run is empty" in why
+    assert found is None and word == NOT_DONE and "selective_latents is []" in why
     assert not list(tmp_path.glob("smoke/stages/*"))
