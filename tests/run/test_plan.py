@@ -63,12 +63,22 @@ def test_the_chapters_stages_are_asked_for_and_those_that_no_setting_asks_for_ar
     assert not by_hand & found and "sae" not in asked_for(run)
     assert by_hand <= {*asked_for(run.variant(sft_lr_tried=[1e-3], validation_limit=2, eval_generate=["gsm8k"]))}
     assert "sae_quality" not in asked_for(run.variant(text_data=[]))
+    without = run.variant(selective_latents=[], mixture_steps=[])
+    assert found - {job.stage for job in jobs(without, asked_for(without)).values()} == {
+        "selective", "read_out_leads", "mixture_plan", "mixture_answers", "mixture", "mixture_effects"}
 
 
 def test_ablations_of_seeds_that_they_leave_out_are_no_jobs(tmp_path):
     assert "sweep_saes-seed_1" in jobs(sts.open_run("smoke", results=tmp_path), ["sweep_correlations"])
     found = jobs(sts.open_run("smoke", results=tmp_path, sweep_seeds=[]), ["sweep_correlations"])
     assert "sweep_saes" in found and not [name for name in found if "seed" in name]
+
+
+def test_mixtures_are_trained_at_the_seeds_that_are_named_for_them(tmp_path):
+    run = sts.open_run("smoke", results=tmp_path)
+    assert not [name for name in jobs(run, ["mixture_effects", "read_out_leads"]) if "seed" in name]
+    found = jobs(run.variant(mixture_seeds=[1]), ["mixture_effects", "read_out_leads"])
+    assert {"mixture-seed_1", "mixture_answers-seed_1"} <= {*found} and "selective-seed_1" not in found
 
 
 def test_what_stored_results_were_made_of_need_not_be_run(tmp_path):
