@@ -30,6 +30,7 @@ class Evidence:
     p: float | None = None
     n: int | None = None
     of: str = "domains"  # what n counts
+    seeds: int | None = 1  # at how many it was measured, if known
     against: Mapping[str, Evidence] = field(default_factory=dict)  # further numbers, by name, in the rule's order
     fair: bool = True  # whether random sets match what they are compared with
     unable: str = ""  # why the claim cannot be tested in this run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,8 +17,11 @@ from sts.measure import cost, paper
 from sts.measure.items import above_chance, crossed_mean_interval, paired_mean_interval
 from sts.measure.rivals import LABELS, exact_share
 from sts.measure.score import concentration, concentrations, overlap_rows, same_fraction, shares_named
-from sts.measure.training_sets import list_lead
+from sts.measure.training_sets import list_lead, loss_fall
+from sts.run.others import seeds_of
 from sts.run.run import OpenRun, open_run
+from sts.run.stage import STAGES
+from sts.run.store import read
 
 #: The paper's N = 100 of the 28,672 latents of its Qwen SAE.
 PAPER_FRACTION = 100, 28_672
@@ -54,10 +56,8 @@ def _learned(run: OpenRun, claim: Claim) -> bool:
     if claim.learned == "sets":
         sets, own = run.get("training_matrix"), claim.arguments.get("where", {}).get("training_set")
         return all(sets.loc[(sets["training_set"] == own) | (own is None), "loss_fall"] >= SMALLEST_FALL)
-    every = [run, *(run.variant(seed=seed) for seed in run.other_seeds)]
-    logs = (json.loads((one.get("sft") / "training.json").read_text(encoding="utf-8"))
-            for one in {"no": [], "own": [run], "every": every}[claim.learned])
-    return all(1 - log["held_out_after"] / log["held_out_before"] >= SMALLEST_FALL for log in logs)
+    runs = {"no": [], "own": [run], "every": seeds_of(run)}[claim.learned]
+    return all(loss_fall(read(one.get("sft") / "training.json", "json")) >= SMALLEST_FALL for one in runs)
 
 
 def _at_chance(run: OpenRun) -> bool:
@@ -108,7 +108,13 @@ def row(run: OpenRun, stage: str, where: Mapping[str, Any] = {}, *, under: str =
                   _estimate(one).above for one in found[among] if where.items() <= one.items()))
               or UNMATCHED * (not all(one.fair for one in more.values())))
     count = value_of(first, n) or (run.get("domain_shift")["domain"].nunique() if of == "domains" else None)
-    return replace(number, n=count, of=of, against=more, unable=unable)
+    return replace(number, n=count, of=of, seeds=_seeds(run, stage), against=more, unable=unable)
+
+
+def _seeds(run: OpenRun, name: str) -> int | None:
+    """At how many seeds a stage measures."""
+    handed = [one for one in STAGES[name].parameters if one.startswith("each_")] if name in STAGES else []
+    return len(seeds_of(run, STAGES[name])) if handed == ["each_seed"] else None if handed else 1
 
 
 def _estimate(one: Mapping[str, Any], value: str = "pearson", interval: str = "pearson_interval", p: str = "p",
@@ -135,14 +141,14 @@ def own_lists(run: OpenRun) -> Evidence:
     """Lead of lists by demonstrations on their own training set's change, and what it is more than by firing rate."""
     rows = run.get("training_overlap")["rows"]
     own, beyond = list_lead(rows, "foreseen"), list_lead(rows, "foreseen", "by_rate")
-    return replace(_estimate(own, "lead"), n=len({one["trained"] for one in rows}), of="training sets",
+    return replace(_estimate(own, "lead"), n=len({one["trained"] for one in rows}), of="training sets", seeds=None,
                    unable=own.get("undefined", ""), against={"more than by firing rate": _estimate(beyond, "lead")})
 
 
 def after_rl(run: OpenRun, **arguments: Any) -> Evidence:
     """`row`, not testable where the reward did not rise in every seed, or fine-tuning beside it taught too little."""
     rewards, found = run.get("rl_rewards"), row(run, **arguments)  # the first says soonest that there are none
-    taught = all(fall >= SMALLEST_FALL for fall in rewards["falls"])
+    taught = all((fall or 0) >= SMALLEST_FALL for fall in rewards["falls"])
     risen = all((one["low"] or 0) > 0 for one in rewards["rises"] if one["part"] == "reward")
     return replace(found, unable=found.unable or UNREWARDED * (not risen) or UNLEARNED * (not taught))
 

@@ -88,7 +88,7 @@ def _listed(rows: Any, y: str, x: str, panel: str | None, hue: str | None, xlabe
     for row in rows:
         place = hues.index(value_of(row, hue))
         at = labels.index(value_of(row, y)) + width * (place - (len(hues) - 1) / 2)
-        drawn.append((axes[value_of(row, panel)], row, at, place, width))
+        drawn.append((axes[value_of(row, panel)], row, at, place % len(COLOURS), width))
     return figure, drawn
 
 

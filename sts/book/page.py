@@ -93,9 +93,8 @@ class Page:
     def _number(self, claim: claims.Claim, found: claims.Evidence) -> str:
         if found.value is None:
             return ""
-        seeds = 1 + (len(self.run.other_seeds) if claim.learned == "every" else 0)
         about = (f"n = {found.n:,} {found.of}" if found.n else "",
-                 f"{seeds} seed{'s' * (seeds > 1)}" if claim.learned != "no" else "")
+                 f"{found.seeds} seed{'s' * (found.seeds > 1)}" if found.seeds and claim.learned != "no" else "")
         return f"{escape(claim.number(found))} <small>{escape(', '.join(filter(None, about)))}</small>"
 
     def scorecard(self) -> HTML:

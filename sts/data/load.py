@@ -131,7 +131,7 @@ def load_mixture(names: str, count: int, *, seed: int = 0) -> list[Example]:
     """At most `count` examples of a question set's first split, or of several ("gsm8k+math") in equal parts, mixed. Of
     several answers to a question (counsel_chat) the first alone, so that none is both trained on and held out."""
     parts, examples = [names] if is_own(names) else names.split("+"), []
-    for place, name in enumerate(parts):
+    for place, name in enumerate(parts[:count]):
         share = count // len(parts) + (place < count % len(parts))
         if name in GENERATED:
             examples += load_examples(name, limit=share, seed=seed)

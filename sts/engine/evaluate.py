@@ -68,6 +68,8 @@ def evaluate(lm: LanguageModel, examples: list[Example], *, kinds: Sequence[str]
     work = Work() if work is None else work
     if not shots:
         return _evaluated(lm, examples, partial(targets, kinds=kinds), batch, report, work)
+    if not (kinds := [kind for kind in kinds if kind != "solution"]):
+        raise StsError("Behind shots letters and texts are scored, and eval_kinds names neither.")
     parts, groups = [], by_domain(examples)
     for domain, own in groups.items():
         path = scratch and scratch / f"{domain}.parquet"

@@ -107,9 +107,11 @@ def above_chance(rows: pandas.DataFrame) -> dict[str, float]:
     items, options = item_measures(rows), rows.groupby("example_id").size()
     right = paired_mean_interval(items["accuracy"])
     chance = float(np.mean(100 / options.to_numpy()))
+    # All right, or all wrong: what guessing itself would scatter by.
+    error = right.standard_error or math.sqrt(chance * (100 - chance) / right.n)
     return {"n": right.n, "accuracy": right.mean, "standard_error": right.standard_error,
             "p_right": float(np.mean(items["p_right"])), "chance": chance,
-            "z": (right.mean - chance) / right.standard_error if right.standard_error else 0.0}
+            "z": (right.mean - chance) / error}
 
 
 def item_shifts(first: pandas.DataFrame, second: pandas.DataFrame, *, resamples: int = 5000,

@@ -17,6 +17,8 @@ FOLDER = ROOT / "data" / "paper"
 #: The paper's models, in its order, and how they are written in text.
 MODELS = {"llama3-8b-instruct": "Llama3-8B-Instruct", "qwen2.5-7b-instruct": "Qwen2.5-7B-Instruct",
           "gemma2-9b-it": "Gemma2-9B-Instruct"}
+#: The two scores of a domain.
+METRICS = {"act": "STS_act", "icl": "STS_ICL"}
 
 
 def accuracy_shifts() -> pd.DataFrame:

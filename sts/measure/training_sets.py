@@ -10,6 +10,7 @@ Shape suffixes: S seeds, T training sets, D evaluation domains, C cells (sets x 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,12 @@ from scipy import stats as scipy_stats
 from sts.errors import StsError
 from sts.measure.correlation import PermutationTest, cluster_interval, correlation_rows, orders, p_value, units
 from sts.measure.items import paired_mean_interval
+
+
+def loss_fall(log: Mapping[str, Any]) -> float:
+    """The share that training took off the loss on held-out examples, by its log; NaN where none were held out."""
+    before = log["held_out_before"]
+    return 1 - log["held_out_after"] / before if before else math.nan
 
 
 def products(forecast_STD: np.ndarray, change_STD: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from sts.run.stage import RESOURCES
 
 if TYPE_CHECKING:
     from sts.run.run import OpenRun
+    from sts.run.stage import Stage
 
 #: What is asked of every training set, before its key is part of another, and of every reinforcement learning.
 EVERY_SET = ("scores", "shift", "sft", "sft_shift", "domain_shift", "correlations", "text_baselines")
@@ -18,11 +19,14 @@ EVERY_RL = ("rl", "rl_shift", "rl_evaluation", "rollout_shift", "sft", "sft_shif
             "domain_stats", "evaluation_before")
 
 
-@resource(("seeds", "seed"), ("seeds",), name="each_seed")
-def seeds_of(run: OpenRun) -> list[OpenRun]:
-    """The run with each of its seeds, its own first."""
-    return [run.alone(seed=seed) for seed in dict.fromkeys((run.settings.seed, *run.settings.seeds))]
+def seeds_of(run: OpenRun, stage: Stage | None = None) -> list[OpenRun]:
+    """The run with each of its seeds, its own first; for a stage with those that it is repeated at."""
+    chosen = [getattr(run.settings, name) for name in stage.parameters if name.endswith("_seeds")] if stage else []
+    others = run.settings.seeds if chosen in ([], [None]) else chosen[0]
+    return [run.alone(seed=seed) for seed in dict.fromkeys((run.settings.seed, *others))]
 
+
+resource(("seeds", "seed"), ("seeds",), name="each_seed")(seeds_of)
 
 @resource(("training_sets", "training_seeds", "sft_data", "seed"), ("training_sets",), name="each_training")
 def trainings_of(run: OpenRun) -> list[OpenRun]:

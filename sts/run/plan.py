@@ -20,7 +20,7 @@ from sts.run.settings import read_yaml
 from sts.run.stage import STAGES
 
 #: Settings in which the further runs of a profile differ from it.
-VARIED = ("sft_data", "seed", "rl_steps")
+VARIED = ("sft_data", "seed")
 #: Parameters of stages that run a model.
 MODELS = {"lm", "tuned", "reinforced", "fresh_lm", "variant"}
 #: What a job is given, with a model and without: GPUs, memory in MB at least, minutes at most.
@@ -28,6 +28,7 @@ WITH_MODEL, WITHOUT = {"gpu": 1, "mem_mb": 6_000, "runtime": 720}, {"mem_mb": 4_
 #: Stages that are asked for only where a setting is not empty; an SAE is trained where another stage needs it, and
 #: reinforcement learning is done on a training set of its own.
 WHERE = {"sft_trials": "sft_lr_tried", "generation_shift": "eval_generate", "answer_forms": "validation_limit",
+         "judge_labels": "judge_url",
          "read_out_leads": "selective_latents", "mixture_effects": "mixture_steps",
          **dict.fromkeys(("rl_rewards", "rl_overlap", "rl_correlations"), "rl_steps"),
          **dict.fromkeys(("sae", "rl_shift", "rl_evaluation", "rollout_shift")),
@@ -92,9 +93,8 @@ def jobs(run: OpenRun, stages: Iterable[str]) -> dict[str, Job]:
         if label not in found:
             asked = [(one, need) for need in one.needs(name)]
             if "each_seed" in own.parameters:  # of other seeds what it reads through them, not what it is handed
-                chosen = next((getattr(one.settings, name) for name in own.parameters if name.endswith("_seeds")), None)
-                asked += [(other, need) for other in seeds_of(one)[1:] for need in own.needs
-                          if need not in own.parameters and (chosen is None or other.settings.seed in chosen)]
+                asked += [(other, need) for other in seeds_of(one, own)[1:] for need in own.needs
+                          if need not in own.parameters]
             asked += [(other, need) for what in own.inputs if what in OTHERS and what != "seeds"
                       for other in OTHERS[what][0](one) for need in OTHERS[what][1]]
             needs, record = tuple(dict.fromkeys(add(*pair) for pair in asked)), one.provenance(name)

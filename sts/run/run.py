@@ -30,7 +30,8 @@ class OpenRun:
     """A run profile with its store, models and data, loaded when first needed. `changed` holds settings that differ
     from the profile's own; `used` names the stages asked for and all that they rest on, each after what it needs."""
 
-    def __init__(self, settings: Run, *, results: Path | None = None, store: Store | None = None):
+    def __init__(self, settings: Run, *, results: Path | None = None, store: Store | None = None,
+                 sae_seed: int | None = None):
         self.settings, self.results = settings, Path(results) if results else results_folder()
         if settings.dtype == "auto":  # resolved here, so that keys and provenance hold what was used
             from sts.engine.models import bf16_is_fast
@@ -40,7 +41,8 @@ class OpenRun:
         self.store = store or Store(self.results / "stages", (ROOT / "data" / "recorded" / settings.name,))
         self.changed: dict[str, Any] = {}
         self.used: dict[str, None] = {}
-        self._computes, self._reads, self._sae_seed = True, True, settings.seed
+        self._computes, self._reads = True, True
+        self.sae_seed = settings.seed if sae_seed is None else sae_seed
         #: Everything read, loaded or computed, by what decides it.
         self._memory: dict[tuple, Any] = {}
         self._variants: dict[str, OpenRun] = {}
@@ -91,12 +93,7 @@ class OpenRun:
 
     def _owner(self, name: str) -> OpenRun:
         """The run that computes a stage: of a trained SAE the one first opened, whatever the seed of this variant."""
-        return self.variant(seed=self._sae_seed) if name == "sae" else self
-
-    @property
-    def other_seeds(self) -> tuple[int, ...]:
-        """The seeds of setting `seeds` that are not this run's own."""
-        return tuple(seed for seed in self.settings.seeds if seed != self.settings.seed)
+        return self.variant(seed=self.sae_seed) if name == "sae" else self
 
     # --- stages
 
@@ -224,7 +221,8 @@ def open_run(run: str | Run = "laptop", *, results: Path | None = None, **overri
 
     `overrides` are settings to change; None leaves the profile's own. `StsError` for wrong ones, or an unknown SAE."""
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    profile, opened = load_run(run), OpenRun(load_run(run, overrides), results=results)
+    profile = load_run(run)
+    opened = OpenRun(load_run(run, overrides), results=results, sae_seed=profile.seed)  # one SAE for all seeds
     opened.changed = {name: own for name in overrides
                       if (own := getattr(opened.settings, name)) != getattr(profile, name)}
     if opened.settings.sae != "train":

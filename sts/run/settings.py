@@ -190,6 +190,8 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
         for key, values in self:
             if isinstance(values, list) and len(set(values)) < len(values):
                 raise ValueError(f"{key}: {values} names a value twice")
+        if self.mixture_steps and "sts" not in self.mixture_kinds:
+            raise ValueError("mixture_kinds must name sts, with which other divisions are compared")
         for key in AMONG_SEEDS:
             if unknown := [seed for seed in getattr(self, key) or [] if seed not in self.seeds]:
                 raise ValueError(f"{key}: {unknown} must be among the run's seeds, {self.seeds}")

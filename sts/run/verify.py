@@ -76,7 +76,8 @@ def verify(run: OpenRun, name: str, tolerance: float | None = None) -> list[str]
     with tempfile.TemporaryDirectory(prefix=".verify-", dir=run.results) as scratch:
         # Nothing in memory, and a store that finds what is stored and writes elsewhere.
         store = Store(Path(scratch), (run.store.folder, *run.store.recorded))
-        computed = read(OpenRun(run.settings, results=run.results, store=store).compute(name), kind)
+        afresh = OpenRun(run.settings, results=run.results, store=store, sae_seed=run.sae_seed)
+        computed = read(afresh.compute(name), kind)
         if path.parent in run.store.recorded:  # which leaves texts, weights and large sums out
             computed = as_recorded(name, kind, computed, store.scratch(name, "as-recorded"))
         found = differences(read(path, kind), computed, tolerance)

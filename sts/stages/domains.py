@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pandas
 
@@ -12,9 +10,10 @@ from sts.errors import StsError
 from sts.measure.correlation import plain
 from sts.measure.items import MEASURES
 from sts.measure.score import overlap, overlap_rows, shifted_dimensions
-from sts.measure.training_sets import cube, list_lead, specificity
+from sts.measure.training_sets import cube, list_lead, loss_fall, specificity
 from sts.run.resources import train
 from sts.run.stage import stage
+from sts.run.store import read
 
 #: Columns of `training_matrix` that are compared with the absolute change.
 FORECASTS = ("sts_act", "sts_icl", "tfidf")
@@ -40,7 +39,7 @@ def training_matrix(each_training, top_n):
             for score in ("act", "icl"):
                 cells[f"{prefix}_{score}"] = cells["domain"].map(scores[f"sts_{score}", variant])
         cells = cells.merge(own.get("text_baselines")[["domain", "tfidf"]], on="domain")
-        lists, log = _lists(own), json.loads((own.get("sft") / "training.json").read_text(encoding="utf-8"))
+        lists = _lists(own)
         trained = trained_domains(train(own))
         shared, = overlap_rows(lists["estimated"], lists["moved"], [top_n])
         frames.append(cells.assign(
@@ -48,7 +47,7 @@ def training_matrix(each_training, top_n):
             trained_domain=trained.pop() if len(trained) == 1 else "several",
             overlap=shared["overlap"], overlap_n=shared["n"],
             overlap_p=np.nan if shared["active_p"] is None else shared["active_p"],
-            loss_fall=1 - log["held_out_after"] / log["held_out_before"]))
+            loss_fall=loss_fall(read(own.get("sft") / "training.json", "json"))))
     return pandas.concat(frames, ignore_index=True)
 
 

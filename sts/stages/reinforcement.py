@@ -21,7 +21,9 @@ from sts.measure.compare import SCORES, Comparison
 from sts.measure.correlation import plain
 from sts.measure.items import change_quality, item_differences, paired_mean_interval
 from sts.measure.score import overlap_rows, score_domains, shares_named
+from sts.measure.training_sets import loss_fall
 from sts.run.stage import stage
+from sts.run.store import read
 
 #: Training -> the stage of its actual shift.
 TRAININGS = {"sft": "sft_shift", "rl": "rl_shift"}
@@ -79,7 +81,7 @@ def rollout_shift(lm, reader, layer, train, masks, rl_group, rl_tokens, overlap_
 
 
 def _log(own, name="rl") -> dict:
-    return json.loads((own.get(name) / "training.json").read_text(encoding="utf-8"))
+    return read(own.get(name) / "training.json", "json")
 
 
 def _lowest_first(rows) -> list[dict]:
@@ -109,7 +111,7 @@ def rl_rewards(each_rl, bootstrap):
     return {"rises": _rises(each_rl, bootstrap), "batch": logs[0]["batch"], "group": logs[0]["group"],
             "curves": [{"seed": own.settings.seed, **row} for own, log in zip(each_rl, logs, strict=True)
                        for row in log["curve"]],
-            "falls": [1 - log["held_out_after"] / log["held_out_before"] for log in losses]}
+            "falls": plain([loss_fall(log) for log in losses])}
 
 
 @stage("json", version=2)

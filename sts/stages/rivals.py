@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -190,8 +191,9 @@ def rival_tests(each_rival_set, sft_data):
                 cases = [(x_N, y_N, one[score].to_numpy(), np.abs(gain_N)) for one, gain_N in sets] \
                     if part == "others" else [(np.delete(x_N, at), np.delete(y_N, at), x_N[[at]], y_N[[at]])
                                               for at in range(len(x_N))]
-                found["coverage"].append({"measure": measure, "score": score, "part": part,
-                                          **rivals.coverage(cases, LEVEL)})
+                with suppress(StsError):  # too few domains for an interval
+                    found["coverage"].append({"measure": measure, "score": score, "part": part,
+                                              **rivals.coverage(cases, LEVEL)})
         best = max((row for row in rows if row["part"] == "own"), default={},
                    key=lambda row: (row["share"], np.nan_to_num(row["pearson"])))
         found["signs"] += [row | {"best": row["forecast"] == best["forecast"]} for row in rows]
@@ -206,6 +208,8 @@ def example_forecasts(fresh_lm, train, questions, scores, training_answer_states
     latents that are the answer's too), influence (inner product of both losses' gradients)."""
     own, known = scores[scores["variant"] == "paper"].set_index("domain")["sts_act"], training_answer_states
     chosen = own[untrained(own.index, train)].nlargest(example_domains).index
+    if chosen.empty:
+        return pandas.DataFrame(columns=["place", "domain", *RANKINGS])
     lm, domains, rows = fresh_lm(), split_domains(domain_answer_states), []
     weights = first_weights(lm, lora_rank, lora_alpha, seed)
     projected_ED = rivals.projection_difference(known["training_raw_ED"], known["own_raw_ED"], torch.stack(
@@ -220,7 +224,7 @@ def example_forecasts(fresh_lm, train, questions, scores, training_answer_states
         own_G = slope([train[place]])
         rows += [{"place": place, "domain": name, "projection": projected_ED[at, [*domains].index(name)].item(),
                   "overlap": shared_E[at], "influence": (own_G @ goal_G).item()} for name, goal_G, shared_E in goals]
-    return pandas.DataFrame(rows, columns=["place", "domain", *RANKINGS])
+    return pandas.DataFrame(rows)
 
 
 @stage("parquet")
@@ -256,7 +260,8 @@ def example_effects(each_seed, bootstrap, seed):
     large, the same draws for a seed's domains) and `each` by seed and domain. Empty where none are ranked."""
     frames = {own.settings.seed: own.get("example_retraining") for own in each_seed if own.settings.example_domains}
     rows, numbers = [], {"resamples": bootstrap, "seed": seed}
-    for measure in (name for name in rivals.UP if any(name in own for own in frames.values())):
+    evaluated = pandas.concat([*frames.values()]).notna().any() if frames else {}
+    for measure in (name for name in rivals.UP if evaluated.get(name)):
         wide = {one: rivals.UP[measure] * own.pivot(index=["domain", "example_id"], columns=["ranking", "left_out"],
                                                     values=measure) for one, own in frames.items()}
         null = [np.mean(leads) for leads in itertools.product(*([first - second for first, second in (

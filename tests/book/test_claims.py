@@ -212,10 +212,9 @@ class Run:
     def __init__(self, tmp_path, falls=(0.2,), **results):
         self.folder, self.falls, self.results, self.asked = tmp_path, falls, results, []
         self.notes = {}
-        self.settings = SimpleNamespace(name="stub", seed=0, top_n=2, bootstrap=200)
-        self.other_seeds = tuple(range(1, len(falls)))
+        self.settings = SimpleNamespace(name="stub", seed=0, seeds=[*range(len(falls))], top_n=2, bootstrap=200)
 
-    def variant(self, seed):
+    def alone(self, seed):
         return Run(self.folder, self.falls[seed : seed + 1], **self.results)
 
     def provenance(self, stage):
@@ -357,7 +356,7 @@ def test_the_weakest_of_several_rows_is_judged(tmp_path):
         evidence.row(run, "rows", {"value": "7"}, each="layer {value}")
 
 
-@pytest.mark.parametrize(("right", "chance"), [(10, True), (14, True), (30, False)])
+@pytest.mark.parametrize(("right", "chance"), [(0, True), (10, True), (14, True), (30, False), (40, False)])
 def test_accuracy_is_judged_only_above_chance(tmp_path, right, chance):
     rows = pandas.DataFrame(
         [

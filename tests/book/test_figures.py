@@ -26,6 +26,12 @@ def hollow(line):
     return line.get_markerfacecolor() == "white"
 
 
+def test_more_hues_than_colours_take_them_again():
+    rows = [{"label": "law", "value": float(place), "hue": str(place)} for place in range(9)]
+    for drawn in (figures.intervals(rows, hue="hue"), figures.bars(rows, hue="hue")):
+        assert len(drawn.legends[0].texts) == 9
+
+
 def test_intervals_stand_at_their_labels_and_are_hollow_where_zero_is_inside():
     figure = figures.intervals(
         ROWS,

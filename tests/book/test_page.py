@@ -111,10 +111,13 @@ class Run:
         (folder / "training.json").write_text(json.dumps({"held_out_before": 2.0, "held_out_after": 1.0}))
         self.results = {"sft": folder} | results
         self.settings = SimpleNamespace(
-            name="stub", seed=0, description="a <run>", model="tiny", layer=1, top_n=2, sae="train",
+            name="stub", seed=0, seeds=[], description="a <run>", model="tiny", layer=1, top_n=2, sae="train",
             selective_latents=[2], mixture_steps=[1.0], published=False,
         )
-        self.changed, self.other_seeds, self.used = {"top_n": 2}, (), ("sft",)
+        self.changed, self.used = {"top_n": 2}, ("sft",)
+
+    def alone(self, seed):
+        return self
 
     def get(self, stage):
         if stage not in self.results:

@@ -400,6 +400,10 @@ def test_a_set_that_is_too_small_is_divided_in_proportion_with_a_warning(local, 
     assert [len(part) for part in whole] == [20, 10] and not caplog.text
 
 
+def test_of_fewer_examples_than_parts_some_parts_have_none():
+    assert len(data.load_mixture("gsm_symbolic+chain_sum", 1)) == 1
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_set_that_leaves_nothing_for_a_part_is_refused(local, count):
     local("gsm8k", "train", *arithmetic(count))

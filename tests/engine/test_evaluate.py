@@ -97,6 +97,14 @@ def test_only_the_kinds_asked_for_are_scored(lm_of):
         evaluate(lm, EXAMPLES[-1:], kinds=["letter"])
 
 
+def test_behind_shots_worked_solutions_are_left_out(lm_of):
+    shots = {EXAMPLES[2].domain: EXAMPLES[2:3]}
+    rows = evaluate(lm_of("llama"), EXAMPLES[2:3], kinds=["solution", "text"], shots=shots)
+    assert rows[["kind", "option"]].to_numpy().tolist() == [["text", 0], ["text", 1]]
+    with pytest.raises(StsError, match="eval_kinds names neither"):
+        evaluate(lm_of("llama"), EXAMPLES[2:3], kinds=["solution"], shots=shots)
+
+
 def test_a_model_without_a_chat_template_is_asked_in_plain_text(tiny_models):
     lm = load_model(str(tiny_models["llama"]))
     lm.tokenizer.chat_template = None

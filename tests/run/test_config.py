@@ -235,6 +235,8 @@ def test_paths_in_a_profile_are_relative_to_its_file_and_overrides_to_where_one_
     ({"top_n": 129}, "top_n: 129 latents of only 128"),
     ({"seeds": [1, -1]}, "'seeds.1'.*greater than or equal to 0"), ({"sweep_k": [0]}, "'sweep_k.0'.*equal to 1"),
     ({"sweep_seeds": [7]}, r"sweep_seeds: \[7\] must be among the run's seeds, \[1\]"),
+    ({"mixture_seeds": [7]}, r"mixture_seeds: \[7\] must be among the run's seeds, \[1\]"),
+    ({"mixture_kinds": ["even"]}, "mixture_kinds must name sts"),
     ({"sweep_widths": [4]}, "sweep_widths: 8 latents of only 4"),
     ({"overlap_demonstrations": []}, "'overlap_demonstrations'.*at least 1 item"),
     ({"eval_kinds": ["option"]}, "'eval_kinds.0'.*'letter', 'text' or 'solution'")], ids=str)

@@ -58,10 +58,11 @@ def test_the_chapters_stages_are_asked_for_and_those_that_no_setting_asks_for_ar
     read = {name for path in sources for name in re.findall(
         r"""(?:page|self|run|own|one)(?:\.get\(|\[)\\?["'](\w+)|stage: (\w+)""", path.read_text(encoding="utf-8"))
         for name in name if name in STAGES}
-    assert len(read) > 30 and read <= found
-    by_hand = {"sft_trials", "answer_forms", "generation_shift"}
+    assert len(read) > 30 and read <= found | {"judge_labels"}
+    by_hand = {"sft_trials", "answer_forms", "generation_shift", "judge_labels"}
     assert not by_hand & found and "sae" not in asked_for(run)
-    assert by_hand <= {*asked_for(run.variant(sft_lr_tried=[1e-3], validation_limit=2, eval_generate=["gsm8k"]))}
+    assert by_hand <= {*asked_for(run.variant(sft_lr_tried=[1e-3], validation_limit=2, eval_generate=["gsm8k"],
+                                                judge_url="http://localhost:1/v1"))}
     assert "sae_quality" not in asked_for(run.variant(text_data=[]))
     without = run.variant(selective_latents=[], mixture_steps=[])
     assert found - {job.stage for job in jobs(without, asked_for(without)).values()} == {

@@ -377,6 +377,8 @@ def test_runs_of_other_seeds_and_training_sets_read_one_trained_sae_and_those_of
     key = run.key("sae")
     for same in ({"seed": 1}, {"sft_data": "mmlu_exemplars", "seed": 2}, {"demonstrations": 2}):
         assert run.variant(**same).key("sae") == key
+    for opened in ({"seed": 1}, {"seed": 1, "sft_data": "mmlu_exemplars"}):  # as a job of a workflow is
+        assert open_run("smoke", results=tmp_path, **opened).key("sae") == key
     for other in ({"layer": 1}, {"sae_k": 4}, {"context": 64}):
         assert run.variant(**other).key("sae") != key
         assert run.variant(**other).variant(seed=1).key("sae") == run.variant(**other).key("sae")

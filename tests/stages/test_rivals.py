@@ -217,6 +217,8 @@ def test_without_other_training_sets_only_the_own_is_tested():
     found = rival_tests([Run("maths", {"influence": bits}, bits)], "maths")
     assert {row["part"] for row in (*found["signs"], *found["coverage"])} == {"own"}
     assert rival_tests([Run("maths", {}, 0 * bits)], "maths") == {"signs": [], "coverage": []}
+    few = rival_tests([Run("maths", {"influence": bits[:9]}, bits[:9])], "maths")
+    assert few["signs"] and few["coverage"] == []  # an interval of 90% takes nine domains beside the own
 
 
 def test_records_hold_no_answers_and_only_means_of_states(run, tmp_path):
@@ -281,13 +283,14 @@ def test_a_lead_is_judged_among_those_of_random_fifths():
                 ("overlap", "bottom", 1), ("influence", "top", bottom), ("influence", "bottom", top),
                 *(("random", str(n), one) for n, one in enumerate(drawn))]
         frame = pandas.DataFrame([{"domain": "law", "example_id": f"q{item}", "ranking": ranking, "left_out": end,
-                                   "bits": bits + 0.01 * item} for ranking, end, bits in rows for item in range(9)])
+                                   "bits": bits + 0.01 * item, "accuracy": np.nan}
+                                  for ranking, end, bits in rows for item in range(9)])
         return SimpleNamespace(settings=SimpleNamespace(seed=seed, example_domains=1), get=lambda stage: frame)
 
     # Fewer bits are likelier answers: without the top fifth they cost 3 and 2 bits, without the bottom 1 each.
     found = example_effects([retrained(0, 3, 1, [0, 0, 0, 4]), retrained(1, 2, 1, [0, 1, 2, 3])], 500, 0)
     rows = {row["ranking"]: row for row in found}
-    assert {one["measure"] for one in found} == {"bits"}
+    assert {one["measure"] for one in found} == {"bits"}  # accuracy was not evaluated
     assert [rows[name]["mean"] for name in ("projection", "overlap", "influence")] == pytest.approx([1.5, 0, -1.5])
     null = [(one + first - second) / 2 for one in [4] * 3 + [0] * 6 + [-4] * 3
             for first, second in permutations(range(4), 2)]
@@ -299,4 +302,4 @@ def test_a_lead_is_judged_among_those_of_random_fifths():
 def test_without_domains_to_rank_for_there_is_nothing_to_train(run):
     none = run.variant(example_domains=0)
     assert none.get("example_effects") == []
-    assert none.get("example_retraining").empty
+    assert none.get("example_retraining").empty and none.get("example_forecasts").empty

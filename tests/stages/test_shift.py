@@ -15,6 +15,7 @@ from sts.errors import StsError
 from sts.measure.baselines import split_domains
 from sts.measure.correlation import pearson
 from sts.run import resources
+from sts.run.others import seeds_of
 
 
 def other_domain_sets(run):
@@ -142,8 +143,8 @@ def test_another_seed_repeats_the_experiment_and_shares_the_models(run):
 
 
 def test_the_runs_own_seed_is_not_another_one(run):
-    assert run.other_seeds == (1,)
-    assert sts.open_run("smoke", results=run.results, seed=1).other_seeds == ()
+    assert [one.settings.seed for one in seeds_of(run)] == [0, 1]
+    assert [one.settings.seed for one in seeds_of(sts.open_run("smoke", results=run.results, seed=1))] == [1]
 
 
 def test_asking_for_a_key_trains_nothing(tmp_path):
