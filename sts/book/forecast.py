@@ -15,9 +15,10 @@ from sts.book.page import Page
 from sts.data.load import own_examples, shared_questions
 from sts.engine.saes import layer_of, load_sae
 from sts.errors import ROOT, StsError
-from sts.measure.baselines import SCORES, chosen_by, split_domains
+from sts.measure.baselines import SCORES, split_domains
 from sts.measure.items import paired_mean_interval
 from sts.measure.rivals import projection_difference
+from sts.measure.score import chosen_by
 
 
 class Forecast(Page):

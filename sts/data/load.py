@@ -36,10 +36,11 @@ def load_examples(name: str, *, split: str = "", limit: int = 0, seed: int = 0) 
         raise one_of("Data set", name, known)
     if split and split not in known[name]:
         raise one_of(f"Split of data set {name!r}", split, known[name])
+    made, own = limit or 1000, seed + 1_000_000 * (split == "test")
     if name == "gsm_symbolic":
-        return gsm_symbolic(limit or 1000, seed=seed + (1_000_000 if split == "test" else 0))
+        return gsm_symbolic(made, seed=own)
     if name in PUZZLES:
-        return puzzles(name, limit or 1000, seed=seed + (1_000_000 if split == "test" else 0))
+        return puzzles(name, made, seed=own)
     worked = (name, split) in (("mmlu_exemplars", split), ("mmlu", "worked"))
     examples = own_examples(Path(name)) if is_own(name) else mmlu_exemplars(by_subject=name == "mmlu") if worked else (
         _read(name, split or known[name][0]))

@@ -17,7 +17,7 @@ import pandas
 import torch
 
 from sts.errors import StsError
-from sts.measure.score import Stats, score_domain, score_domains, shifted_dimensions
+from sts.measure.score import Stats, chosen_by, score_domain, score_domains
 from sts.measure.sets import matched_latents, random_latents
 
 #: What random sets of latents are matched to D_N in.
@@ -64,11 +64,6 @@ def split_domains(flat: Stats) -> dict[str, dict[str, torch.Tensor]]:
         domain, _, field = name.rpartition("/")
         domains.setdefault(domain, {})[field] = tensor
     return dict(sorted(domains.items()))
-
-
-def chosen_by(shift: Stats, count: int) -> torch.Tensor:
-    """The `count` dimensions (all, at most) that `shift` moves most, most first."""
-    return shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], count)
 
 
 def per_token(domains: Mapping[str, Stats], field: str, chosen: Any = slice(None)) -> pandas.Series:

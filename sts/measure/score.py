@@ -26,8 +26,6 @@ Stats = Mapping[str, torch.Tensor]
 FORMULAS = {"paper": {"sts_act": ("base_sum_L", False), "sts_icl": ("squared_difference_L", False)},
             "official_code": {"sts_act": ("base_square_sum_L", True), "sts_icl": ("squared_difference_L", True)}}
 VARIANTS = tuple(FORMULAS)
-#: Raise it when a formula changes: it is part of the version of every stage that scores.
-REVISION = 0
 
 
 def sums_of(variant: str) -> set[str]:
@@ -76,11 +74,16 @@ def score_domain(variant: str, stats: Stats, dimensions: torch.Tensor) -> dict[s
             for score, (field, averaged) in FORMULAS[variant].items()} | {"tokens": tokens}
 
 
+def chosen_by(shift: Stats, count: int) -> torch.Tensor:
+    """The `count` dimensions (all, at most) that `shift` moves most, most first."""
+    return shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], count)
+
+
 def score_domains(variant: str, shift: Stats, domains: Mapping[str, Stats], top_n: int) -> list[dict]:
     """Scores of all domains, as rows {"variant", "domain", "sts_act", "sts_icl", "tokens"}, on the N latents that the
     training domain shifts most; all statistics of the pairing that `variant` calls for."""
-    dimensions = shifted_dimensions(shift["squared_difference_L"] / shift["tokens"], top_n)
-    return [{"variant": variant, "domain": domain, **score_domain(variant, stats, dimensions)}
+    chosen = chosen_by(shift, top_n)
+    return [{"variant": variant, "domain": domain, **score_domain(variant, stats, chosen)}
             for domain, stats in domains.items()]
 
 

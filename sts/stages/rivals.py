@@ -23,11 +23,11 @@ from sts.engine.rivals import answer_states, first_weights, gradient
 from sts.engine.zeroing import changed
 from sts.errors import StsError
 from sts.measure import rivals
-from sts.measure.baselines import chosen_by, split_domains
+from sts.measure.baselines import split_domains
 from sts.measure.compare import SCORES, Comparison
 from sts.measure.correlation import correlation_rows, p_value, plain
 from sts.measure.items import item_differences, item_measures, paired_mean_interval
-from sts.measure.score import shares_named
+from sts.measure.score import chosen_by, shares_named
 from sts.run.stage import stage, steps
 
 #: Level of the intervals; measures that an injected state forecasts.

@@ -19,8 +19,6 @@ from sts.run.stage import stage, steps
 
 #: Length of the answers that are written with latents zeroed.
 ANSWER_TOKENS = 72
-#: Problems whose tokens say what norm makes a token a sink.
-NORM_PROBLEMS = 8
 
 
 @stage("tensors", version=2)
@@ -75,8 +73,8 @@ def _zeroing(lm, tuned, reader, layer, held_out, masks, sft_shift, sft_shift_sol
              passes):
     """The model, which of its tokens are left alone (first ones, and those above the norm that makes a sink), firing
     rates and energies on the solutions, and every set to zero."""
-    model, prompts = tuned if which == "tuned" else lm, [
-        solution_prompt(lm.tokenizer, example) for example in held_out[:NORM_PROBLEMS]]
+    model = tuned if which == "tuned" else lm
+    prompts = [solution_prompt(lm.tokenizer, example) for example in held_out]
     limit, = Extractor(model, layer, **passes).sink_norms(prompts, masks.outlier_norm)
     norms_L = reader.W_dec.detach().double().norm(dim=1).cpu()
     rate_L, energy_L = latent_activity(split_domains(sft_shift_solutions)["sae"], norms_L, tuned=which == "tuned")
