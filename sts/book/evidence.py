@@ -112,9 +112,10 @@ def row(run: OpenRun, stage: str, where: Mapping[str, Any] = {}, *, under: str =
 
 
 def _seeds(run: OpenRun, name: str) -> int | None:
-    """At how many seeds a stage measures."""
-    handed = [one for one in STAGES[name].parameters if one.startswith("each_")] if name in STAGES else []
-    return len(seeds_of(run, STAGES[name])) if handed == ["each_seed"] else None if handed else 1
+    """At how many seeds a stage measures, as far as that is said by what it and its needs are handed."""
+    read = [STAGES[one] for one in (name, *STAGES[name].needs)] if name in STAGES else []
+    handed = {parameter for one in read for parameter in one.parameters if parameter.startswith("each_")}
+    return len(seeds_of(run, STAGES[name])) if handed == {"each_seed"} else None if handed else 1
 
 
 def _estimate(one: Mapping[str, Any], value: str = "pearson", interval: str = "pearson_interval", p: str = "p",
@@ -246,7 +247,7 @@ def read_outs(run: OpenRun, than: str = "untrained") -> Evidence:
     """What training read-outs of the estimated latents does more, at the largest number and the weakest seed: than
     "untrained" ones, or than "others", the random ones first (Figure 7)."""
     names = {"like_rate": "others that fire as often", "most_active": "the most active"}
-    found = {row["kind"]: replace(_estimate(row, "mean", "", ""), n=row["n"], of="problems")
-             for row in rows_of(run.get("read_out_leads")) if row["largest"] and row["weakest"]}
+    found = {row["kind"]: replace(_estimate(row, "mean", "", ""), n=row["n"], of="problems", seeds=_seeds(
+        run, "read_out_leads")) for row in rows_of(run.get("read_out_leads")) if row["largest"] and row["weakest"]}
     return found[than] if than in found else replace(found["random"], against={
-        f"more than {name}": found[kind] for kind, name in names.items() if kind in found})
+        f"more than {name}": found.get(kind, Evidence(None)) for kind, name in names.items()})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
@@ -72,6 +72,13 @@ def crossed_mean_interval(values_DP: ArrayLike, *, against_one: bool = False) ->
     return MeanInterval(mean, error, mean - reach, mean + reach, columns, "t")
 
 
+def of_weakest_seed(rows: pandas.DataFrame, *keys: str) -> Any:
+    """Whether a row's interval begins lowest among the seeds' rows that agree in `keys`: if that lies above zero, every
+    seed's does."""
+    begins = rows["low"].fillna(rows["mean"])
+    return begins == begins.groupby([rows[key] for key in keys]).transform("min")
+
+
 def mcnemar_p(before_N: np.ndarray, after_N: np.ndarray) -> float:
     """McNemar's exact test, two-sided: do items turn from wrong to right as often as from right to wrong? 1 if none."""
     gained, lost = int((after_N & ~before_N).sum()), int((before_N & ~after_N).sum())
@@ -108,7 +115,7 @@ def above_chance(rows: pandas.DataFrame) -> dict[str, float]:
     right = paired_mean_interval(items["accuracy"])
     chance = float(np.mean(100 / options.to_numpy()))
     # All right, or all wrong: what guessing itself would scatter by.
-    error = right.standard_error or math.sqrt(chance * (100 - chance) / right.n)
+    error = right.standard_error or math.sqrt(chance * (100 - chance) / right.n) or math.inf
     return {"n": right.n, "accuracy": right.mean, "standard_error": right.standard_error,
             "p_right": float(np.mean(items["p_right"])), "chance": chance,
             "z": (right.mean - chance) / error}

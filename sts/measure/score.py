@@ -26,6 +26,8 @@ Stats = Mapping[str, torch.Tensor]
 FORMULAS = {"paper": {"sts_act": ("base_sum_L", False), "sts_icl": ("squared_difference_L", False)},
             "official_code": {"sts_act": ("base_square_sum_L", True), "sts_icl": ("squared_difference_L", True)}}
 VARIANTS = tuple(FORMULAS)
+#: Raise it when a formula changes: it is part of the version of every stage that scores.
+REVISION = 0
 
 
 def sums_of(variant: str) -> set[str]:

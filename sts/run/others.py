@@ -28,6 +28,7 @@ def seeds_of(run: OpenRun, stage: Stage | None = None) -> list[OpenRun]:
 
 resource(("seeds", "seed"), ("seeds",), name="each_seed")(seeds_of)
 
+
 @resource(("training_sets", "training_seeds", "sft_data", "seed"), ("training_sets",), name="each_training")
 def trainings_of(run: OpenRun) -> list[OpenRun]:
     """The run with every training set, its own first, and of each all `training_seeds`."""

@@ -166,7 +166,8 @@ class Run(BaseModel, extra="forbid", frozen=True, strict=True):
     selective_seeds: list[Index] = _is("those of `seeds` at which this is done again", [])
     selective_draws: Count = _is("random sets of latents of each kind and number", 3)
     selective_examples: Index = _is("training examples at most; 0 for all", 0)
-    selective_lr: list[Rate] = _is("peak learning rates of the read-outs; of several each set takes its best", [1e-3])
+    selective_lr: list[Rate] = _is("peak learning rates of the read-outs; of several each set takes its best", [1e-3],
+                                    min_length=1)
     mixture_steps: list[Share] = _is("shares of the most that can be added of two domains; none: not done", [])
     mixture_seeds: list[Index] = _is("those of `seeds` at which this is done again", [])
     mixture_kinds: list[Literal["sts", "even"]] = _is(

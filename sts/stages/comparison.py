@@ -17,7 +17,7 @@ from sts.measure.compare import SCORES, Comparison, null
 from sts.measure.correlation import cluster_interval, correlate, correlation_rows, plain, power_of_design, random_orders
 from sts.measure.items import MEASURES, item_differences, item_measures
 from sts.measure.paper import extremes, spread_ratio, with_selection
-from sts.measure.score import VARIANTS, same_fraction
+from sts.measure.score import REVISION, VARIANTS, same_fraction
 from sts.run.stage import stage
 
 #: What the score is corrected for: how hard a domain is, and how long its questions are; beside them the category of a
@@ -93,7 +93,7 @@ def text_baselines(tokenizer, train, questions):
         for domain, own in texts.items()])
 
 
-@stage("parquet", version=2, also=("evaluation_before",))
+@stage("parquet", version=2 + REVISION, also=("evaluation_before",))
 def baseline_values(scores, shift, shift_controls, sft_shift, domain_stats, domain_raw_stats, domain_model_change,
                     text_baselines, domain_shift, top_n):
     """Every baseline that is the same for all measures, for this seed: column domain, and one column a predictor."""
@@ -107,7 +107,7 @@ def baseline_values(scores, shift, shift_controls, sft_shift, domain_stats, doma
         same_fraction(top_n, *widths))).reset_index()
 
 
-@stage("tensors", version=2)
+@stage("tensors", version=2 + REVISION)
 def random_latent_scores(shift, domain_stats, top_n, baseline_draws, seed):
     """`baselines.random_set_scores` with `baseline_draws` sets of latents of each kind, named kind/act_RD and so on."""
     domains = split_domains(domain_stats)

@@ -13,7 +13,7 @@ from sts.engine.sae_training import collect_activations
 from sts.engine.saes import SideBySide, identity_sae
 from sts.measure.baselines import split_domains
 from sts.measure.cost import prompt_tokens
-from sts.measure.score import chosen_by, score_domains
+from sts.measure.score import REVISION, chosen_by, score_domains
 from sts.run.stage import stage, steps
 
 
@@ -72,7 +72,7 @@ def domain_model_change(lm, tuned, reader, layer, domain_groups, masks, report, 
     return _by_domain(domain_groups, read, report)
 
 
-@stage("parquet")
+@stage("parquet", version=1 + REVISION)
 def scores(shift, shift_rows, domain_stats, domain_rows, top_n):
     """STS_act and STS_ICL of every domain in both variants."""
     return pandas.DataFrame(score_domains("paper", shift, split_domains(domain_stats), top_n)

@@ -16,10 +16,11 @@ from sts.engine.evaluate import evaluate
 from sts.engine.finetune import retrained
 from sts.engine.generation import open_engine, own_answers
 from sts.errors import StsError
-from sts.measure.items import item_measures, paired_mean_interval
+from sts.measure.items import item_measures, of_weakest_seed, paired_mean_interval
 from sts.run.stage import stage, steps
 
-UNHARMED = "plain training did not harm both domains at every seed"
+UNHARMED = "at some seed plain training did not harm both domains"
+UNGAINED = "at some seed plain training did not surely gain"
 
 
 def divided(scores: dict[str, float], rooms: dict[str, int], kinds: list[str], shares: list[float], most: int) -> list:
@@ -102,8 +103,8 @@ def mixture_effects(each_seed, mixture_seeds, bootstrap, seed):
     """What the largest mixture by score does, a row a seed with mean and interval: bits per character that it takes off
     test halves more than another training (than: "none", "even"; place: "most", "least"), and the share of plain
     training's gain on held-out problems that it keeps (than "gain"; the interval is that of the ratio's linear part).
-    weakest: of the seed of the smallest mean; undefined: why it says nothing."""
-    rows, harmed = [], True
+    weakest: see `items.of_weakest_seed`; undefined: why it says nothing."""
+    rows, why = [], {"none": "", "gain": ""}
     for own in (one for one in each_seed if one.settings.seed in (seed, *mixture_seeds)):
         bits = own.get("mixture").pivot(index=["domain", "example_id"], columns="mixture", values="bits")
         if bits.isna().to_numpy().any():
@@ -112,13 +113,17 @@ def mixture_effects(each_seed, mixture_seeds, bootstrap, seed):
         mixed, domains = bits[f"sts{step}"], [row["domain"] for row in own.get("mixture_plan")["domains"]]
         gain, kept = ((bits["untuned"] - after).loc["training set"] for after in (bits["none"], mixed))
         share = kept.mean() / gain.mean()
-        parts = {("gain", "training set"): share + (kept - share * gain) / gain.mean()} | {
-            (other.removesuffix(step), place): (bits[other] - mixed).loc[name] for other in ("none", f"even{step}")
-            if other in bits for place, name in zip(("most", "least"), domains, strict=True)}
-        rows += [{"than": than, "place": place, "seed": own.settings.seed,
+        parts = {("gain", "training set", "training set"): share + (kept - share * gain) / gain.mean()} | {
+            (other.removesuffix(step), place, name): (bits[other] - mixed).loc[name]
+            for other in ("none", f"even{step}") if other in bits
+            for place, name in zip(("most", "least"), domains, strict=True)}
+        rows += [{"than": than, "place": place, "domain": name, "seed": own.settings.seed,
                   **paired_mean_interval(values, resamples=bootstrap)._asdict()}
-                 for (than, place), values in parts.items()]
-        harmed &= all((bits["none"] - bits["untuned"]).loc[name].mean() > 0 for name in domains)
+                 for (than, place, name), values in parts.items()]
+        if not all((bits["none"] - bits["untuned"]).loc[name].mean() > 0 for name in domains):
+            why["none"] = UNHARMED
+        if not paired_mean_interval(gain, resamples=bootstrap).low > 0:
+            why["gain"] = UNGAINED
     found = pandas.DataFrame(rows)
-    return found.assign(weakest=found["mean"] == found.groupby(["than", "place"])["mean"].transform("min"),
-                        undefined=[None if harmed or than != "none" else UNHARMED for than in found["than"]])
+    return found.assign(weakest=of_weakest_seed(found, "than", "place"), undefined=found["than"].replace(
+        why | {"even": ""}))

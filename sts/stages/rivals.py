@@ -256,21 +256,23 @@ def example_retraining(example_forecasts, fresh_lm, train, questions, shots, eva
 @stage("json", also=("example_retraining", "example_domains"))
 def example_effects(each_seed, bootstrap, seed):
     """How much likelier right answers are without the bottom fifth of a ranking than without its top: a row a ranking
-    and measure with the mean, an interval over questions, p (share of random fifths' leads over one another that are as
-    large, the same draws for a seed's domains) and `each` by seed and domain. Empty where none are ranked."""
+    and measure with the mean over seeds and an interval over questions, p (share of the leads of all fifths, random or
+    ranked, over one another that are as large) and `each` by seed and domain. Empty where none are ranked."""
     frames = {own.settings.seed: own.get("example_retraining") for own in each_seed if own.settings.example_domains}
     rows, numbers = [], {"resamples": bootstrap, "seed": seed}
     evaluated = pandas.concat([*frames.values()]).notna().any() if frames else {}
-    for measure in (name for name in rivals.UP if evaluated.get(name)):
-        wide = {one: rivals.UP[measure] * own.pivot(index=["domain", "example_id"], columns=["ranking", "left_out"],
-                                                    values=measure) for one, own in frames.items()}
-        null = [np.mean(leads) for leads in itertools.product(*([first - second for first, second in (
-            itertools.permutations(own["random"].groupby("domain").mean().mean(), 2))] for own in wide.values()))]
-        for ranking in RANKINGS:
-            leads = {one: own[ranking, "bottom"] - own[ranking, "top"] for one, own in wide.items()}
-            mean = paired_mean_interval(pandas.concat(leads), **numbers)
-            rows.append({"measure": measure, "ranking": ranking, **mean._asdict(),
-                         "p": float(p_value(np.array(null), mean.mean)), "each": [
-                             {"seed": one, "domain": name, **paired_mean_interval(part, **numbers)._asdict()}
-                             for one, lead in leads.items() for name, part in lead.groupby("domain")]})
+    for measure, ranking in itertools.product([name for name in rivals.UP if evaluated.get(name)], RANKINGS):
+        wide = {one: rivals.UP[measure] * own[own["ranking"].isin(["random", ranking])].pivot(
+            index=["domain", "example_id"], columns=["ranking", "left_out"], values=measure)
+            for one, own in frames.items()}
+        leads = {one: own[ranking, "bottom"] - own[ranking, "top"] for one, own in wide.items()}
+        among = [np.mean(one) for one in itertools.product(*([first - second for first, second in (
+            itertools.permutations(own.mean(), 2))] for own in wide.values()))]
+        cells = pandas.concat(leads.values())
+        own: Any = cells.groupby(level=["domain", "example_id"]).sum()  # a question counts once, at all its seeds
+        rows.append({"measure": measure, "ranking": ranking,
+                     **paired_mean_interval(own * len(own) / len(cells), **numbers)._asdict(),
+                     "p": float(p_value(np.array(among), np.mean([one.mean() for one in leads.values()]), exact=True)),
+                     "each": [{"seed": one, "domain": name, **paired_mean_interval(part, **numbers)._asdict()}
+                              for one, lead in leads.items() for name, part in lead.groupby("domain")]})
     return plain(rows)

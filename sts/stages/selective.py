@@ -16,7 +16,7 @@ from sts.engine.readouts import ReadOuts, attached
 from sts.engine.residuals import Extractor
 from sts.engine.zeroing import lower_layers_once
 from sts.errors import StsError
-from sts.measure.items import crossed_mean_interval, item_measures
+from sts.measure.items import crossed_mean_interval, item_measures, of_weakest_seed
 from sts.measure.sets import latent_activity, sets_to_zero
 from sts.run.stage import stage, steps
 
@@ -44,9 +44,10 @@ def selective(readers, fresh_lm, tuned, shift, shift_groups, train, held_out, ma
     asked = {"held out": held_out}
     if len(selective_lr) > 1:
         asked["validation"] = train[len(used):][:len(held_out)]
-        if not asked["validation"]:
+        if len(asked["validation"]) < len(held_out):
             raise StsError("Of several selective_lr the best is chosen on training problems that selective_examples "
-                           f"leaves over; of {len(train)} none are left. Lower it, or name one rate.")
+                           f"leaves over, as many as are held out; of {len(train)} these are "
+                           f"{len(asked['validation'])}. Lower it, or name one rate.")
     prompts = tuple(solution_prompt(lm.tokenizer, example) for example in used)
     limits = dict(zip(readers, Extractor(lm, tuple(readers), **passes).sink_norms(prompts, masks.outlier_norm),
                       strict=True))
@@ -103,7 +104,7 @@ def _kept(scratch, own, lr):
 def read_out_leads(each_seed, selective_seeds, seed):
     """Bits per character of held-out problems that training read-outs of the estimated latents takes off more than
     others do: a row a seed, kind ("untrained", and those of `KINDS` that were trained) and number of latents, with mean
-    and interval over problems and draws; largest: of the largest number, weakest: of the seed of the smallest mean."""
+    and interval over problems and draws; largest: of the largest number; weakest: see `items.of_weakest_seed`."""
     rows = []
     for own in (one for one in each_seed if one.settings.seed in (seed, *selective_seeds)):
         bits = own.get("selective").query("on == 'held out'").fillna({"latents": 0, "draw": 0}).pivot(
@@ -116,4 +117,4 @@ def read_out_leads(each_seed, selective_seeds, seed):
                 rows.append(lead._asdict() | {"kind": kind, "latents": count, "seed": own.settings.seed,
                                               "largest": count == counts[-1]})
     found = pandas.DataFrame(rows)
-    return found.assign(weakest=found["mean"] == found.groupby(["kind", "latents"])["mean"].transform("min"))
+    return found.assign(weakest=of_weakest_seed(found, "kind", "latents"))

@@ -17,7 +17,7 @@ from sts.engine.saes import SaeSpec, SideBySide, load_sae
 from sts.measure.baselines import split_domains
 from sts.measure.compare import AXES, SCORES, sweeps_compared
 from sts.measure.items import item_differences
-from sts.measure.score import Stats, check_top_n, chosen_by, score_domain, sums_of
+from sts.measure.score import REVISION, Stats, check_top_n, chosen_by, score_domain, sums_of
 from sts.run.stage import stage, steps
 
 #: Seed of the sweep's text and SAEs, the same in every seed of a run; files in the folder of each of these SAEs.
@@ -36,7 +36,7 @@ def _scores(chosen: torch.Tensor, domains: Mapping[str, Stats], **about) -> list
     return [{**about, "domain": domain, **score_domain("paper", stats, chosen)} for domain, stats in domains.items()]
 
 
-@stage("parquet")
+@stage("parquet", version=1 + REVISION)
 def sweep_latents(shift, domain_stats, scores, top_n, sweep_bands, sweep_top_n):
     """Scores by rank band of the latents, by their number N, and by the formulas: axis, value, own, domain, scores."""
     width, domains = len(shift["squared_difference_L"]), split_domains(domain_stats)
@@ -53,7 +53,8 @@ def sweep_latents(shift, domain_stats, scores, top_n, sweep_bands, sweep_top_n):
     return pandas.DataFrame(rows, columns=COLUMNS)
 
 
-@stage("parquet", also=("shift", "domain_stats", "lm", "reader", "layer", "shift_groups", "domain_groups", "masks"))
+@stage("parquet", version=1 + REVISION, also=("shift", "domain_stats", "lm", "reader", "layer",
+                                              "shift_groups", "domain_groups", "masks"))
 def sweep_settings(variant, top_n, demonstrations, shift_demonstrations, score_tokens, shift_tokens,
                    sweep_demonstrations, sweep_shift_demonstrations, sweep_tokens, sweep_shift_tokens, sweep_masks,
                    report):
@@ -114,7 +115,7 @@ def sweep_sae_training(lm, layer, sae_texts, sae_lr, sweep_sae_samples, sweep_te
     return scratch
 
 
-@stage("parquet", version=2, also=("fold_norms",))
+@stage("parquet", version=2 + REVISION, also=("fold_norms",))
 def sweep_saes(lm, layer, sweep_sae_training, sae_dtype, shift_groups, domain_groups, masks, top_n, sae_latents, sae_k,
                sweep_widths, sweep_layers, sweep_k, report, passes, device):
     """Scores with each SAE of the sweep; also layer, latents, k, l0, explained and silent (shares, held-out text)."""

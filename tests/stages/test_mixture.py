@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -206,9 +207,12 @@ class Stub:
 
 def judged(name, *runs):
     """Evidence and verdict on a claim from mixtures at several seeds."""
-    frame = stages.mixture_effects(runs, [own.settings.seed for own in runs], 2000, 0)
+    seeds = [own.settings.seed for own in runs]
+    frame = stages.mixture_effects(runs, seeds, 2000, 0)
     claim = claims.read_claims()[1][name]
-    found = evidence.row(type("Run", (), {"get": lambda self, stage: frame})(), **claim.arguments)
+    found = evidence.row(SimpleNamespace(get=lambda stage: frame, alone=lambda seed: None, settings=SimpleNamespace(
+        seed=0, seeds=[0, 1, 2], mixture_seeds=seeds)), **claim.arguments)
+    assert found.seeds == len(runs)
     return found, claim.judge(found)
 
 
@@ -237,6 +241,21 @@ def test_every_seed_must_agree():
     for first, second in ((good, bad), (bad, good)):
         found, word = judged("mixture-keeps", Stub(first), Stub(second, seed=1))
         assert word == NOT_HELD and found.value == pytest.approx(1.3 - 1.4 + 0.5 * NOISE.mean())
+
+
+def test_a_surer_seed_does_not_stand_in_for_a_less_sure_one():
+    sure = BITS | {"sts 1": questions_of(1.2 + NOISE, 1.1 + NOISE, 1.5 + NOISE)}
+    noisy = BITS | {"sts 1": questions_of(1.1 + 10 * NOISE, 1.1 + NOISE, 1.5 + NOISE)}  # a larger mean
+    found, word = judged("mixture-keeps", Stub(sure), Stub(noisy, seed=1))
+    assert word == NOT_HELD and found.low < 0 < 0.1 < found.value
+
+
+def test_what_gains_nothing_has_no_share_to_keep():
+    worse = BITS | {"none": questions_of(1.3 + NOISE, 1.2 + NOISE, 2.05 + NOISE),
+                    "sts 1": questions_of(1.1 + NOISE, 1.1 + NOISE, 2.1 + NOISE)}
+    good = BITS | {"sts 1": questions_of(1.1 + NOISE, 1.1 + NOISE, 1.5 + NOISE)}
+    assert judged("mixture-gain", Stub(good))[1] == HELD
+    assert judged("mixture-gain", Stub(good), Stub(worse, seed=1))[1] == NOT_TESTABLE
 
 
 def test_what_training_does_not_harm_cannot_be_kept_up():

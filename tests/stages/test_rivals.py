@@ -277,26 +277,37 @@ def test_a_training_leaves_out_the_fifth_that_its_name_says(run, tmp_path):
         assert rows.loc[again.index, "bits"].to_dict() == pytest.approx(again["bits"].to_dict(), rel=1e-4)
 
 
-def test_a_lead_is_judged_among_those_of_random_fifths():
-    def retrained(seed, top, bottom, drawn):
-        rows = [("projection", "top", top), ("projection", "bottom", bottom), ("overlap", "top", 1),
-                ("overlap", "bottom", 1), ("influence", "top", bottom), ("influence", "bottom", top),
-                *(("random", str(n), one) for n, one in enumerate(drawn))]
-        frame = pandas.DataFrame([{"domain": "law", "example_id": f"q{item}", "ranking": ranking, "left_out": end,
-                                   "bits": bits + 0.01 * item, "accuracy": np.nan}
-                                  for ranking, end, bits in rows for item in range(9)])
-        return SimpleNamespace(settings=SimpleNamespace(seed=seed, example_domains=1), get=lambda stage: frame)
+def retrained(seed, top, bottom, drawn, domain="law"):
+    """A stand-in for a run, with bits of nine questions after training without each fifth."""
+    rows = [("projection", "top", top), ("projection", "bottom", bottom), ("overlap", "top", 1),
+            ("overlap", "bottom", 1), ("influence", "top", bottom), ("influence", "bottom", top),
+            *(("random", str(n), one) for n, one in enumerate(drawn))]
+    frame = pandas.DataFrame([{"domain": domain, "example_id": f"{domain} {item}", "ranking": ranking, "left_out": end,
+                               "bits": bits + 0.01 * item * (end == "top"), "accuracy": np.nan}
+                              for ranking, end, bits in rows for item in range(9)])
+    return SimpleNamespace(settings=SimpleNamespace(seed=seed, example_domains=1), get=lambda stage: frame)
 
-    # Fewer bits are likelier answers: without the top fifth they cost 3 and 2 bits, without the bottom 1 each.
-    found = example_effects([retrained(0, 3, 1, [0, 0, 0, 4]), retrained(1, 2, 1, [0, 1, 2, 3])], 500, 0)
+
+def test_a_lead_is_judged_among_those_of_all_fifths():
+    # Fewer bits are likelier answers: without the top fifth they cost 3 and 2 bits, and a little, without the bottom 1.
+    drawn = [0, 0, 0, 4], [0, 1, 2, 3]
+    found = example_effects([retrained(0, 3, 1, drawn[0]), retrained(1, 2, 1, drawn[1])], 500, 0)
     rows = {row["ranking"]: row for row in found}
     assert {one["measure"] for one in found} == {"bits"}  # accuracy was not evaluated
-    assert [rows[name]["mean"] for name in ("projection", "overlap", "influence")] == pytest.approx([1.5, 0, -1.5])
-    null = [(one + first - second) / 2 for one in [4] * 3 + [0] * 6 + [-4] * 3
-            for first, second in permutations(range(4), 2)]
-    assert rows["projection"]["p"] == pytest.approx(
-        (1 + sum(lead >= 1.5 for lead in null)) / (1 + len(null)))  # the observed lead counts as one
-    assert [one["mean"] for one in rows["projection"]["each"]] == pytest.approx([2, 1])
+    assert [rows[name]["mean"] for name in ("projection", "overlap", "influence")] == pytest.approx([1.54, 0.04, -1.46])
+    leads = [[first - second for first, second in permutations([*one, top + 0.04, 1], 2)]
+             for one, top in zip(drawn, (3, 2), strict=True)]
+    null = [(first + second) / 2 for first in leads[0] for second in leads[1]]
+    assert rows["projection"]["p"] == pytest.approx(np.mean(np.array(null) >= 1.54 - 1e-9))
+    assert [one["mean"] for one in rows["projection"]["each"]] == pytest.approx([2.04, 1.04])
+
+
+def test_questions_count_once_however_many_seeds_ask_them():
+    one, again, other = retrained(0, 3, 1, [0] * 4), retrained(1, 3, 1, [0] * 4), retrained(1, 3, 1, [0] * 4, "art")
+    alone, twice, apart = (example_effects(runs, 2000, 0)[0] for runs in ([one], [one, again], [one, other]))
+    assert (alone["n"], twice["n"], apart["n"]) == (9, 9, 18)
+    assert (alone["low"], alone["high"]) == pytest.approx((twice["low"], twice["high"]))
+    assert apart["high"] - apart["low"] < 0.8 * (alone["high"] - alone["low"])
 
 
 def test_without_domains_to_rank_for_there_is_nothing_to_train(run):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -71,13 +72,18 @@ def test_a_set_is_held_to_the_rate_that_is_best_on_problems_neither_trained_on_n
         tried, told = (own[own["on"] == on] for on in ("validation", "held out"))
         assert set(tried["example_id"]) == others and len(told) == 8
         assert told["lr"].unique().tolist() == [tried.groupby("lr")["bits"].mean().idxmin()]
-    alone = run.variant(selective_lr=[0.01], selective_latents=[2], selective_draws=1).get("selective")
-    assert set(alone["on"].dropna()) == {"held out"}  # nothing to choose
+    for lr in run.settings.selective_lr:
+        alone = run.variant(selective_lr=[lr], selective_latents=[2]).get("selective")
+        assert set(alone["on"].dropna()) == {"held out"}  # nothing to choose
+        same = alone.merge(rows[(rows["lr"] == lr) & (rows["on"] == "held out")], on=[
+            "kind", "latents", "draw", "example_id"])
+        assert same["bits_x"].equals(same["bits_y"])
+    assert len(same)  # of the last rate at least
 
 
 def test_rates_without_problems_to_choose_on_are_refused_before_anything_is_trained(run, monkeypatch):
     monkeypatch.setattr(stages, "fine_tune", None)
-    with pytest.raises(StsError, match="of 16 none are left. Lower it, or name one rate."):
+    with pytest.raises(StsError, match="of 16 these are 0. Lower it, or name one rate."):
         run.variant(selective_examples=0).get("selective")
 
 
@@ -206,8 +212,10 @@ def leads_of(counts, *frames):
     """A stand-in for a run with the leads of read-outs at several seeds."""
     runs = [type("Run", (), {"get": lambda self, stage, own=own: own, "settings": type("Settings", (), {
         "selective_latents": counts, "seed": seed})})() for seed, own in enumerate(frames)]
-    leads = stages.read_out_leads(runs, [*range(1, len(runs))], 0)
-    return type("Run", (), {"get": lambda self, stage: leads})()
+    more = [*range(1, len(runs))]
+    leads = stages.read_out_leads(runs, more, 0)
+    return SimpleNamespace(get=lambda stage: leads, alone=lambda seed: None, settings=SimpleNamespace(
+        seed=0, seeds=[*more, 7], selective_seeds=more))
 
 
 def frame_of(**bits):
@@ -240,7 +248,8 @@ def test_leads_are_over_problems_and_draws_by_students_t():
     half = [scipy_stats.t.ppf(0.975, 3)**2 * table.mean(0).var(ddof=1) / 4,
             scipy_stats.t.ppf(0.975, 1)**2 * table.mean(1).var(ddof=1) * (1 / 2 + 1)]
     assert others.high - others.value == pytest.approx(math.sqrt(sum(half)))
-    assert list(others.against) == ["more than the most active"]  # no set matched in rate
+    rate, active = others.against.values()
+    assert rate.value is None and active.above  # no set matched in rate
     leads = leads_of([5, 2], frame).get("read_out_leads")
     assert {*zip(leads["kind"], leads["latents"], strict=True)} == {
         ("untrained", 2), ("untrained", 5), ("random", 5), ("most_active", 5)}
@@ -250,11 +259,13 @@ def test_the_weakest_seed_is_judged():
     frames = [frame_of(none=BASE, untrained=BASE, most_shifted_5_0=BASE - gain, most_active_5_0=BASE, random_5_0=BASE)
               for gain in (np.array([0.3, 0.31, 0.29, 0.3]), np.array([0.1, 0.11, 0.09, 0.1]))]
     for order in (frames, frames[::-1]):
-        assert evidence.read_outs(leads_of([5], *order)).value == pytest.approx(0.1)
+        found = evidence.read_outs(leads_of([5], *order))
+        assert found.value == pytest.approx(0.1) and found.seeds == 2
 
 
 @pytest.mark.parametrize(("like_rate", "random", "words"), [
-    (BASE, BASE, (HELD, HELD)), (OWN, BASE, (HELD, IN_PART)), (OWN, OWN - 0.1, (HELD, NOT_HELD))])
+    (BASE, BASE, (HELD, HELD)), (OWN, BASE, (HELD, IN_PART)), (OWN, OWN - 0.1, (HELD, NOT_HELD)),
+    (None, BASE, (HELD, IN_PART))])
 def test_the_cards_compare_with_each_kind_of_set(like_rate, random, words):
     frame = frame_of(none=BASE, untrained=BASE, most_shifted_5_0=OWN, most_active_5_0=BASE, like_rate_5_0=like_rate,
                      random_5_0=random)
