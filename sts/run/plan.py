@@ -75,7 +75,7 @@ def decided_by(run: OpenRun, name: str) -> set[str]:
 
 def asked_for(run: OpenRun) -> list[str]:
     """The stages that make a run's book: all that no other stage needs, but those that no setting asks for."""
-    needed = {need for name in STAGES for need in run.needs(name)}
+    needed = {need for name in STAGES for need in run.needs(name) if name != "judge_labels"}  # which few runs have
     return [name for name in STAGES if name not in needed
             and (name not in WHERE or (WHERE[name] and getattr(run.settings, WHERE[name])))]
 

@@ -19,8 +19,8 @@ from sts.errors import StsError
 from sts.measure.items import item_measures, of_weakest_seed, paired_mean_interval
 from sts.run.stage import stage, steps
 
-UNHARMED = "at some seed plain training did not harm both domains"
-UNGAINED = "at some seed plain training did not surely gain"
+UNHARMED = "not both domains were harmed"
+UNGAINED = "plain training gained nothing"
 
 
 def divided(scores: dict[str, float], rooms: dict[str, int], kinds: list[str], shares: list[float], most: int) -> list:
