@@ -92,7 +92,7 @@ class OpenRun:
         return self._like(_computes=False, _reads=reading)
 
     def _owner(self, name: str) -> OpenRun:
-        """The run that computes a stage: of a trained SAE the one first opened, whatever the seed of this variant."""
+        """The run that computes a stage: of a trained SAE that of the profile's seed, whatever the seed of this one."""
         return self.variant(seed=self.sae_seed) if name == "sae" else self
 
     # --- stages
